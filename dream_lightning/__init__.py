@@ -1,0 +1,1 @@
+"""Fine-tune, sample and score the Dream diffusion language model with PyTorch Lightning."""

@@ -1,0 +1,115 @@
+"""Plain typed containers that the parts of the house hand to each other.
+
+Axis letters, used in every shape comment of the package:
+
+    B rows · L positions · V vocabulary · D hidden size · H heads · M masked positions of a batch
+    P prompt positions · N new (generated) positions · S denoising steps
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record in words, whatever file it came from."""
+
+    id: str
+    prompt: tuple[Message, ...]  # every turn before the response; the last one is the user's
+    thinking: str | None  # the reasoning trace, without tags
+    answer: str  # what follows the thinking; "" where a record has only a question
+    reference: str | None  # what a prediction is scored against
+    origin: str  # for messages to users: "train.jsonl, row 17"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One example as token ids. The response ends with at least one eos."""
+
+    id: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    response_weight: list[float]  # extra loss weight of every response token, 1.0 = none
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One turn of one sample in one epoch: the whole address of its noise."""
+
+    epoch: int
+    place: int  # place in the epoch's order, the same on any number of ranks
+    index: int  # number of the sample in the data set
+    counted: bool = True  # False for the copies that even out the last batch over the ranks
+
+
+@dataclass
+class Batch:
+    """Rows of whole documents, clean. Padding has place -1, is not attended and never maskable."""
+
+    input_ids: Tensor  # [B, L] int64, x_0
+    maskable: Tensor  # [B, L] bool, the response positions
+    position_ids: Tensor  # [B, L] int64, restart at 0 in every document
+    places: Tensor  # [B, L] int64, Draw.place of the document at this position, -1 = padding
+    sample_ids: Tensor  # [B, L] int64, Draw.index
+    epochs: Tensor  # [B, L] int64, Draw.epoch
+    extra_weight: Tensor  # [B, L] float32, Document.response_weight, 1.0 elsewhere
+    packed: bool = False  # several documents in a row: attention is block-diagonal
+
+    def to(self, *args: Any, **kwargs: Any) -> "Batch":
+        """Lightning moves a batch to its device through this."""
+        moved = {
+            f.name: getattr(self, f.name).to(*args, **kwargs)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass
+class NoisedBatch:
+    """x_0 with some maskable positions replaced by the mask token."""
+
+    x_t: Tensor  # [B, L] int64
+    is_masked: Tensor  # [B, L] bool
+    t: Tensor  # [B, L] float32, the masking probability at each position
+
+
+@dataclass
+class PromptBatch:
+    """Left-padded prompts to answer."""
+
+    input_ids: Tensor  # [B, P] int64
+    attention_mask: Tensor  # [B, P] bool, False = padding
+    sample_ids: Tensor  # [B] int64, keys of the sampling noise
+    counted: Tensor  # [B] bool, False for rows that only keep the ranks in step
+    examples: list[Example]
+
+    def to(self, *args: Any, **kwargs: Any) -> "PromptBatch":
+        """Lightning moves a batch to its device through this."""
+        moved = {n: getattr(self, n).to(*args, **kwargs) for n in ("input_ids", "attention_mask", "sample_ids", "counted")}
+        return replace(self, **moved)
+
+
+@dataclass
+class LossTerms:
+    """A loss before its one division: `sum / count`, both summed over an optimiser step first."""
+
+    sum: Tensor  # [] float32
+    count: Tensor  # [] float32
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / torch.clamp(self.count, min=1)

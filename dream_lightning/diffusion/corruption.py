@@ -1,0 +1,63 @@
+"""The forward process: x_0 → x_t."""
+
+import torch
+from torch import Tensor
+
+from dream_lightning.types import NoisedBatch
+
+
+def corrupt(
+    x_0: Tensor,
+    maskable: Tensor,
+    *,
+    mask_token_id: int,
+    t: Tensor,
+    u: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    eos_as_one: int | None = None,
+    places: Tensor | None = None,
+) -> NoisedBatch:
+    """Replace each maskable position by the mask token, independently with probability t.
+
+    Args:
+        x_0: [B, L] int64, clean ids.
+        maskable: [B, L] bool; everything else (prompt, padding) stays as it is.
+        t: [B] or [B, L] float, the masking probability.
+        u: [B, L] uniform numbers that decide (masked where u < t); drawn from `generator` if not given.
+        eos_as_one: the eos id, to mask or keep the run of eos that ends a response as one unit, by the draw of its
+            first token (the authors' `treat_eos_as_one`); None treats eos like any token.
+        places: [B, L] int64, which document a position belongs to; needed with `eos_as_one` in packed rows.
+
+    Raises:
+        ValueError: the shapes disagree, or neither `u` nor `generator` is given.
+
+    Source: the forward process of masked diffusion, Sahoo et al. 2024 (MDLM) eq. 1 with α_t = 1 − t; Dream's trainer.
+    """
+    if u is None and generator is None:
+        raise ValueError("corrupt needs its noise: pass u [B, L] or a torch.Generator")
+    if maskable.shape != x_0.shape or maskable.dtype != torch.bool:
+        raise ValueError(f"maskable is {maskable.dtype} {list(maskable.shape)}, wanted torch.bool {list(x_0.shape)}")
+    if u is None:
+        u = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+    t = (t[:, None] if t.dim() == 1 else t).expand(x_0.shape)  # [B, L]
+    is_masked = maskable & (u < t)
+    if eos_as_one is not None:
+        is_masked = _tie_final_eos(is_masked, maskable & (x_0 == eos_as_one), maskable, places)
+    return NoisedBatch(x_t=torch.where(is_masked, mask_token_id, x_0), is_masked=is_masked, t=t)
+
+
+def _tie_final_eos(is_masked: Tensor, is_eos: Tensor, maskable: Tensor, places: Tensor | None) -> Tensor:
+    """Give every position of a response's final run of eos the fate of the run's first position."""
+    length = is_eos.shape[1]
+    column = torch.arange(length, device=is_eos.device).expand(is_eos.shape)
+    segment = maskable.long() if places is None else torch.where(maskable, places + 1, 0)
+    ends = torch.ones_like(is_eos)
+    ends[:, :-1] = segment[:, 1:] != segment[:, :-1]  # [B, L] last position of a response
+    # A position is in the final run if the next position that is not eos, or that ends a response, is such an end.
+    stop = torch.where(~is_eos | ends, column, length)
+    next_stop = stop.flip(1).cummin(1).values.flip(1)
+    in_run = is_eos & ends.gather(1, next_stop.clamp(max=length - 1)) & is_eos.gather(1, next_stop.clamp(max=length - 1))
+    starts = torch.ones_like(in_run)
+    starts[:, 1:] = ~in_run[:, :-1] | (segment[:, 1:] != segment[:, :-1])
+    first = torch.where(in_run & starts, column, 0).cummax(1).values  # [B, L] where the run began
+    return torch.where(in_run, is_masked.gather(1, first), is_masked)

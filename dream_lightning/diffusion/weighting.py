@@ -1,0 +1,88 @@
+"""How much a masked token's loss counts."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Weighting = Literal["original", "linear", "cart", "none"]
+
+
+def token_weights(
+    is_masked: Tensor,
+    t: Tensor,
+    *,
+    weighting: Weighting = "original",
+    cart_p: float = 0.1,
+    context: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """The weight of every token's loss; meaningful at masked positions.
+
+    | weighting  | weight at a masked position i                                                   |
+    |------------|---------------------------------------------------------------------------------|
+    | `original` | 1 / t: the ELBO                                                                 |
+    | `linear`   | 1 − t                                                                           |
+    | `cart`     | Σ over context positions j of ½·p·(1−p)^(|i−j|−1): near context, larger weight  |
+    | `none`     | 1                                                                               |
+
+    Args:
+        is_masked: [B, L] bool.
+        t: [B] or [B, L] float, the masking probability.
+        cart_p: p of the geometric distribution. The authors train with 0.1; their function's default is 0.8.
+        context: [B, L] bool, what CART counts as context; by default every position that is not masked, as in the
+            authors' code. Exclude padding by passing it.
+        places: [B, L] int64, which document a position belongs to; in packed rows only one's own is context.
+
+    Returns:
+        [B, L] float32.
+
+    Source: Dream 7B (Ye et al. 2025), "context-adaptive token-level noise rescheduling", and the authors' trainer.
+    """
+    t = (t[:, None] if t.dim() == 1 else t).expand(is_masked.shape).float()
+    match weighting:
+        case "original":
+            return 1 / t
+        case "linear":
+            return 1 - t
+        case "cart":
+            return cart_weights(~is_masked if context is None else context, p=cart_p, places=places)
+        case "none":
+            return torch.ones_like(t)
+    raise ValueError(f"weighting is {weighting!r}, wanted one of {', '.join(get_args(Weighting))}")
+
+
+def cart_weights(context: Tensor, *, p: float, places: Tensor | None = None) -> Tensor:
+    """Two-sided geometric smoothing of the context: [B, L] bool → [B, L] float32, in O(L · log(1/p)).
+
+    Doubling builds the one-sided sum: after k rounds it covers 2^k neighbours, and rounds stop when a further
+    neighbour would weigh less than float32 can see. So the cost does not grow with L² as the dense kernel's.
+
+    Raises:
+        ValueError: p is outside (0, 1].
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"cart_p is {p}, wanted a probability in (0, 1]: the authors train with 0.1")
+    left = _sum_before(context.float(), places, q=1 - p)
+    right = _sum_before(context.float().flip(1), None if places is None else places.flip(1), q=1 - p).flip(1)
+    return 0.5 * p * (left + right)
+
+
+def _sum_before(c: Tensor, places: Tensor | None, *, q: float) -> Tensor:
+    """y_i = Σ_{m ≥ 1} q^(m−1) · c_{i−m}, within one document."""
+    y = _delay(c, places, 1)
+    reach = 1
+    while reach < c.shape[1] and reach * math.log(max(q, 1e-30)) > math.log(1e-9):
+        y = y + q**reach * _delay(y, places, reach)
+        reach *= 2
+    return y
+
+
+def _delay(y: Tensor, places: Tensor | None, steps: int) -> Tensor:
+    """y_{i−steps}, zero where that lies before the row's or the document's start."""
+    shifted = torch.zeros_like(y)
+    shifted[:, steps:] = y[:, :-steps]
+    if places is not None:
+        shifted[:, steps:] *= places[:, steps:] == places[:, :-steps]
+    return shifted

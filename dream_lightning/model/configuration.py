@@ -1,0 +1,83 @@
+"""The shape of a Dream, as in the official `config.json`."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class DreamConfig(PreTrainedConfig):
+    """Sizes and constants of a Dream; the defaults are Dream-v0 7B.
+
+    Raises:
+        ValueError: the sizes do not fit each other, or ask for what Dream does not have (RoPE scaling, a sliding
+            window, tied embeddings).
+    """
+
+    model_type = "Dream"
+
+    vocab_size: int = 152_064
+    hidden_size: int = 3_584
+    intermediate_size: int = 18_944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 131_072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    rope_scaling: dict | None = None
+    attention_dropout: float = 0.0
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    max_window_layers: int = 28
+    use_cache: bool = False
+    tie_word_embeddings: bool = False
+    mask_token_id: int = 151_666
+    pad_token_id: int | None = 151_643
+    bos_token_id: int | None = 151_643
+    eos_token_id: int | None = 151_643
+    auto_map: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.auto_map is None:  # where the authors' code is found by a transformers that lacks a Dream of its own
+            self.auto_map = {
+                "AutoConfig": "configuration_dream.DreamConfig",
+                "AutoModel": "modeling_dream.DreamModel",
+            }
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} and num_attention_heads {self.num_attention_heads}: "
+                "their quotient, the size of a head, must be a whole even number"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, wanted a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id is {self.mask_token_id}, wanted an id below vocab_size {self.vocab_size}")
+        if self.rope_scaling is not None or self.use_sliding_window or self.tie_word_embeddings:
+            raise ValueError(
+                f"rope_scaling={self.rope_scaling}, use_sliding_window={self.use_sliding_window}, "
+                f"tie_word_embeddings={self.tie_word_embeddings}: no Dream has these and this code does not offer them; "
+                "set them to null, false and false"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the authors' transformers 4.46 reads it: the element type is called `torch_dtype`."""
+        official = super().to_dict()
+        if official.get("dtype") is not None:
+            official["torch_dtype"] = official["dtype"]
+        return official

@@ -1,0 +1,97 @@
+"""Where a checkpoint lies and whether it is whole, asked before anything large is read."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def local_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a local checkpoint, or of a hub checkpoint after its download.
+
+    Only configuration, tokenizer and safetensors files are fetched, never code. `HF_ENDPOINT`, `HF_HUB_OFFLINE` and
+    the hub's cache work as everywhere.
+
+    Raises:
+        ValueError: neither a folder with a config.json nor a reachable hub id.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"{path} has no config.json: wanted a folder in the official Dream format (config.json, "
+                f"{SINGLE} or {INDEX} with its shards)"
+            )
+        return path
+    try:
+        return Path(
+            snapshot_download(
+                str(path_or_hub_id), revision=revision, allow_patterns=["*.json", "*.safetensors", "merges.txt"]
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{path_or_hub_id!r} is neither a folder here nor a hub id that can be fetched ({type(error).__name__}: "
+            f"{error}). Check the spelling; offline, pass a local folder"
+        ) from error
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name → the file that holds it, from the index or from the single file.
+
+    Raises:
+        ValueError: no weights, or a shard that the index names is missing.
+    """
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+        if missing:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of its {len(set(weight_map.values()))} shards: {', '.join(missing)}. "
+                "Copy or download them again"
+            )
+        return {name: folder / file for name, file in weight_map.items()}
+    if (folder / SINGLE).is_file():
+        with _open(folder / SINGLE) as tensors:
+            return dict.fromkeys(tensors.keys(), folder / SINGLE)
+    raise ValueError(f"{folder} holds no weights: wanted {SINGLE}, or {INDEX} with its shards")
+
+
+def check_weights(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes in the files' headers with the model's; reads no tensor.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape; an unreadable or torn file.
+    """
+    files = weight_files(folder)
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(files.values())):
+        with _open(file) as tensors:
+            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    problems = []
+    if missing := sorted(expected.keys() - found.keys()):
+        problems.append(f"{len(missing)} tensors are missing: {_few(missing)}")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        problems.append(f"{len(unexpected)} tensors are unexpected: {_few(unexpected)}")
+    if misfits := sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]):
+        problems.append(
+            f"{len(misfits)} tensors have another shape than config.json says: "
+            + _few([f"{n} is {list(found[n])}, wanted {list(expected[n])}" for n in misfits])
+        )
+    if problems:
+        raise ValueError(f"{folder} does not hold this Dream: " + "; ".join(problems))
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}): copy or download it again") from error
+
+
+def _few(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

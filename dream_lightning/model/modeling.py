@@ -1,0 +1,260 @@
+"""The native Dream: a bidirectional transformer with the official parameter names.
+
+Axis letters as in `dream_lightning/types.py`; K = key/value heads, E = size of a head.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from dream_lightning.model.configuration import DreamConfig
+from dream_lightning.model.loading import check_weights, local_folder
+
+
+class DreamRMSNorm(nn.Module):
+    """x / rms(x) · weight; the quotient in float32, cast back before the weight is applied."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class DreamMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DreamAttention(nn.Module):
+    """Grouped-query attention, never causal. Bias on q, k and v only."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: "AttentionMask | None") -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if mask is None else mask.may_attend,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # [B, H, L, E]
+        if mask is not None:
+            out = out * mask.sees_something
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class DreamDecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.self_attn = DreamAttention(config)
+        self.mlp = DreamMLP(config)
+        self.input_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: "AttentionMask | None") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class AttentionMask:
+    """A boolean mask in the form SDPA wants, without rows that may attend to nothing (softmax of nothing is NaN).
+
+    Such rows (left padding) attend to everything and their output is then zeroed, which is what the authors' masks
+    amount to.
+    """
+
+    def __init__(self, attention_mask: Tensor, input_ids: Tensor) -> None:
+        batch, length = input_ids.shape
+        allowed = attention_mask.bool()
+        if allowed.shape == (batch, length):
+            self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
+            self.sees_something = allowed[:, None, :, None]  # [B, 1, L, 1]
+        elif allowed.shape == (batch, 1, length, length) and attention_mask.dtype == torch.bool:
+            self.sees_something = allowed.any(-1, keepdim=True)  # [B, 1, L, 1]
+            self.may_attend = allowed | ~self.sees_something  # [B, 1, L, L]
+        else:
+            raise ValueError(
+                f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)} for input_ids "
+                f"{[batch, length]}: wanted None, bool or int [B, L], or bool [B, 1, L, L] with True = may attend"
+            )
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, L, E] of the rotary embedding, computed in float32 and cast to `dtype`."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[..., None].float() * (1.0 / theta**exponent)  # [B, L, E/2]
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, the rotate-half form. Shapes [B, H, L, E]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class DreamPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about every Dream module."""
+
+    config_class = DreamConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DreamDecoderLayer",)
+    _supports_sdpa = True
+
+
+class DreamBaseModel(DreamPreTrainedModel):
+    """Token ids → hidden states."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__(config)
+        # As in the authors' code the padding row, which is also eos, gets no gradient.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DreamDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, L, D] after the last norm; arguments as in `DreamModel.forward`."""
+        mask = None if attention_mask is None else AttentionMask(attention_mask, input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        x = self.embed_tokens(input_ids)  # [B, L, D]
+        rotation = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, x, rotation, mask)
+            else:
+                x = layer(x, rotation, mask)
+        return self.norm(x)
+
+
+class DreamModel(DreamPreTrainedModel):
+    """Dream with its head: token ids → logits, **unshifted**, as the authors return them.
+
+    The logits at position i − 1 predict the token at position i; `dream_lightning.diffusion.denoiser` applies that.
+    """
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__(config)
+        self.model = DreamBaseModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> MaskedLMOutput | tuple[Tensor]:
+        """Logits [B, L, V] of every position.
+
+        Args:
+            input_ids: [B, L] int64.
+            attention_mask: None (everything is attended); bool or int [B, L], nonzero = a real token; or bool
+                [B, 1, L, L], True = may attend.
+            position_ids: [B, L] or [1, L] int64; 0 … L − 1 by default.
+            labels: refused, see Raises.
+
+        Raises:
+            ValueError: `labels` given (a diffusion loss needs noised inputs, which only the caller has), or a mask of
+                another shape or type.
+        """
+        if labels is not None:
+            raise ValueError(
+                "DreamModel computes no loss from labels: on clean input a bidirectional model reads the answer. "
+                "Train with dream_lightning.DreamModule, or use corrupt, token_weights and masked_nll_loss of "
+                "dream_lightning.diffusion"
+            )
+        logits = self.lm_head(self.model(input_ids, attention_mask, position_ids))
+        return MaskedLMOutput(logits=logits) if return_dict else (logits,)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of token embeddings."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the table of token embeddings."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, *args: Any, **kwargs: Any) -> "DreamModel":
+        """Load an official folder (single or sharded safetensors) or hub id; no remote code, no pickle.
+
+        Takes transformers' keyword arguments (`dtype`, `device_map`, `revision`, …); `dtype` is by default the one
+        that the checkpoint was saved in.
+
+        Raises:
+            ValueError: no such folder or hub id; a missing shard; missing, unexpected or wrongly sized tensors.
+        """
+        folder = local_folder(path_or_hub_id, revision=kwargs.pop("revision", None))
+        config = kwargs.pop("config", None) or DreamConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            expected = {name: tuple(p.shape) for name, p in cls(config).state_dict().items()}
+        check_weights(folder, expected)
+        return super().from_pretrained(folder, *args, config=config, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write an official-format folder; the authors' loader also wants a `generation_config.json`."""
+        super().save_pretrained(save_directory, **kwargs)
+        generation = {
+            "_from_model_config": True,
+            "alg": "origin",
+            "alg_temp": None,
+            "eps": 1e-3,
+            "steps": 512,
+            "temperature": 0.0,
+            "top_k": None,
+            "top_p": None,
+            **{f"{n}_token_id": getattr(self.config, f"{n}_token_id") for n in ("bos", "eos", "pad", "mask")},
+            "transformers_version": "4.46.2",
+        }
+        Path(save_directory, "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+__all__ = ["DreamBaseModel", "DreamDecoderLayer", "DreamModel"]

@@ -1,0 +1,147 @@
+"""The tokenizer: Dream's, as a fast one without remote code, and a tiny byte-level one for tests and toy models.
+
+The authors ship `vocab.json`, `merges.txt`, `tokenizer_config.json` and a slow Python tokenizer as remote code. Here the
+same files become a Rust tokenizer with the same ids (tests/model/test_tokenizer.py holds it against the authors' own).
+One difference, in decoding only: `skip_special_tokens` also skips `<|im_start|>` and `<|im_end|>`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+# Pieces that byte-pair merges never cross, from the authors' tokenization_dream.py (it is Qwen2's): contractions, words
+# with at most one leading other character, single digits, punctuation with its line breaks, line breaks, spaces.
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_FILES = [
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+]
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder or hub id; `"bytes"` gives the package's own 263-token one (`bytes_tokenizer`).
+
+    A folder with `tokenizer.json` (what `save_pretrained` writes) is taken as it is; the official folder has none and
+    is converted from `vocab.json`, `merges.txt` and `tokenizer_config.json`. From the hub only these files are fetched.
+
+    Raises:
+        ValueError: nothing there, the hub does not answer, or a file is missing or broken.
+    """
+    if str(path_or_hub_id) == "bytes":
+        return bytes_tokenizer()
+    folder = _folder(str(path_or_hub_id))
+    if (folder / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    missing = [name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if not (folder / name).exists()]
+    if missing:
+        raise ValueError(
+            f"no tokenizer in {folder}: it has neither tokenizer.json nor {', '.join(missing)}; copy vocab.json, "
+            "merges.txt and tokenizer_config.json there from the official model folder, or name another folder"
+        )
+    return _dream_tokenizer(folder)
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (ids 0-255, no merges), Dream's special tokens, and `<think>`, `</think>` as ordinary tokens.
+
+    263 tokens, so that a model of a few thousand parameters can be trained, sampled and scored on real text.
+    """
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|beginoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        mask_token="<|mask|>",
+        chat_template=_CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _dream_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    settings = _read_json(folder / "tokenizer_config.json")
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    for wanted, entry in sorted((int(key), value) for key, value in settings["added_tokens_decoder"].items()):
+        token = AddedToken(**entry)
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(token.content) != wanted:
+            raise ValueError(
+                f"{folder}: token {token.content!r} gets id {tokenizer.token_to_id(token.content)}, "
+                f"tokenizer_config.json wants {wanted}: vocab.json is another model's; take all files from one folder"
+            )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=settings["bos_token"],
+        eos_token=settings["eos_token"],
+        pad_token=settings["pad_token"],
+        mask_token=settings["mask_token"],
+        chat_template=settings["chat_template"],
+        model_max_length=settings["model_max_length"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _folder(path_or_hub_id: str) -> Path:
+    """The local folder of a path or, by downloading the tokenizer's files, of a hub id."""
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is a file: name the folder that holds the tokenizer's files")
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ValueError(
+            f"no tokenizer at {path_or_hub_id!r}: there is no such folder, and the hub did not give it either "
+            f"({type(error).__name__}). Name a local folder with vocab.json, merges.txt and tokenizer_config.json, "
+            "a hub id such as Dream-org/Dream-v0-Instruct-7B with the network (or HF_ENDPOINT) reachable, or 'bytes'"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level BPE (GPT-2's table).
+
+    Visible Latin-1 characters stand for themselves; the 68 others take the characters from U+0100 on, in order.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in visible else chr(next(spare)) for byte in range(256)]

@@ -113,3 +113,28 @@ class LossTerms:
     @property
     def mean(self) -> Tensor:
         return self.sum / torch.clamp(self.count, min=1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered question, as a line of predictions.jsonl."""
+
+    id: str
+    prompt: str
+    prediction: str  # the whole response, thinking included, cut at the first eos
+    thinking: str | None
+    answer: str | None  # what was extracted; None = unparsed
+    reference: str | None
+    correct: bool | None  # None without a reference
+    tokens: int  # of the response, without eos
+    seconds: float  # of the batch, divided by its rows
+
+
+@dataclass
+class Answers:
+    """A batch of answered questions."""
+
+    predictions: list[Prediction]
+    counted: list[bool]
+    history: Tensor | None = None  # [S, B, P+N] int64, the states of denoising
+    prompt_length: int = 0  # P

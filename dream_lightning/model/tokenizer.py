@@ -1,7 +1,7 @@
 """The tokenizer: Dream's, as a fast one without remote code, and a tiny byte-level one for tests and toy models.
 
-The authors ship `vocab.json`, `merges.txt`, `tokenizer_config.json` and a slow Python tokenizer as remote code. Here the
-same files become a Rust tokenizer with the same ids (tests/model/test_tokenizer.py holds it against the authors' own).
+The authors ship `vocab.json`, `merges.txt`, `tokenizer_config.json` and a slow Python tokenizer as remote code. Here
+the same files become a Rust tokenizer with the same ids (tests/model/test_tokenizer.py holds it to the authors' own).
 One difference, in decoding only: `skip_special_tokens` also skips `<|im_start|>` and `<|im_end|>`.
 """
 
@@ -83,6 +83,12 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 def _dream_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     settings = _read_json(folder / "tokenizer_config.json")
+    tokens = ("bos_token", "eos_token", "pad_token", "mask_token")
+    missing = [key for key in (*tokens, "added_tokens_decoder", "chat_template") if key not in settings]
+    if missing:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'} lacks {', '.join(missing)}: it is not Dream's; take the official file"
+        )
     model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
@@ -103,13 +109,10 @@ def _dream_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=settings["bos_token"],
-        eos_token=settings["eos_token"],
-        pad_token=settings["pad_token"],
-        mask_token=settings["mask_token"],
         chat_template=settings["chat_template"],
-        model_max_length=settings["model_max_length"],
+        model_max_length=settings.get("model_max_length"),
         clean_up_tokenization_spaces=False,
+        **{token: settings[token] for token in tokens},
     )
 
 

@@ -1,0 +1,6 @@
+"""`python -m dream_lightning`."""
+
+from dream_lightning.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Predictions as a file that grows with every batch, and goes on where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from dream_lightning.types import Answers
+
+
+class PredictionWriter(L.Callback):
+    """Write `predict`'s answers to a JSON Lines file, one question a line, as each batch is done.
+
+    Started again with the same checkpoint and sampling, it keeps the lines that are there, leaves their questions out
+    and appends the rest. A line torn by a kill is removed.
+
+    Args:
+        path: the file; its settings stand beside it in `<path>.settings.json`.
+        overwrite: start anew although the file is there.
+        show: how many predictions to print as a table at the end.
+
+    Raises:
+        ValueError: the file is there and comes from another checkpoint, other questions or other sampling.
+    """
+
+    def __init__(self, path: str = "lightning_logs/predictions.jsonl", overwrite: bool = False, show: int = 10) -> None:
+        self.path, self.overwrite, self.show = Path(path), overwrite, show
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find out what is already answered, before the questions are loaded."""
+        if stage != "predict":
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"predict runs on {trainer.world_size} processes, but one file is written by one: set trainer.devices=1"
+            )
+        settings = _settings(trainer, pl_module)
+        beside = self.path.with_name(self.path.name + ".settings.json")
+        if self.overwrite or not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("")
+            beside.write_text(json.dumps(settings, indent=2) + "\n")
+            return
+        earlier = json.loads(beside.read_text()) if beside.exists() else {}
+        if changed := sorted(k for k in settings.keys() | earlier.keys() if settings.get(k) != earlier.get(k)):
+            raise ValueError(
+                f"{self.path} was written with other settings ({', '.join(changed)} differ, see {beside}): move it away, "
+                "name another path, or set overwrite to true on the PredictionWriter"
+            )
+        _drop_torn_line(self.path)
+        done = {line["id"] for line in read_predictions(self.path)}
+        if done and not hasattr(trainer.datamodule, "skip_questions"):
+            raise ValueError(
+                f"{self.path} holds {len(done)} answers, but these dataloaders cannot leave questions out: predict with "
+                "an S1KDataModule, or set overwrite to true on the PredictionWriter"
+            )
+        if done:
+            trainer.datamodule.skip_questions(done)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Answers, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Append a batch, whole lines only."""
+        lines = [
+            json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+            for prediction, counted in zip(outputs.predictions, outputs.counted, strict=True)
+            if counted
+        ]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show a few and the score of all."""
+        predictions = list(read_predictions(self.path))
+        console = Console()
+        if self.show and predictions:
+            console.print(_table(predictions[: self.show]))
+        scored = [p for p in predictions if p["correct"] is not None]
+        right, unparsed = sum(p["correct"] for p in scored), sum(p["answer"] is None for p in scored)
+        share = f" ({right / len(scored):.1%}), {unparsed} without an answer" if scored else ""
+        console.print(f"{len(predictions)} questions answered, {right} of {len(scored)} scored are correct{share}")
+        console.print(f"predictions: {self.path.resolve()}", soft_wrap=True)
+
+
+def read_predictions(path: str | Path) -> Iterable[dict[str, Any]]:
+    """The lines of a predictions file."""
+    with Path(path).open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _drop_torn_line(path: Path) -> None:
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+
+
+def _settings(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+    source = getattr(trainer.datamodule, "question_source", None)
+    return {
+        "checkpoint": str(checkpoint) if checkpoint else pl_module.pretrained,
+        "checkpoint_sha256": _sha256(checkpoint) if checkpoint and checkpoint.is_file() else None,
+        "questions": source,
+        "sampling": asdict(pl_module.sampling),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _table(predictions: list[dict[str, Any]]) -> Table:
+    table = Table(title="Predictions", show_lines=False)
+    for column, width in (("question", 44), ("prediction", 24), ("reference", 16), ("correct", 7)):
+        table.add_column(column, max_width=width, overflow="ellipsis", no_wrap=True)
+    for p in predictions:
+        mark = {True: "[green]yes[/]", False: "[red]no[/]", None: "–"}[p["correct"]]
+        answer = "(unparsed)" if p["answer"] is None else p["answer"]
+        table.add_row(*(_plain(text) for text in (p["prompt"], answer, p["reference"] or "–")), mark)
+    return table
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("[", r"\[")

@@ -1,0 +1,35 @@
+"""LightningCLI over DreamModule and S1KDataModule."""
+
+from pathlib import Path
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from dream_lightning.data import S1KDataModule
+from dream_lightning.module import DreamModule
+
+BASE = Path(__file__).with_name("base.yaml")
+
+
+class DreamCLI(LightningCLI):
+    """`python -m dream_lightning fit|validate|test|predict --config …`; every config is laid over `base.yaml`."""
+
+    def __init__(self) -> None:
+        base = {"default_config_files": [str(BASE)]}
+        super().__init__(
+            DreamModule,
+            S1KDataModule,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={command: base for command in ("fit", "validate", "test", "predict")},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The tokenizer is the model's; two checkpoints: the best by a metric, the newest every few steps."""
+        parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelCheckpoint, "autosave")
+
+
+def main() -> None:
+    """Entry point of `python -m dream_lightning`."""
+    DreamCLI()

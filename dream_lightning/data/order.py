@@ -1,0 +1,102 @@
+"""Which documents come when: the epoch's order, cut into rows and over ranks."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from dream_lightning.types import Draw
+
+Row = tuple[Draw, ...]
+
+
+class RowSampler(DistributedSampler):
+    """Yields this rank's rows of draws.
+
+    The order is a function of (seed, epoch). Micro-batch j of rank r among W takes rows (j·W + r)·b … of it, so an
+    optimiser step covers the same rows however it is cut into micro-batches and ranks. Where the last rows do not go
+    round evenly, the ranks without one get a copy that does not count, so that all make the same number of forwards.
+
+    A torch DistributedSampler in name, so that Lightning leaves it in place.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        repeats: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Args: `rows`: the documents of every row; `repeats`: draws of each row in an unshuffled pass."""
+        self.rows = [tuple(row) for row in rows]
+        self.batch_size, self.seed, self.shuffle, self.repeats = batch_size, seed, shuffle, repeats
+        self.rank, self.num_replicas = rank, world_size
+        self.epoch = 0
+        self.start_batch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) * self.repeats // self.num_replicas)
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = self._rows_in_order()
+        uncounted = [tuple(Draw(d.epoch, d.place, d.index, counted=False) for d in row) for row in rows[:1]]
+        rows += uncounted * (-len(rows) % self.num_replicas)
+        block = self.batch_size * self.num_replicas
+        full = len(rows) // block * block
+        for start in range(self.start_batch * block, full, block):
+            first = start + self.rank * self.batch_size
+            yield from rows[first : first + self.batch_size]
+        last = rows[max(full, self.start_batch * block) :]
+        share = len(last) // self.num_replicas
+        yield from last[self.rank * share : (self.rank + 1) * share]
+
+    def _rows_in_order(self) -> list[Row]:
+        documents = sum(map(len, self.rows))
+        if not self.shuffle:  # the same noise at every pass: epochs −1, −2, …
+            return [
+                tuple(Draw(-1 - repeat, document * self.repeats + repeat, document) for document in row)
+                for row in self.rows
+                for repeat in range(self.repeats)
+            ]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        # A document's place comes from a permutation of documents, so that packing does not change its noise.
+        places = torch.randperm(documents, generator=generator).tolist()
+        ordered = sorted(self.rows, key=lambda row: places[row[0]])
+        return [tuple(Draw(self.epoch, places[document], document) for document in row) for row in ordered]
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader that goes on in the middle of an epoch after Lightning restored its state.
+
+    The sampler's order is a pure function of the epoch, so the state is two numbers.
+    """
+
+    consumed = 0
+    resume_at: tuple[int, int] | None = None  # epoch, batches already used
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: what follows runs at the first batch, after Lightning has set the sampler's epoch.
+        epoch, used = self.resume_at or (None, 0)
+        self.resume_at = None
+        self.consumed = used if epoch == self.sampler.epoch else 0
+        self.sampler.start_batch = self.consumed
+        for batch in super().__iter__():
+            self.consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Saved by Lightning into every checkpoint."""
+        return {"epoch": self.sampler.epoch, "batches": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restored by Lightning before the first batch."""
+        self.resume_at = (state["epoch"], state["batches"])

@@ -1,0 +1,341 @@
+"""The LightningModule: composes the parts and logs; contains no mathematics."""
+
+import time
+from dataclasses import fields
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import get_scheduler
+
+from dream_lightning.diffusion import corrupt, independent_t, reduce_nll, stratified_t, token_nll, token_weights
+from dream_lightning.diffusion.denoiser import features
+from dream_lightning.diffusion.noise import uniform
+from dream_lightning.diffusion.objective import Normalizer
+from dream_lightning.diffusion.weighting import Weighting
+from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
+from dream_lightning.sampling import SamplingParams, diffusion_generate
+from dream_lightning.scoring import AnswerAccuracy, grade
+from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, Prediction, PromptBatch
+
+# Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
+# this factor, a power of two (so exact), which keeps them near one.
+_GRADIENT_SCALE = 2.0**-10
+_QUARTILES = 4
+
+
+class DreamModule(L.LightningModule):
+    """Fine-tune, validate and question a Dream.
+
+    The loss of an optimiser step is a sum over all its tokens divided once by their count, so it does not depend on
+    micro-batch size, accumulation or number of ranks. The noise of a sample is a function of (seed, epoch, sample).
+
+    Args:
+        pretrained: an official folder or hub id to start from, such as Dream-org/Dream-v0-Instruct-7B.
+        new_model: sizes of a Dream to train from scratch instead, as in `DreamConfig`; the vocabulary follows the
+            tokenizer.
+        tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
+        dtype: element type of the weights. Full fine-tuning in pure bfloat16 loses small updates: keep float32 and
+            compute in bfloat16 with `trainer.precision=bf16-mixed`.
+        gradient_checkpointing: recompute each layer in the backward pass; saves memory, costs about a third in time.
+        weighting: loss weight of a masked token: `original` (1/t, the ELBO), `linear` (1 − t), `cart`, `none`.
+        cart_p: the geometric distribution's p for `cart`.
+        normalizer: what the summed loss is divided by: `maskable`, `masked`, or `micro_batch` (the authors').
+        focal_alpha: factor of the focal reweighting; used with `focal_gamma` above 0.
+        focal_gamma: exponent of the focal reweighting (1 − p)^gamma; 0 switches it off.
+        treat_eos_as_one: mask or keep the final run of eos as one unit.
+        stratified_t: spread t evenly over consecutive samples instead of drawing it independently; lower variance.
+        t_min: smallest masking probability.
+        optimizer: any torch optimiser; parameters with one dimension get no weight decay.
+        lr_schedule: shape of the learning rate after the warm-up.
+        warmup_fraction: part of all optimiser steps in which the learning rate rises linearly.
+        lr_scheduler: a torch scheduler, stepped every optimiser step, in place of `lr_schedule`.
+        sampling: how questions are answered in validate, test and predict.
+        seed: of the noise in training and validation.
+
+    Raises:
+        ValueError: both or neither of `pretrained` and `new_model`; a tokenizer that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        *,
+        new_model: dict[str, int | float] | None = None,
+        tokenizer: str | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        gradient_checkpointing: bool = False,
+        weighting: Weighting = "original",
+        cart_p: float = 0.1,
+        normalizer: Normalizer = "maskable",
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 0.0,
+        treat_eos_as_one: bool = False,
+        stratified_t: bool = True,
+        t_min: float = 1e-3,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01
+        ),
+        lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
+        warmup_fraction: float = 0.1,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (pretrained is None) == (new_model is None):
+            raise ValueError(
+                f"pretrained is {pretrained!r} and new_model is {new_model!r}: wanted exactly one of them, the "
+                "checkpoint to start from or the sizes of a new model"
+            )
+        if tokenizer is None and pretrained is None:
+            raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
+        if not 0 < t_min < 1:
+            raise ValueError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
+        self.pretrained, self.new_model = pretrained, new_model
+        self.tokenizer = load_tokenizer(tokenizer or pretrained)
+        self.weights_dtype, self.gradient_checkpointing = getattr(torch, dtype), gradient_checkpointing
+        self.weighting, self.cart_p, self.normalizer = weighting, cart_p, normalizer
+        self.focal_alpha, self.focal_gamma, self.treat_eos_as_one = focal_alpha, focal_gamma, treat_eos_as_one
+        self.stratified_t, self.t_min, self.seed = stratified_t, t_min, seed
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
+        self.sampling = sampling
+        self.model: DreamModel | None = None  # built in configure_model
+        self.val_nll, self.val_answers = MeanMetric(), AnswerAccuracy()
+
+    def configure_model(self) -> None:
+        """Build or load the network; Lightning calls this on every rank, once the strategy is known."""
+        if self.model is not None:
+            return
+        if self.pretrained is not None:
+            self.model = DreamModel.from_pretrained(self.pretrained, dtype=self.weights_dtype)
+        else:
+            self.model = DreamModel(self._new_config()).to(self.weights_dtype)
+        if len(self.tokenizer) > self.model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self.tokenizer)} tokens and the model {self.model.config.vocab_size}: they do "
+                "not belong together; set model.tokenizer to the checkpoint's own folder or hub id"
+            )
+        if self.tokenizer.mask_token_id != self.model.config.mask_token_id:
+            raise ValueError(
+                f"the tokenizer's mask token is {self.tokenizer.mask_token_id}, the model's "
+                f"{self.model.config.mask_token_id}: they do not belong together"
+            )
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.train()
+
+    def _new_config(self) -> DreamConfig:
+        known = {f.name for f in fields(DreamConfig)}
+        if unknown := sorted(set(self.new_model) - known):
+            raise ValueError(f"new_model has {', '.join(unknown)}; a Dream's sizes are {', '.join(sorted(known))}")
+        special = {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("mask", "pad", "bos", "eos")}
+        vocab_size = -(-len(self.tokenizer) // 64) * 64  # whole tiles for the head's matrix product
+        return DreamConfig(**{"vocab_size": vocab_size, **special, **self.new_model})
+
+    # ── the objective ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def noise(self, batch: Batch) -> NoisedBatch:
+        """x_0 → x_t, with the noise that belongs to each document's draw."""
+        if self.stratified_t:
+            t = stratified_t(self.seed, batch.epochs, batch.places, t_min=self.t_min)  # [B, L]
+        else:
+            t = independent_t(self.seed, batch.epochs, batch.sample_ids, t_min=self.t_min)
+        return corrupt(
+            batch.input_ids,
+            batch.maskable,
+            mask_token_id=self.tokenizer.mask_token_id,
+            t=t,
+            u=uniform(self.seed, batch.epochs, batch.sample_ids, batch.position_ids),
+            eos_as_one=self.tokenizer.eos_token_id if self.treat_eos_as_one else None,
+            places=batch.places,
+        )
+
+    def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
+        """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
+        h = features(self.model, noised.x_t, noised.is_masked, attention_mask(batch), batch.position_ids)
+        return token_nll(h, self.model.lm_head, batch.input_ids[noised.is_masked])
+
+    def loss(self, batch: Batch, noised: NoisedBatch, nll: Tensor) -> LossTerms:
+        """The objective, weighted and reduced to a sum and a count."""
+        weight = token_weights(
+            noised.is_masked,
+            noised.t,
+            weighting=self.weighting,
+            cart_p=self.cart_p,
+            context=~noised.is_masked & (batch.places >= 0),
+            places=batch.places,
+        )
+        return reduce_nll(
+            nll,
+            (weight * batch.extra_weight)[noised.is_masked],
+            maskable_count=batch.maskable.sum(),
+            normalizer=self.normalizer,
+            focal_alpha=self.focal_alpha,
+            focal_gamma=self.focal_gamma,
+        )
+
+    # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_train_start(self) -> None:
+        """Start the running sums of an optimiser step and of the t quartiles."""
+        self._step = torch.zeros(4, device=self.device)  # loss sum, loss count, masked, maskable
+        self._quartiles = torch.zeros(2, _QUARTILES, device=self.device)  # nll sum, tokens
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch: its share of the optimiser step's loss sum."""
+        noised = self.noise(batch)
+        nll = self.masked_nll(batch, noised)
+        terms = self.loss(batch, noised, nll)
+        with torch.no_grad():
+            self._step += torch.stack([terms.sum, terms.count, noised.is_masked.sum(), batch.maskable.sum()])
+            quartile = (noised.t[noised.is_masked] * _QUARTILES).long().clamp(max=_QUARTILES - 1)
+            self._quartiles[0].index_add_(0, quartile, nll)
+            self._quartiles[1].index_add_(0, quartile, torch.ones_like(nll))
+        # Lightning divides by the number of micro-batches, which one division per step must not.
+        return terms.sum * (_GRADIENT_SCALE * self.trainer.accumulate_grad_batches)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the summed gradients by the count of the whole step, over micro-batches and ranks."""
+        loss_sum, count, masked, maskable = self.trainer.strategy.reduce(self._step, reduce_op="sum")
+        self._step = torch.zeros_like(self._step)
+        # The strategies average gradients over ranks; the objective wants their sum.
+        factor = self.trainer.world_size / (_GRADIENT_SCALE * count.clamp(min=1))
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+        self.log("train/loss", loss_sum / count.clamp(min=1), prog_bar=True)
+        self.log("train/masked_fraction", masked / maskable.clamp(min=1))
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            self._log_quartiles()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, which is logged as it was before."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm is {gradient_clip_algorithm!r}, wanted norm")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+        self.log("train/gradient_norm", norm)
+
+    def _log_quartiles(self) -> None:
+        nll, tokens = self.trainer.strategy.reduce(self._quartiles, reduce_op="sum")
+        self._quartiles = torch.zeros_like(self._quartiles)
+        for quartile in range(_QUARTILES):
+            if tokens[quartile] > 0:
+                self.log(f"train/nll_t_quartile_{quartile + 1}", nll[quartile] / tokens[quartile])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimiser over all trainable parameters, and its schedule, stepped every optimiser step."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.dim() > 1]},
+            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer([group for group in groups if group["params"]])
+        if self.lr_scheduler is not None:
+            scheduler = self.lr_scheduler(optimizer)
+        else:
+            steps = self.trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise ValueError(f"the schedule {self.lr_schedule} needs an end: set trainer.max_steps or max_epochs")
+            scheduler = get_scheduler(self.lr_schedule, optimizer, round(steps * self.warmup_fraction), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ── validation, test and prediction ──────────────────────────────────────────────────────────────────────────
+
+    def validation_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> Answers | None:
+        """Likelihood of a Batch, or scored answers to a PromptBatch."""
+        if isinstance(batch, Batch):
+            self._score_likelihood(batch)
+            return None
+        answers = self.answer(batch, with_history=batch_idx == 0)
+        self.val_answers.update(
+            [p.prediction for p in answers.predictions], [p.reference for p in answers.predictions], answers.counted
+        )
+        return answers
+
+    def _score_likelihood(self, batch: Batch) -> None:
+        noised = self.noise(batch)
+        nll = self.masked_nll(batch, noised)
+        elbo = reduce_nll(nll, 1 / noised.t[noised.is_masked], maskable_count=batch.maskable.sum())
+        self.val_nll.update(elbo.mean, elbo.count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/nll` (upper bound of −log p in nats a token), `val/accuracy`, `val/unparsed`."""
+        self._log_scores("val")
+
+    def _log_scores(self, stage: str) -> None:
+        if self.val_nll.update_called:
+            self.log(f"{stage}/nll", self.val_nll.compute(), prog_bar=True)
+        if self.val_answers.update_called:
+            scores = self.val_answers.compute()
+            self.log(f"{stage}/accuracy", scores["accuracy"], prog_bar=True)
+            self.log(f"{stage}/unparsed", scores["unparsed"])
+        self.val_nll.reset()
+        self.val_answers.reset()
+
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """The same as validation, named `test/…`."""
+        self._log_scores("test")
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> Answers:
+        """Answers to a batch of questions."""
+        return self.answer(batch)
+
+    @torch.no_grad()
+    def answer(self, batch: PromptBatch, *, with_history: bool = False) -> Answers:
+        """Generate, decode up to the first eos, and grade."""
+        start = time.perf_counter()
+        out = diffusion_generate(
+            self.model,
+            batch.input_ids,
+            batch.attention_mask,
+            params=self.sampling,
+            return_history=with_history,
+            sample_ids=batch.sample_ids,
+            run_every_step=self.trainer.world_size > 1,
+        )
+        prompt_length = batch.input_ids.shape[1]
+        responses = [self._until_eos(row) for row in out.sequences[:, prompt_length:].tolist()]
+        seconds = (time.perf_counter() - start) / len(responses)
+        predictions = []
+        for example, ids in zip(batch.examples, responses, strict=True):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            graded = grade(text, example.reference)
+            predictions.append(
+                Prediction(
+                    id=example.id,
+                    prompt=example.prompt[-1]["content"],
+                    prediction=text,
+                    thinking=graded.thinking,
+                    answer=graded.answer if graded.parsed else None,
+                    reference=example.reference,
+                    correct=graded.correct,
+                    tokens=len(ids),
+                    seconds=round(seconds, 4),
+                )
+            )
+        return Answers(predictions, batch.counted.tolist(), out.history, prompt_length)
+
+    def _until_eos(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return ids[: ids.index(eos)] if eos in ids else ids
+
+
+def attention_mask(batch: Batch) -> Tensor | None:
+    """Who may attend to whom: None without padding, [B, L] with it, block-diagonal [B, 1, L, L] in packed rows."""
+    real = batch.places >= 0
+    if batch.packed:
+        return ((batch.places[:, :, None] == batch.places[:, None, :]) & real[:, :, None])[:, None]
+    return None if bool(real.all()) else real

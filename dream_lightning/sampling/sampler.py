@@ -1,0 +1,212 @@
+"""The reverse process: from masks to tokens, some at every step.
+
+Source: the authors' `diffusion_generate` (generation_utils.py of Dream-v0-Instruct-7B).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dream_lightning.diffusion import denoiser
+from dream_lightning.diffusion.noise import uniform
+from dream_lightning.sampling.choosing import candidates, most_confident, perturb
+from dream_lightning.sampling.params import Canvas, SamplingParams, prepare
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # x_t [B, L], where [B, L] bool → logits [M, V] for the True positions
+
+_TOKEN, _ORDER = 0, 1  # the last key of a random number's address: what it is used for
+
+
+@dataclass
+class GenerationOutput:
+    """Prompts with their answers."""
+
+    sequences: Tensor  # [B, P+N] int64
+    history: Tensor | None = None  # [S, B, P+N] int64, the state after every step
+
+
+def diffusion_generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    params: SamplingParams | None = None,
+    return_history: bool = False,
+    sample_ids: Tensor | None = None,
+    infill: bool = False,
+    run_every_step: bool = False,
+) -> GenerationOutput:
+    """Answer a batch of prompts.
+
+    With `params.forbid_mask`, or a model that gives the mask token no chance, a row's answer depends on the weights,
+    its prompt, its sample id and `params` only: not on the batch, the order of rows or the padding (up to the
+    rounding of the model's own arithmetic, which may differ with the batch's shape).
+
+    Args:
+        model: a DreamModel, on the device of `input_ids`. It runs in eval mode and gets its modes back.
+        input_ids: [B, P] int64, left-padded if the prompts differ in length.
+        attention_mask: [B, P] bool or 0/1, 0 = left padding. None: no padding.
+        params: see SamplingParams; None takes its defaults.
+        return_history: keep the state after every step.
+        sample_ids: [B] int64, the rows' keys of the noise; 0 … B − 1 by default. Rows with equal prompts and equal
+            ids get equal answers.
+        infill: fill the masks that the prompt contains, too; without it they are an error.
+        run_every_step: call the model also where nothing would be filled, so that the number of forwards is
+            `params.steps` whatever the data. Ranks that share a sharded model need it.
+
+    Raises:
+        ValueError: see `params.prepare`; logits that are not finite.
+    """
+    params = params or SamplingParams()
+    canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill)
+    x, history = canvas.x, []
+    for x in _denoise(model, canvas, params, infill, run_every_step):
+        if return_history:
+            history.append(x)
+    return GenerationOutput(x, torch.stack(history) if return_history else None)
+
+
+def denoising_steps(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    params: SamplingParams | None = None,
+    sample_ids: Tensor | None = None,
+    infill: bool = False,
+) -> Iterator[Tensor]:
+    """Watch an answer grow: the state x [B, P+N] after each of the `params.steps` steps.
+
+    Arguments and errors as in `diffusion_generate`. A yielded tensor is never changed afterwards. The model is in
+    eval mode until the iterator is exhausted or closed.
+    """
+    params = params or SamplingParams()
+    canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill)
+    return _denoise(model, canvas, params, infill, run_every_step=False)
+
+
+def _denoise(
+    model: nn.Module, canvas: Canvas, params: SamplingParams, infill: bool, run_every_step: bool
+) -> Iterator[Tensor]:
+    attention_mask, position_ids = (canvas.real, canvas.positions) if canvas.padded else (None, None)
+
+    def predict(x: Tensor, where: Tensor) -> Tensor:
+        return denoiser.logits(model, x, where, attention_mask, position_ids)
+
+    mask_token_id = model.config.mask_token_id
+    with _evaluating(model):
+        yield from reverse_process(
+            predict, canvas, params, mask_token_id=mask_token_id, uneven=infill, run_every_step=run_every_step
+        )
+
+
+@torch.no_grad()
+def reverse_process(
+    predict: Predict,
+    canvas: Canvas,
+    params: SamplingParams,
+    *,
+    mask_token_id: int,
+    uneven: bool = False,
+    run_every_step: bool = False,
+) -> Iterator[Tensor]:
+    """The steps of denoising over any predictor; yields x [B, L] after each.
+
+    With t₀ = 1 … t_S = eps evenly spaced, step i fills a share 1 − tᵢ₊₁/tᵢ of the positions that are still masked,
+    and the last step all of them. Masked positions are looked up again at every step, for a model may predict the
+    mask token itself.
+
+    In that case, and at temperature 0, where a run of the authors' code is reproducible, we follow it to the token:
+    the number to fill is an average over the batch's rows, and a row with fewer masks than that gets other positions
+    overwritten by the mask token, prompt included. `forbid_mask`, any noise, or `uneven` counts every row for itself.
+
+    Args:
+        predict: (x_t [B, L], where [B, L] bool) → logits [M, V] of the True positions in reading order.
+        canvas: the rows to fill.
+        params: see SamplingParams.
+        mask_token_id: the id of the mask token.
+        uneven: rows begin with different numbers of masks (infilling).
+        run_every_step: call `predict` also where nothing would be filled.
+
+    Raises:
+        ValueError: a confidence is not finite.
+    """
+    x, shares = canvas.x, _shares(params)
+    as_authors = not (params.forbid_mask or uneven or params.temperature > 0 or params.alg_temp)
+    masks = counts = None  # [B] on the host: how many positions are masked, how many of them to fill now
+    for step in range(params.steps):
+        where = (x == mask_token_id) & canvas.real  # [B, L], what to predict
+        if params.alg == "origin":
+            where &= _noise(canvas, params.seed, step, _ORDER) < shares[step].item()
+            idle = not where.any()
+        else:
+            # Where no position can stay masked, the counts are known without asking the device.
+            masks = masks - counts if params.forbid_mask and step > 0 else where.sum(1).cpu()
+            remaining = (masks.sum() / len(masks)).expand(len(masks)) if as_authors else masks.float()
+            counts = (remaining * shares[step]).long()  # rounds down, in float32 as the authors do
+            idle = not counts.any()
+        if idle:
+            if run_every_step:
+                predict(x, torch.zeros_like(where))
+            yield x
+            continue
+
+        tokens, confidence = candidates(
+            predict(x, where),
+            _noise(canvas, params.seed, step, _TOKEN)[where],
+            alg=params.alg,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            forbidden=mask_token_id if params.forbid_mask else None,
+        )  # [M], [M]
+        if not confidence.isfinite().all():
+            raise ValueError(
+                f"the model's logits are not finite at step {step}: check the weights (a diverged run?), "
+                "and use bfloat16 or float32 rather than float16"
+            )
+        chosen = where
+        if params.alg != "origin":
+            if params.alg_temp:
+                confidence = perturb(confidence, params.alg_temp, _noise(canvas, params.seed, step, _ORDER)[where])
+            chosen = _choose(confidence, where, masks, counts)
+        proposal = torch.full_like(x, mask_token_id).masked_scatter(where, tokens)  # [B, L]
+        x = torch.where(chosen, proposal, x)
+        yield x
+
+
+def _choose(confidence: Tensor, where: Tensor, masks: Tensor, counts: Tensor) -> Tensor:
+    """Spread confidences [M] over `where` [B, L] and take `counts` [B] of every row's `masks` [B] → [B, L] bool."""
+    everywhere = torch.full(where.shape, -torch.inf, dtype=confidence.dtype, device=where.device)
+    everywhere = everywhere.masked_scatter(where, confidence)  # [B, L]
+    if (counts > masks).any():  # only as_authors: their topk then also takes positions at −inf
+        return torch.zeros_like(where).scatter(1, everywhere.topk(int(counts[0])).indices, True)
+    return most_confident(everywhere, counts.to(where.device))
+
+
+def _noise(canvas: Canvas, seed: int, step: int, purpose: int) -> Tensor:
+    """Uniform numbers [B, L] of the rows' samples at this step."""
+    return uniform(seed, canvas.sample_ids[:, None], step, canvas.positions, purpose)
+
+
+def _shares(params: SamplingParams) -> Tensor:
+    """Share of the remaining masks to fill at every step, [S] float32; 1 at the last. On the CPU on every machine."""
+    t = torch.linspace(1, params.eps, params.steps + 1, dtype=torch.float32)
+    shares = 1 - t[1:] / t[:-1]
+    shares[-1] = 1
+    return shares
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module has the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

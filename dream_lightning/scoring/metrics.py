@@ -1,0 +1,101 @@
+"""Graded responses, one by one and counted over an epoch and its ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from dream_lightning.scoring.answers import extract_answer, is_equivalent, reference_answer, split_thinking
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One graded response, as it stands in the predictions file."""
+
+    thinking: str | None  # None = no thinking tags
+    answer: str | None  # None = no answer found
+    correct: bool | None  # None = not scored: the record has nothing to compare with
+
+    @property
+    def parsed(self) -> bool:
+        """Whether the response stated an answer that could be found."""
+        return self.answer is not None
+
+
+def grade(prediction: str, reference: str | None) -> Grade:
+    """Grades a whole response against a record's reference or solution field (`reference_answer` reads either).
+
+    `correct` is None where `reference` is None or a worked solution that states no answer, and False where the
+    response states none.
+    """
+    thinking, _ = split_thinking(prediction)
+    answer = extract_answer(prediction)
+    target = None if reference is None else reference_answer(reference)
+    if target is None:
+        return Grade(thinking, answer, None)
+    return Grade(thinking, answer, answer is not None and is_equivalent(answer, target))
+
+
+class AnswerAccuracy(Metric):
+    """Share of right answers. States are counts summed over ranks, so uneven ranks and batches weigh rightly.
+
+    An answer that could not be parsed counts as not right in `accuracy`; `unparsed` shows how many there are.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    correct: Tensor  # [] int64
+    unparsed: Tensor  # [] int64
+    total: Tensor  # [] int64
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("correct", "unparsed", "total"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[str | None],
+        counted: Sequence[bool] | Tensor | None = None,
+    ) -> None:
+        """Adds B responses.
+
+        Rows without a usable reference (see `grade`) and rows with `counted` False, the copies that keep ranks in
+        step ([B] bool), are left out of every count.
+
+        Raises:
+            ValueError: the three have different lengths.
+        """
+        flags = (
+            [True] * len(predictions) if counted is None else [bool(flag) for flag in torch.as_tensor(counted).tolist()]
+        )
+        if not len(predictions) == len(references) == len(flags):
+            raise ValueError(
+                f"got {len(predictions)} predictions, {len(references)} references and {len(flags)} counted flags: "
+                "pass one of each per row"
+            )
+        for prediction, reference, flag in zip(predictions, references, flags, strict=True):
+            result = grade(prediction, reference) if flag else None
+            if result is None or result.correct is None:
+                continue
+            self.total += 1
+            self.correct += int(result.correct)
+            self.unparsed += int(not result.parsed)
+
+    def compute(self) -> dict[str, Tensor]:
+        """{"accuracy", "unparsed": shares in [0, 1]; "scored": number of rows}, each [] float32.
+
+        With nothing scored all three are 0. NaN would make a checkpoint monitor's comparisons meaningless and an error
+        would end a training run over a validation set of proofs; 0 never wins a monitor, and `scored` 0 says why.
+        """
+        rows = self.total.clamp(min=1)
+        return {
+            "accuracy": self.correct.float() / rows,
+            "unparsed": self.unparsed.float() / rows,
+            "scored": self.total.float(),
+        }

@@ -1,0 +1,122 @@
+"""What must hold for any input."""
+
+import pytest
+import torch
+from torch import nn
+
+from dream_lightning.diffusion import corrupt, reduce_nll, token_nll, token_weights
+from dream_lightning.diffusion.denoiser import align, features
+
+MASK, EOS = 9, 8
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randint(0, 8, (6, 50), generator=generator)
+    maskable = torch.arange(50).expand(6, 50) >= torch.tensor([5, 10, 20, 49, 1, 30])[:, None]
+    return x_0, maskable, generator
+
+
+def test_only_maskable_positions_change(rows):
+    x_0, maskable, generator = rows
+    noised = corrupt(x_0, maskable, mask_token_id=MASK, t=torch.full((6,), 0.7), generator=generator)
+    assert not (noised.is_masked & ~maskable).any()
+    assert (noised.x_t[noised.is_masked] == MASK).all()
+    assert torch.equal(noised.x_t[~noised.is_masked], x_0[~noised.is_masked])
+
+
+def test_share_of_masks_is_t():
+    x_0 = torch.zeros(4, 20_000, dtype=torch.int64)
+    t = torch.tensor([0.05, 0.3, 0.8, 1.0])
+    generator = torch.Generator().manual_seed(1)
+    noised = corrupt(x_0, torch.ones_like(x_0, dtype=torch.bool), mask_token_id=MASK, t=t, generator=generator)
+    torch.testing.assert_close(noised.is_masked.float().mean(1), t, rtol=0, atol=0.015)
+
+
+def test_corrupt_refuses_missing_noise_and_wrong_shapes(rows):
+    x_0, maskable, _ = rows
+    with pytest.raises(ValueError, match=r"torch\.Generator"):
+        corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(6))
+    with pytest.raises(ValueError, match="maskable is"):
+        corrupt(x_0, maskable.long(), mask_token_id=MASK, t=torch.ones(6), u=torch.zeros(6, 50))
+
+
+def test_final_eos_run_is_one_unit_in_packed_rows():
+    """Two documents in a row, each ending in three eos; an eos inside the answer stays on its own."""
+    x_0 = torch.tensor([[1, 2, EOS, 3, EOS, EOS, EOS, 4, 5, EOS, EOS, EOS, 7, 7]])
+    places = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1, -1]])
+    maskable = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0]]).bool()
+    u = torch.tensor([[0.9, 0.9, 0.1, 0.9, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1]])
+    noised = corrupt(x_0, maskable, mask_token_id=MASK, t=torch.tensor([0.5]), u=u, eos_as_one=EOS, places=places)
+    assert noised.is_masked.long().tolist() == [[0, 0, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.8, 1.0])
+def test_cart_equals_the_dense_sum_and_stays_in_its_document(p):
+    generator = torch.Generator().manual_seed(2)
+    is_masked = torch.rand(3, 300, generator=generator) < 0.6
+    places = (torch.arange(300) // torch.tensor([300, 77, 50])[:, None]).expand(3, 300)
+    i, j = torch.meshgrid(torch.arange(300), torch.arange(300), indexing="ij")
+    kernel = torch.where(i == j, 0.0, 0.5 * p * (1 - p) ** ((i - j).abs() - 1).clamp(min=0).double())
+    same = places[:, :, None] == places[:, None, :]
+    dense = torch.einsum("ij,bij,bj->bi", kernel, same.double(), (~is_masked).double())
+    fast = token_weights(is_masked, torch.ones(3), weighting="cart", cart_p=p, places=places)
+    torch.testing.assert_close(fast.double(), dense, rtol=1e-5, atol=1e-7)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="original, linear, cart, none"):
+        token_weights(torch.ones(1, 2).bool(), torch.ones(1), weighting="cosine")
+    with pytest.raises(ValueError, match="maskable, masked, micro_batch"):
+        reduce_nll(torch.ones(2), torch.ones(2), normalizer="tokens")
+
+
+def test_the_sum_and_count_of_parts_are_those_of_the_whole():
+    nll, weight = torch.rand(10) + 0.1, torch.rand(10)
+    whole = reduce_nll(nll, weight, maskable_count=30)
+    parts = [reduce_nll(nll[s], weight[s], maskable_count=c) for s, c in ((slice(0, 3), 7), (slice(3, 10), 23))]
+    torch.testing.assert_close(parts[0].sum + parts[1].sum, whole.sum)
+    assert parts[0].count + parts[1].count == whole.count
+
+
+@pytest.mark.parametrize("normalizer", ["maskable", "masked", "micro_batch"])
+def test_nothing_masked_gives_zero_loss_and_zero_gradients(normalizer):
+    head = nn.Linear(4, 11)
+    hidden = torch.randn(2, 5, 4, requires_grad=True)
+    h = hidden[torch.zeros(2, 5).bool()]
+    nll = token_nll(h, head, torch.zeros(0, dtype=torch.int64))
+    terms = reduce_nll(nll, torch.zeros(0), maskable_count=0, normalizer=normalizer)
+    terms.mean.backward()
+    assert terms.mean == 0
+    assert (head.weight.grad == 0).all() and (hidden.grad == 0).all()
+
+
+def test_chunked_head_equals_the_plain_one():
+    torch.manual_seed(0)
+    head, plain_head = nn.Linear(8, 33), nn.Linear(8, 33)
+    plain_head.load_state_dict(head.state_dict())
+    h = torch.randn(50, 8, requires_grad=True)
+    g = h.detach().clone().requires_grad_()
+    targets, weight = torch.randint(0, 33, (50,)), torch.rand(50)
+    (token_nll(h, head, targets, chunk=7) * weight).sum().backward()
+    (nn.functional.cross_entropy(plain_head(g), targets, reduction="none") * weight).sum().backward()
+    torch.testing.assert_close(h.grad, g.grad)
+    torch.testing.assert_close(head.weight.grad, plain_head.weight.grad)
+
+
+class Echo:
+    """A denoiser whose hidden state at position i is i, to see which output predicts which token."""
+
+    lm_head = nn.Identity()
+
+    def model(self, x_t, attention_mask, position_ids):
+        return torch.arange(x_t.shape[1]).expand(x_t.shape)[..., None].float()
+
+
+def test_the_shift():
+    where = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]]).bool()
+    rows = features(Echo(), torch.zeros(2, 4, dtype=torch.int64), where)
+    assert rows[:, 0].tolist() == [0, 0, 2, 1]
+    full = align(torch.arange(4).view(1, 4, 1))
+    assert full.flatten().tolist() == [0, 0, 1, 2]

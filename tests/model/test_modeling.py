@@ -1,0 +1,186 @@
+"""The native Dream against the authors' numbers, and its official format."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from dream_lightning.model import DreamConfig, DreamModel
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "mask_token_id": 90,
+    "pad_token_id": 91,
+    "bos_token_id": 91,
+    "eos_token_id": 91,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    return load_file(shared("golden/dream-tiny/golden.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def golden_model(shared):
+    return DreamModel.from_pretrained(shared("golden/dream-tiny")).eval()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return DreamModel(DreamConfig(**SIZES)).eval()
+
+
+@pytest.mark.parametrize("case", ["full", "int mask", "bool mask", "square mask"])
+@torch.no_grad()
+def test_forward_equals_the_authors(golden, golden_model, case):
+    name = "full" if case == "full" else "leftpad"
+    mask, positions = None, None
+    if case != "full":
+        mask, positions = golden["forward.leftpad.attention_mask"], golden["forward.leftpad.position_ids"]
+        if case != "int mask":
+            mask = mask.bool()
+        if case == "square mask":
+            mask = mask[:, None, None, :] & mask[:, None, :, None]
+    logits = golden_model(golden[f"forward.{name}.input_ids"], mask, positions).logits
+    torch.testing.assert_close(logits, golden[f"forward.{name}.logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_dream_7b_has_the_official_names_shapes_and_size(shared):
+    folder = shared("data/dream-v0-instruct-7b")
+    config = DreamConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = DreamModel(config)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    state = model.state_dict()
+    assert state.keys() == index["weight_map"].keys()
+    assert sum(p.numel() for p in model.parameters()) == 7_615_616_512
+    assert 2 * sum(t.numel() for t in state.values()) == index["metadata"]["total_size"]
+
+
+def test_save_and_load_keep_every_bit(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = DreamModel.from_pretrained(tmp_path)
+    automatic = AutoModel.from_pretrained(tmp_path, trust_remote_code=False)
+    assert type(automatic) is DreamModel
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+        assert torch.equal(automatic.state_dict()[name], tensor)
+
+
+def test_saved_config_is_what_the_authors_read(model, tmp_path):
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    expected = {"model_type": "Dream", "architectures": ["DreamModel"], "torch_dtype": "bfloat16", "rope_theta": 1e6}
+    assert expected.items() <= config.items()
+    assert config["auto_map"]["AutoModel"] == "modeling_dream.DreamModel"
+    assert config["mask_token_id"] == 90
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation["mask_token_id"] == 90 and generation["eos_token_id"] == 91
+    assert DreamModel.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_labels_are_refused(model):
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="reads the answer"):
+        model(ids, labels=ids)
+
+
+def test_attention_sees_both_ways(model):
+    ids = torch.randint(0, 90, (1, 10))
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % 90
+    with torch.no_grad():
+        assert not torch.allclose(model(ids).logits[0, 0], model(changed).logits[0, 0])
+
+
+def test_gradient_checkpointing_changes_nothing(model):
+    ids = torch.randint(0, 90, (2, 12))
+    model.train()
+    model(ids).logits.sum().backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(ids).logits.sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, plain[name])
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 1, 6, 5), (1, 6)])
+def test_wrong_masks_are_refused(model, shape):
+    with pytest.raises(ValueError, match="attention_mask is"):
+        model(torch.zeros(2, 6, dtype=torch.int64), torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": 50}, "hidden_size is 50"),
+        ({"num_key_value_heads": 4}, "multiple of num_key_value_heads"),
+        ({"mask_token_id": 96}, "mask_token_id is 96"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+    ],
+)
+def test_impossible_configs_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        DreamConfig(**{**SIZES, **change})
+
+
+class TestBrokenFolders:
+    """Every way a checkpoint folder can be wrong has a message that says which."""
+
+    @pytest.fixture
+    def folder(self, model, tmp_path):
+        model.save_pretrained(tmp_path, max_shard_size="40KB")
+        return tmp_path
+
+    def test_missing_shard(self, folder):
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        shard.unlink()
+        with pytest.raises(ValueError, match=f"lacks 1 of its .*{shard.name}"):
+            DreamModel.from_pretrained(folder)
+
+    def test_torn_shard(self, folder):
+        shard = sorted(folder.glob("*.safetensors"))[0]
+        shard.write_bytes(shard.read_bytes()[:-100])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            DreamModel.from_pretrained(folder)
+
+    def test_other_vocabulary(self, folder):
+        config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 128}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"lm_head.weight is \[96, 48\], wanted \[128, 48\]"):
+            DreamModel.from_pretrained(folder)
+
+    def test_missing_and_unexpected_tensors(self, model, folder, tmp_path):
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        state = {k.replace("model.norm", "model.last_norm"): v for k, v in model.state_dict().items()}
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"missing: model.norm.weight; 1 tensors are unexpected: model.last_norm"):
+            DreamModel.from_pretrained(folder)
+
+    def test_no_weights_and_no_config(self, folder):
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        with pytest.raises(ValueError, match="holds no weights"):
+            DreamModel.from_pretrained(folder)
+        (folder / "config.json").unlink()
+        with pytest.raises(ValueError, match="no config.json"):
+            DreamModel.from_pretrained(folder)
+
+    def test_no_such_folder(self, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(ValueError, match="neither a folder here nor a hub id"):
+            DreamModel.from_pretrained("nobody/no-such-model")

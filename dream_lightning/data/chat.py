@@ -4,11 +4,12 @@ Prompt and response are tokenised separately and joined, as the authors' trainer
 `layout.py`. Of 91 s1K rows 13 fit 2,048 tokens, so what happens to the others is a named choice, never a silent cut.
 """
 
+import re
 from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.data.layout import Style, encode_prompt, plain_ids, response_text
+from dream_lightning.data.layout import Style, encode_prompt, response_text
 from dream_lightning.types import Document, Example
 
 __all__ = ["Encoded", "Overflow", "Style", "encode", "encode_prompt", "response_text"]
@@ -17,10 +18,12 @@ Overflow = Literal["drop", "error", "truncate_trace", "truncate_trace_else_drop"
 
 
 class Encoded(NamedTuple):
-    """A document that fits, or None for a dropped one, and the length before anything was cut or filled."""
+    """A document that fits, and how it came to."""
 
-    document: Document | None
-    full_length: int
+    document: Document | None  # None if dropped
+    prompt_length: int
+    full_length: int  # of prompt and response before anything was cut or filled
+    filled: int = 0  # eos added after the first one
 
 
 def encode(
@@ -44,17 +47,16 @@ def encode(
         system_prompt: replaces the record's system turn; None keeps it, or the template's own default.
         thinking: False trains on the answer alone.
         max_length: of prompt and response with eos, in tokens; None is no limit.
-        overflow: what happens to a longer document. `truncate_trace` shortens the thinking at its end and keeps
-            `</think>`, the answer and eos, and raises where that is not enough; `truncate_trace_else_drop` drops those
-            (1 of 91 s1K rows at 2,048 tokens, 30 at 1,024); `truncate_right` cuts whatever stands last, eos included, and so teaches the
-            model not to finish; `drop` gives None for every longer document; `error` raises.
+        overflow: what happens to a longer document. `truncate_trace` shortens the thinking at its end, keeps
+            `</think>`, the answer and eos, and raises where even that is too long; `truncate_trace_else_drop` drops
+            those (1 of 91 s1K rows at 2,048 tokens, 30 at 1,024); `truncate_right` cuts what stands last, eos included,
+            and so teaches the model not to finish; `drop` drops every longer document; `error` raises.
         eos_fill_to: a shorter response is filled with eos to this many tokens, as far as max_length allows.
         extra_weight: text → loss weight of the response tokens that overlap an occurrence of that text.
 
     Raises:
         ValueError: no response in the record; a document that overflow cannot make fit.
     """
-    eos = tokenizer.eos_token_id
     prompt_ids = encode_prompt(example, tokenizer, style=style, system_prompt=system_prompt)
     text = response_text(example, style=style, thinking=thinking)
     if not text.strip():
@@ -62,74 +64,83 @@ def encode(
             f"{example.origin} has no response to train on: name its column in response_column, or use the file for "
             "prediction only"
         )
-    response_ids = [*plain_ids(text, tokenizer), eos]
-    full_length = len(prompt_ids) + len(response_ids)
+    response = _Tokens.of(text, tokenizer).and_eos(tokenizer.eos_token_id)
+    full_length = len(prompt_ids) + len(response.ids)
     if max_length is not None and full_length > max_length:
         room = max_length - len(prompt_ids)
         if overflow == "drop":
-            return Encoded(None, full_length)
-        if overflow in ("truncate_trace", "truncate_trace_else_drop") and thinking and example.thinking:
-            text = _shorten_trace(example, tokenizer, style=style, room=room - 1)
-            response_ids = [*plain_ids(text, tokenizer), eos] if text else response_ids
-        elif overflow == "truncate_right":
-            response_ids = response_ids[: max(room, 0)]
-        if overflow == "truncate_trace_else_drop" and len(response_ids) > room:
-            return Encoded(None, full_length)
-        if not response_ids or len(response_ids) > room:
+            return Encoded(None, len(prompt_ids), full_length)
+        if overflow == "truncate_right":
+            response = response.first(room)
+        elif overflow != "error" and thinking and example.thinking:
+            response = _shorten_trace(response, example, tokenizer, style=style, room=room)
+        if overflow == "truncate_trace_else_drop" and len(response.ids) > room:
+            return Encoded(None, len(prompt_ids), full_length)
+        if not response.ids or len(response.ids) > room:
             raise ValueError(_too_long(example, full_length, len(prompt_ids), max_length, overflow))
-    weight = _weights(text, response_ids, tokenizer, extra_weight or {})
-    if eos_fill_to is not None and response_ids[-1] == eos:
+    filled = 0
+    if eos_fill_to is not None and response.ids[-1] == tokenizer.eos_token_id:
         limit = eos_fill_to if max_length is None else min(eos_fill_to, max_length - len(prompt_ids))
-        fill = max(limit - len(response_ids), 0)
-        response_ids, weight = response_ids + [eos] * fill, weight + [1.0] * fill
-    return Encoded(Document(example.id, prompt_ids, response_ids, weight), full_length)
+        filled = max(limit - len(response.ids), 0)
+    weight = _weights(response, extra_weight or {}) + [1.0] * filled
+    document = Document(example.id, prompt_ids, response.ids + [tokenizer.eos_token_id] * filled, weight)
+    return Encoded(document, len(prompt_ids), full_length, filled)
 
 
-def _shorten_trace(example: Example, tokenizer: PreTrainedTokenizerBase, *, style: Style, room: int) -> str:
-    """The response with the longest beginning of its thinking that fits `room` tokens; "" if none does.
+class _Tokens(NamedTuple):
+    """A text, its ids, and the first and last-plus-one character of each."""
 
-    The cut text is tokenised anew, so its ids are those of a text; merges across the cut can cost a token or two,
-    which the next round takes off.
+    text: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, text: str, tokenizer: PreTrainedTokenizerBase) -> "_Tokens":
+        encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        return cls(text, encoding["input_ids"], encoding["offset_mapping"])
+
+    def and_eos(self, eos_token_id: int) -> "_Tokens":
+        end = len(self.text)
+        return _Tokens(self.text, [*self.ids, eos_token_id], [*self.spans, (end, end)])
+
+    def first(self, count: int) -> "_Tokens":
+        """The first `count` tokens, or one or two fewer: a character of several tokens stays whole."""
+        count = max(count, 0)
+        while 0 < count < len(self.ids) and self.spans[count - 1][1] > self.spans[count][0]:
+            count -= 1
+        end = self.spans[count - 1][1] if count else 0
+        return _Tokens(self.text[:end], self.ids[:count], self.spans[:count])
+
+    def then(self, other: "_Tokens") -> "_Tokens":
+        moved = [(first + len(self.text), last + len(self.text)) for first, last in other.spans]
+        return _Tokens(self.text + other.text, self.ids + other.ids, self.spans + moved)
+
+
+def _shorten_trace(
+    response: _Tokens, example: Example, tokenizer: PreTrainedTokenizerBase, *, style: Style, room: int
+) -> _Tokens:
+    """The beginning of the thinking, and whole what follows it; longer than `room` only if no thinking is left.
+
+    What follows is tokenised by itself, so at the seam the ids can differ from those of the joined text; the text does
+    not. Tokenising the joined text anew until it fits cost three times as much.
     """
-    whole = response_text(example, style=style)
-    head = len("<think>\n") if style == "chat" else 0
-    tail = whole[head + len(example.thinking or "") :]
-    spans = _spans(whole, tokenizer)
-    kept, excess = sum(start < len(whole) - len(tail) for start, _ in spans), len(spans) - room
-    while excess > 0:
-        kept -= excess
-        end = max(spans[kept][0], head) if kept > 0 else head
-        text = whole[:end] + tail
-        excess = len(plain_ids(text, tokenizer)) - room
-        if end == head and excess > 0:
-            return ""
-    return text
+    head = "<think>\n" if style == "chat" else ""
+    tail = response.text[len(head) + len(example.thinking or "") :]
+    after = _Tokens.of(tail, tokenizer).and_eos(tokenizer.eos_token_id)
+    opening = _Tokens.of(head, tokenizer)
+    kept = response.first(room - len(after.ids))
+    return (kept if len(kept.text) >= len(head) else opening).then(after)
 
 
-def _weights(
-    text: str, response_ids: list[int], tokenizer: PreTrainedTokenizerBase, extra_weight: dict[str, float]
-) -> list[float]:
+def _weights(response: _Tokens, extra_weight: dict[str, float]) -> list[float]:
     """Loss weight of every response token; where two texts overlap, the later one in the dict counts."""
-    weight = [1.0] * len(response_ids)
-    wanted = {part: value for part, value in extra_weight.items() if part in text}
-    if not wanted:
-        return weight
-    spans = _spans(text, tokenizer)[: len(response_ids)]
-    for part, value in wanted.items():
-        start = text.find(part)
-        while start >= 0:
-            end = start + len(part)
-            for i, (first, last) in enumerate(spans):
-                if first < end and last > start:
+    weight = [1.0] * len(response.ids)
+    for part, value in extra_weight.items():
+        for found in re.finditer(re.escape(part), response.text):
+            for i, (first, last) in enumerate(response.spans):
+                if first < found.end() and last > found.start():
                     weight[i] = value
-            start = text.find(part, end)
     return weight
-
-
-def _spans(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    """First and last-plus-one character of every token."""
-    encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    return encoding["offset_mapping"]
 
 
 def _too_long(example: Example, full: int, prompt: int, max_length: int, overflow: Overflow) -> str:
@@ -138,4 +149,5 @@ def _too_long(example: Example, full: int, prompt: int, max_length: int, overflo
         return f"{got}: set overflow to truncate_trace or drop, or raise max_length"
     if overflow == "truncate_right":
         return f"{got}: the prompt alone leaves no room for a response; set overflow to drop, or raise max_length"
-    return f"{got}: it does not fit even without its thinking; set overflow to truncate_trace_else_drop, or raise max_length"
+    remedy = "set overflow to truncate_trace_else_drop or drop, or raise max_length"
+    return f"{got}: it does not fit even without its thinking; {remedy}"

@@ -5,7 +5,8 @@ models: `Question: …\\n\\nLet's think step by step.\\n`, then the thinking and
 
 Text never becomes a special token. The authors' tokenizer turns a question that contains `<|mask|>` into the mask
 token, which a masked-diffusion objective would then be asked to condition on; here `<|mask|>` in a record stays eight
-characters of text, and only the template writes special tokens. All other text gets exactly the authors' ids.
+characters of text, and only the template writes special tokens. All other text gets exactly the authors' ids, and so do
+their ordinary added tokens (`<tool_call>`, `<|fim_prefix|>`), which mean nothing to the objective.
 """
 
 import re

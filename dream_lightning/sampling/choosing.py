@@ -1,4 +1,4 @@
-"""Which token for a masked position, and which masked positions now. Pure functions; noise comes in as uniforms.
+"""Which token for a masked position, and which and how many positions now. Pure functions; noise comes in as uniforms.
 
 Formulas: `sample_tokens`, `top_p_logits`, `top_k_logits` of the authors' generation_utils.py. All in float32.
 """
@@ -10,6 +10,18 @@ from dream_lightning.sampling.params import Algorithm
 
 # Positions handled at a time: a float32 [256, 152064] temporary is 156 MB, and a few of them live at once.
 _POSITIONS = 256
+
+
+def fill_shares(steps: int, eps: float) -> Tensor:
+    """Share of the remaining masks to fill at every step: 1 − tᵢ₊₁/tᵢ with t from 1 to eps in equal steps, last 1.
+
+    Returns:
+        [S] float32 on the CPU, whatever the model's device, so that rounding never differs.
+    """
+    t = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
+    shares = 1 - t[1:] / t[:-1]
+    shares[-1] = 1
+    return shares
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -86,7 +98,7 @@ def confidence_of(probs: Tensor, tokens: Tensor, alg: Algorithm) -> Tensor:
 
 def candidates(
     logits: Tensor,
-    uniforms: Tensor,
+    uniforms: Tensor | None,
     *,
     alg: Algorithm,
     temperature: float = 0.0,
@@ -98,37 +110,48 @@ def candidates(
 
     Args:
         logits: [M, V], already aligned with the positions they predict.
-        uniforms: [M] float32 in [0, 1); used above temperature 0.
+        uniforms: [M] float32 in [0, 1); None at temperature 0.
         forbidden: a token that must not be chosen.
 
     Returns:
         tokens [M] int64 (at temperature 0 the argmax, the lowest id of a tie) and confidences [M] float32.
     """
     tokens, confidences = [], []
-    for some_logits, some_uniforms in zip(logits.split(_POSITIONS), uniforms.split(_POSITIONS), strict=True):
+    for start in range(0, len(logits), _POSITIONS):
+        part = slice(start, start + _POSITIONS)
+        some = logits[part]  # [≤ 256, V]
         if forbidden is not None:
-            some_logits = some_logits.index_fill(1, torch.tensor(forbidden, device=logits.device), -torch.inf)
-        probs = token_probabilities(some_logits, temperature=temperature, top_p=top_p, top_k=top_k)
-        tokens.append(draw(probs, some_uniforms) if temperature > 0 else probs.max(-1).indices)
+            some = some.index_fill(1, torch.tensor(forbidden, device=some.device), -torch.inf)
+        probs = token_probabilities(some, temperature=temperature, top_p=top_p, top_k=top_k)
+        tokens.append(draw(probs, uniforms[part]) if temperature > 0 else probs.max(-1).indices)
         confidences.append(confidence_of(probs, tokens[-1], alg))
     return torch.cat(tokens), torch.cat(confidences)
 
 
-def most_confident(confidence: Tensor, counts: Tensor) -> Tensor:
-    """The `counts[b]` largest confidences of every row; of a tie, the leftmost.
+def choose_positions(confidence: Tensor, where: Tensor, masks: Tensor, counts: Tensor) -> Tensor:
+    """The most confident positions of every row; of a tie, the leftmost.
 
     Ties are common: a trained model gives float32 probability 1.0 to many positions of an eos tail.
 
     Args:
-        confidence: [B, L], −inf where a position must not be chosen.
-        counts: [B] int64, at most the number of positions above −inf.
+        confidence: [M], of the True positions of `where` in reading order.
+        where: [B, L] bool.
+        masks: [B] int64 on the CPU, the True positions of every row.
+        counts: [B] int64 on the CPU, how many to choose. If one exceeds the row's masks, all counts must be equal,
+            and the row gets positions outside `where` as well: those that the authors' topk over −inf happens to
+            return, see `sampler.reverse_process`.
 
     Returns:
         [B, L] bool.
     """
-    order = confidence.argsort(dim=-1, descending=True, stable=True)  # [B, L]
-    first = torch.arange(confidence.shape[1], device=confidence.device) < counts[:, None]
-    return torch.zeros_like(first).scatter(-1, order, first)
+    everywhere = torch.full(where.shape, -torch.inf, dtype=confidence.dtype, device=where.device)
+    everywhere = everywhere.masked_scatter(where, confidence)  # [B, L]
+    if (counts > masks).any():
+        assert (counts == counts[0]).all()
+        return torch.zeros_like(where).scatter(1, everywhere.topk(int(counts[0])).indices, True)
+    order = everywhere.argsort(dim=-1, descending=True, stable=True)  # [B, L]
+    first = torch.arange(where.shape[1], device=where.device) < counts.to(where.device)[:, None]
+    return torch.zeros_like(where).scatter(1, order, first)
 
 
 def perturb(confidence: Tensor, alg_temp: float, uniforms: Tensor) -> Tensor:

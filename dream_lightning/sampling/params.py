@@ -34,7 +34,9 @@ class SamplingParams:
     top_p: float | None = None
     """Keep the fewest most probable tokens whose probabilities sum to more than this. None or 1 keeps all."""
     top_k: int | None = None
-    """Keep the k most probable tokens, and any that tie with the last of them. None keeps all."""
+    """Keep the k most probable tokens, and any that tie with the last of them. None keeps all. The authors' own calls
+    run with 50 unless they pass something else: transformers 4.46 puts top_k = 50 into every config, and
+    `diffusion_generate` without a generation_config reads it from there. It changes the order at temperature 0, too."""
     alg_temp: float | None = None
     """Above 0, positions are drawn from softmax(confidence / alg_temp) instead of taken from the top. None or 0: off.
     Without meaning for `origin`, whose order is random anyway."""
@@ -99,8 +101,8 @@ def prepare(
 
     Raises:
         ValueError: a shape or dtype is wrong, an id is outside the vocabulary, padding is not on the left, a row has
-            no real token, prompt and answer are longer than the model's context, the prompt contains masks without
-            `infill`, or there is nothing to fill.
+            no real token or is padded with masks, prompt and answer are longer than the model's context, the prompt
+            contains masks without `infill`, or there is nothing to fill.
     """
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}, wanted [B, P] with at least one row and token")
@@ -128,6 +130,8 @@ def prepare(
             f"input_ids contains the mask token {config.mask_token_id} {int(masks)} times: pass infill=True to fill "
             "these positions too, or escape special tokens in the prompt's text"
         )
+    if ((input_ids == config.mask_token_id) & ~prompt_is_real).any():
+        raise ValueError("input_ids is padded with the mask token: pad with another one, such as the pad token")
     if sample_ids is None:
         sample_ids = torch.arange(batch)
     if sample_ids.shape != (batch,) or sample_ids.dtype != torch.int64:

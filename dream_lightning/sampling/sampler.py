@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dream_lightning.diffusion import denoiser
 from dream_lightning.diffusion.noise import uniform
-from dream_lightning.sampling.choosing import candidates, most_confident, perturb
+from dream_lightning.sampling.choosing import candidates, choose_positions, fill_shares, perturb
 from dream_lightning.sampling.params import Canvas, SamplingParams, prepare
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x_t [B, L], where [B, L] bool → logits [M, V] for the True positions
@@ -115,9 +115,8 @@ def reverse_process(
 ) -> Iterator[Tensor]:
     """The steps of denoising over any predictor; yields x [B, L] after each.
 
-    With t₀ = 1 … t_S = eps evenly spaced, step i fills a share 1 − tᵢ₊₁/tᵢ of the positions that are still masked,
-    and the last step all of them. Masked positions are looked up again at every step, for a model may predict the
-    mask token itself.
+    Step i fills `fill_shares[i]` of the positions that are still masked. These are looked up again at every step, for
+    a model may predict the mask token itself.
 
     In that case, and at temperature 0, where a run of the authors' code is reproducible, we follow it to the token:
     the number to fill is an average over the batch's rows, and a row with fewer masks than that gets other positions
@@ -134,11 +133,11 @@ def reverse_process(
     Raises:
         ValueError: a confidence is not finite.
     """
-    x, shares = canvas.x, _shares(params)
+    x, shares = canvas.x, fill_shares(params.steps, params.eps)
     as_authors = not (params.forbid_mask or uneven or params.temperature > 0 or params.alg_temp)
     masks = counts = None  # [B] on the host: how many positions are masked, how many of them to fill now
     for step in range(params.steps):
-        where = (x == mask_token_id) & canvas.real  # [B, L], what to predict
+        where = x == mask_token_id  # [B, L], what to predict
         if params.alg == "origin":
             where &= _noise(canvas, params.seed, step, _ORDER) < shares[step].item()
             idle = not where.any()
@@ -154,9 +153,10 @@ def reverse_process(
             yield x
             continue
 
+        logits = predict(x, where)  # [M, V]
         tokens, confidence = candidates(
-            predict(x, where),
-            _noise(canvas, params.seed, step, _TOKEN)[where],
+            logits,
+            _noise(canvas, params.seed, step, _TOKEN)[where] if params.temperature > 0 else None,
             alg=params.alg,
             temperature=params.temperature,
             top_p=params.top_p,
@@ -172,32 +172,15 @@ def reverse_process(
         if params.alg != "origin":
             if params.alg_temp:
                 confidence = perturb(confidence, params.alg_temp, _noise(canvas, params.seed, step, _ORDER)[where])
-            chosen = _choose(confidence, where, masks, counts)
+            chosen = choose_positions(confidence, where, masks, counts)
         proposal = torch.full_like(x, mask_token_id).masked_scatter(where, tokens)  # [B, L]
         x = torch.where(chosen, proposal, x)
         yield x
 
 
-def _choose(confidence: Tensor, where: Tensor, masks: Tensor, counts: Tensor) -> Tensor:
-    """Spread confidences [M] over `where` [B, L] and take `counts` [B] of every row's `masks` [B] → [B, L] bool."""
-    everywhere = torch.full(where.shape, -torch.inf, dtype=confidence.dtype, device=where.device)
-    everywhere = everywhere.masked_scatter(where, confidence)  # [B, L]
-    if (counts > masks).any():  # only as_authors: their topk then also takes positions at −inf
-        return torch.zeros_like(where).scatter(1, everywhere.topk(int(counts[0])).indices, True)
-    return most_confident(everywhere, counts.to(where.device))
-
-
 def _noise(canvas: Canvas, seed: int, step: int, purpose: int) -> Tensor:
     """Uniform numbers [B, L] of the rows' samples at this step."""
     return uniform(seed, canvas.sample_ids[:, None], step, canvas.positions, purpose)
-
-
-def _shares(params: SamplingParams) -> Tensor:
-    """Share of the remaining masks to fill at every step, [S] float32; 1 at the last. On the CPU on every machine."""
-    t = torch.linspace(1, params.eps, params.steps + 1, dtype=torch.float32)
-    shares = 1 - t[1:] / t[:-1]
-    shares[-1] = 1
-    return shares
 
 
 @contextmanager

@@ -170,9 +170,8 @@ def _words(answer: str, other: str) -> str | None:
         return choice[1].casefold()  # "(B) 3.719 Bq" where "B" is asked
     if re.search(r"[\d\\^_=+*/<>|{}]|(?<![A-Za-z]{2})-|-(?![A-Za-z]{2})", text) or not re.search("[A-Za-z]", text):
         return None
-    text = (
-        re.sub(r"\b(?:and|or)\b", " ", text) if re.fullmatch(r"\W*[A-J]\b(?:\W|\b(?:and|or|[A-J])\b)*", text) else text
-    )
+    if re.fullmatch(r"\W*[A-J]\b(?:\W|\b(?:and|[A-J])\b)*", text):
+        text = text.replace("and", "")
     plain = "".join(c for c in text.casefold() if c.isalnum())
     return TRUTH.get(plain, plain)
 
@@ -218,14 +217,11 @@ class _SymbolicChecker:
         with self._lock:
             process = self._running()
             process.stdin.write(json.dumps([gold, target]).encode() + b"\n")
-            if not select.select([process.stdout], [], [], CHECK_SECONDS)[0] or not (
-                reply := process.stdout.readline()
-            ):
+            in_time = select.select([process.stdout], [], [], CHECK_SECONDS)[0]
+            reply = process.stdout.readline() if in_time else b""
+            if not reply:  # out of time, or out of memory and gone
                 self.stop()
-                logger.warning(
-                    "no verdict within %g s, counted as different: %.80r, %.80r", CHECK_SECONDS, target, gold
-                )
-                return False
+                logger.warning("no verdict within %g s, counted as different: %.80r %.80r", CHECK_SECONDS, target, gold)
             return reply == b"1\n"
 
     def _running(self) -> "subprocess.Popen[bytes]":

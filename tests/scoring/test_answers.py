@@ -81,7 +81,8 @@ def test_extract_answer(text, expected):
     "text",
     [
         "\\boxed{" * 5000, "\n" * 50_000, "the answer is " * 5000, "the answer is a" + " " * 50_000 + "b",
-        "1," * 30_000,         "9" * 50_000, "- " * 30_000, "{" * 50_000, "<think>" * 10_000, "#" * 50_000, "answer:\n" * 5000, "$" * 50_000,
+        "1," * 30_000, "9" * 50_000, "- " * 30_000, "{" * 50_000, "<think>" * 10_000, "#" * 50_000,
+        "answer:\n" * 5000, "$" * 50_000,
     ],
 )  # fmt: skip
 def test_extraction_is_not_quadratic_in_hostile_text(text):

@@ -1,0 +1,294 @@
+"""The LightningDataModule: from a source of records to batches of noise-addressed rows and of questions."""
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dream_lightning.data.chat import Overflow, Style, encode_prompt
+from dream_lightning.data.order import ResumableLoader, Row, RowSampler
+from dream_lightning.data.packing import DrawnRow, collate, collate_with_cutoff, pack
+from dream_lightning.data.records import Schema, Trace, read_examples
+from dream_lightning.data.subsets import first, fraction_of, split
+from dream_lightning.data.tokenization import TokenizedSet, tokenize
+from dream_lightning.types import Document, Draw, Example, PromptBatch
+
+
+class S1KDataModule(L.LightningDataModule):
+    """s1K, s1K-1.1, chats or prompt/response records, for training, validation and questioning.
+
+    Args:
+        source: training records: a .jsonl, .json, .parquet or .csv file, a folder of them or of `save_to_disk`, a hub
+            id such as simplescaling/s1K-1.1, or `bundled` for the package's own arithmetic set.
+        tokenizer: of the model; the command line takes it from there.
+        validation_source: a source of its own for validation; None splits `validation_fraction` off `source`.
+        validation_fraction: share of `source` held out, whole questions, chosen by `seed`.
+        predict_source: questions for `predict`; None asks the validation questions.
+        schema: how a record is read; `auto` goes by its columns.
+        trace: whose thinking to take from s1K-1.1.
+        prompt_column: column of the question in prompt/response records; None finds the usual names.
+        response_column: column of the response; None finds the usual names.
+        reference_column: column that predictions are scored against; None finds the usual names.
+        filters: column → values that a record must have one of, such as {cot_type: [math]}.
+        first_n: only the first records of the training set.
+        fraction: only a fixed random part of the training set.
+        style: `chat` uses the tokenizer's template; `plain` is "Question: … Let's think step by step. …".
+        system_prompt: replaces the record's or the template's.
+        thinking: False trains on answers alone.
+        max_length: of prompt and response in tokens; also the length of a packed row.
+        overflow: what happens to longer documents: `truncate_trace` (shorten the thinking, keep answer and eos),
+            `drop`, `error`, or `truncate_right` (cuts the answer off, as others do).
+        eos_fill_to: fill shorter responses with eos to this many tokens; teaches the model to stop.
+        extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}.
+        batch_size: rows a micro-batch and process; questions a batch in generation.
+        packing: put several whole documents into a row.
+        batch_cutoff: the authors' collation: cut or fill all responses of a micro-batch to one drawn length.
+        validation_draws: how often each validation document is noised, at evenly spread t; more lowers the noise of
+            `val/nll`.
+        validation_questions: how many validation questions are answered and scored at every validation.
+        num_workers: processes that prepare batches.
+        cache_dir: where tokenised sets are kept.
+        seed: of the split and of the epochs' order.
+
+    Raises:
+        ValueError: an option out of its range, or two that exclude each other; later, at setup, whatever is wrong with
+            the records.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        validation_source: str | None = None,
+        validation_fraction: float = 0.1,
+        predict_source: str | None = None,
+        schema: Schema = "auto",
+        trace: Trace = "deepseek",
+        prompt_column: str | None = None,
+        response_column: str | None = None,
+        reference_column: str | None = None,
+        filters: dict[str, list[str]] | None = None,
+        first_n: int | None = None,
+        fraction: float | None = None,
+        style: Style = "chat",
+        system_prompt: str | None = None,
+        thinking: bool = True,
+        max_length: int = 8192,
+        overflow: Overflow = "truncate_trace",
+        eos_fill_to: int | None = None,
+        extra_weight: dict[str, float] | None = None,
+        batch_size: int = 1,
+        packing: bool = False,
+        batch_cutoff: bool = False,
+        validation_draws: int = 1,
+        validation_questions: int = 32,
+        num_workers: int = 0,
+        cache_dir: str = "~/.cache/dream_lightning",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if packing and batch_cutoff:
+            raise ValueError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("validation_draws", validation_draws, 1),
+            ("validation_questions", validation_questions, 0),
+            ("max_length", max_length, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}, wanted at least {least}")
+        self.source, self.tokenizer = source, tokenizer
+        self.validation_source, self.validation_fraction = validation_source, validation_fraction
+        self.question_source = predict_source or f"validation part of {validation_source or source}"
+        self.predict_source, self.first_n, self.fraction = predict_source, first_n, fraction
+        self.reading: dict[str, Any] = {
+            "schema": schema,
+            "trace": trace,
+            "prompt_column": prompt_column,
+            "response_column": response_column,
+            "reference_column": reference_column,
+            "filters": filters,
+        }
+        self.prompting = {"style": style, "system_prompt": system_prompt}
+        self.encoding = {
+            **self.prompting,
+            "thinking": thinking,
+            "max_length": max_length,
+            "overflow": overflow,
+            "eos_fill_to": eos_fill_to,
+            "extra_weight": extra_weight,
+        }
+        self.max_length, self.batch_size, self.packing, self.batch_cutoff = max_length, batch_size, packing, batch_cutoff
+        self.validation_draws, self.validation_questions = validation_draws, validation_questions
+        self.num_workers, self.cache_dir, self.seed = num_workers, cache_dir, seed
+        self.train_set: TokenizedSet | None = None
+        self.validation_set: TokenizedSet | None = None
+        self.questions: list[Example] = []
+        self._answered: Collection[str] = ()
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def prepare_data(self) -> None:
+        """Read and tokenise once, on one process of a machine; the others find the result in the cache."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            for examples in self.read():
+                self.tokenized(examples)
+
+    def read(self) -> tuple[list[Example], list[Example]]:
+        """Training and validation examples."""
+        examples = read_examples(self.source, split="train", **self.reading)
+        if self.validation_source is None:
+            training, validation = split(examples, validation_fraction=self.validation_fraction, seed=self.seed)
+        else:
+            training = examples
+            validation = read_examples(self.validation_source, split="validation", **self.reading)
+        if self.first_n is not None:
+            training = first(training, self.first_n)
+        if self.fraction is not None:
+            training = fraction_of(training, self.fraction)
+        return training, validation
+
+    def tokenized(self, examples: Sequence[Example]) -> TokenizedSet:
+        """Documents of the examples, from the cache where they are there."""
+        return tokenize(examples, self.tokenizer, cache_dir=self.cache_dir, **self.encoding)
+
+    def setup(self, stage: str) -> None:
+        """Read, split and tokenise what the stage needs."""
+        if stage == "predict":
+            if self.predict_source is not None:
+                self.questions = read_examples(self.predict_source, split="test", **self.reading)
+            else:
+                self.questions = self.read()[1]
+            return
+        if self.validation_set is not None:
+            return
+        training, validation = self.read()
+        self.questions = [e for e in validation if e.reference is not None][: self.validation_questions]
+        self.validation_set = self.tokenized(validation)
+        if stage == "fit":
+            self.train_set = self.tokenized(training)
+            rank_zero_info(_summary("training", self.train_set))
+        rank_zero_info(_summary("validation", self.validation_set))
+
+    def skip_questions(self, ids: Collection[str]) -> None:
+        """Leave these out of `predict`: they are answered already."""
+        self._answered = set(ids)
+
+    # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of the epoch's order, resumable in the middle."""
+        sampler = self._sampler(self._rows(self.train_set), shuffle=True, seed=self.seed)
+        return ResumableLoader(
+            DrawnDocuments(self.train_set),
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=self._collate(),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Documents to score by likelihood, and questions to answer."""
+        sampler = self._sampler(self._rows(self.validation_set), shuffle=False, repeats=self.validation_draws)
+        likelihood = DataLoader(
+            DrawnDocuments(self.validation_set),
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
+        )
+        return [likelihood, self._question_loader(self.questions)] if self.questions else [likelihood]
+
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> DataLoader | list:
+        """The questions that have no answer yet."""
+        open_questions = [e for e in self.questions if e.id not in self._answered]
+        if self._answered:
+            rank_zero_info(f"{len(self.questions) - len(open_questions)} of {len(self.questions)} are answered already")
+        return self._question_loader(open_questions) if open_questions else []
+
+    def _rows(self, documents: TokenizedSet) -> list[list[int]]:
+        if self.packing:
+            return pack(documents.lengths.tolist(), self.max_length)
+        return [[i] for i in range(len(documents))]
+
+    def _sampler(self, rows: list[list[int]], **options: Any) -> RowSampler:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return RowSampler(rows, batch_size=self.batch_size, rank=rank, world_size=world_size, **options)
+
+    def _collate(self) -> Any:
+        pad = self.tokenizer.pad_token_id
+        if self.batch_cutoff:
+            eos = self.tokenizer.eos_token_id
+            return partial(collate_with_cutoff, pad_token_id=pad, eos_token_id=eos, seed=self.seed)
+        return partial(collate, pad_token_id=pad)
+
+    def _question_loader(self, questions: list[Example]) -> DataLoader:
+        sampler = self._sampler([[i] for i in range(len(questions))], shuffle=False)
+        prompts = DrawnPrompts(questions, self.tokenizer, self.prompting)
+        return DataLoader(prompts, batch_size=self.batch_size, sampler=sampler, collate_fn=prompts.collate)
+
+
+class DrawnDocuments(Dataset):
+    """Looks rows of draws up: what a worker process holds."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, row: Row) -> DrawnRow:
+        return [(draw, self.documents[draw.index]) for draw in row]
+
+
+class DrawnPrompts(Dataset):
+    """Questions as ids, without their answers."""
+
+    def __init__(
+        self, questions: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompting: dict[str, Any]
+    ) -> None:
+        self.questions, self.tokenizer, self.prompting = questions, tokenizer, prompting
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, row: Row) -> tuple[Draw, Example, list[int]]:
+        (draw,) = row
+        example = self.questions[draw.index]
+        return draw, example, encode_prompt(example, self.tokenizer, **self.prompting)
+
+    def collate(self, items: Sequence[tuple[Draw, Example, list[int]]]) -> PromptBatch:
+        """Pad on the left to the longest prompt."""
+        length = max(len(ids) for _, _, ids in items)
+        input_ids = torch.full((len(items), length), self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros(len(items), length, dtype=torch.bool)
+        for b, (_, _, ids) in enumerate(items):
+            input_ids[b, length - len(ids) :] = torch.tensor(ids)
+            attention_mask[b, length - len(ids) :] = True
+        return PromptBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            sample_ids=torch.tensor([draw.index for draw, _, _ in items]),
+            counted=torch.tensor([draw.counted for draw, _, _ in items]),
+            examples=[example for _, example, _ in items],
+        )
+
+
+def _summary(name: str, documents: TokenizedSet) -> str:
+    shortened = int((documents.cut_tokens > 0).sum())
+    return (
+        f"{name}: {len(documents):,} documents, {int(documents.lengths.sum()):,} tokens, longest "
+        f"{int(documents.lengths.max()):,}; {shortened:,} shortened by {int(documents.cut_tokens.sum()):,} tokens, "
+        f"{documents.dropped:,} dropped"
+    )
+
+

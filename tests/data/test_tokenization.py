@@ -1,0 +1,118 @@
+"""A set of documents: the same as one by one, in any number of processes, and computed once."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dream_lightning.data import tokenization
+from dream_lightning.data.chat import encode
+from dream_lightning.data.tokenization import tokenize
+from dream_lightning.model.tokenizer import load_tokenizer
+from dream_lightning.types import Example
+
+BYTES = load_tokenizer("bytes")
+
+
+def examples(count=12):
+    generator = random.Random(0)
+    return [
+        Example(
+            f"x-{i}",
+            ({"role": "user", "content": f"{i}+{i}?"},),
+            "so " * generator.randrange(1, 60) if i % 3 else None,
+            str(2 * i),
+            None,
+            f"train.jsonl, row {i + 1}",
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_length": 120},
+        {"max_length": 120, "overflow": "drop"},
+        {"max_length": 120, "overflow": "truncate_right"},
+        {"style": "plain", "system_prompt": "S", "eos_fill_to": 50},
+        {"extra_weight": {"</think>": 2.0}},
+        {"thinking": False},
+    ],
+)
+def test_set_equals_one_by_one(options):
+    alone = [encode(example, BYTES, **options) for example in examples()]
+    got = tokenize(examples(), BYTES, **options)
+    assert list(got) == [one.document for one in alone if one.document is not None]
+    assert got.dropped == sum(one.document is None for one in alone)
+    assert got.lengths.tolist() == [len(document) for document in got]
+    assert got.full_length.tolist() == [one.full_length for one in alone]
+    assert got.prompt_length.tolist() == [one.prompt_length for one in alone]
+    assert got.filled.tolist() == [one.filled for one in alone]
+    whole = tokenize(examples(), BYTES, **{**options, "max_length": None, "eos_fill_to": None})
+    unfilled = got.lengths.sum() - got.filled.sum()
+    assert got.cut_tokens.sum() == whole.lengths[got.is_kept].sum() - unfilled
+    assert (got.cut_tokens >= 0).all() and np.array_equal(got.kept, np.flatnonzero(got.is_kept))
+
+
+def test_number_of_processes_changes_nothing():
+    assert list(tokenize(examples(), BYTES, num_proc=2)) == list(tokenize(examples(), BYTES, num_proc=1))
+
+
+def test_second_call_reads_the_cache(tmp_path, monkeypatch):
+    computed = tokenize(examples(), BYTES, max_length=120, extra_weight={"2": 2.0}, cache_dir=tmp_path)
+    monkeypatch.setattr(tokenization, "encode", None)
+    read = tokenize(examples(), BYTES, max_length=120, extra_weight={"2": 2.0}, cache_dir=tmp_path, num_proc=4)
+    assert list(read) == list(computed)
+    assert read.cut_tokens.tolist() == computed.cut_tokens.tolist()
+    assert [path.name[:10] for path in tmp_path.iterdir()] == ["documents-"]
+
+
+def test_whatever_changes_documents_changes_the_place_in_the_cache(tmp_path):
+    template = load_tokenizer("bytes")
+    template.chat_template += " "
+    vocabulary = load_tokenizer("bytes")
+    vocabulary.add_tokens(["so"])
+    changed = [
+        (examples(11), BYTES, {}),
+        ([*examples(11), replace(examples()[11], answer="other")], BYTES, {}),
+        (examples()[::-1], BYTES, {}),
+        (examples(), template, {}),
+        (examples(), vocabulary, {}),
+        (examples(), BYTES, {"style": "plain"}),
+        (examples(), BYTES, {"system_prompt": "S"}),
+        (examples(), BYTES, {"thinking": False}),
+        (examples(), BYTES, {"max_length": 200}),
+        (examples(), BYTES, {"max_length": 200, "overflow": "drop"}),
+        (examples(), BYTES, {"eos_fill_to": 50}),
+        (examples(), BYTES, {"extra_weight": {"so": 2.0}}),
+        (examples(), BYTES, {"extra_weight": {"so": 3.0}}),
+    ]
+    tokenize(examples(), BYTES, cache_dir=tmp_path)
+    for number, (given, tokenizer, options) in enumerate(changed):
+        tokenize(given, tokenizer, cache_dir=tmp_path, **options)
+        assert len(list(tmp_path.iterdir())) == number + 2
+
+
+def test_a_process_that_comes_second_takes_the_first_ones_result(tmp_path):
+    first = tokenize(examples(), BYTES, cache_dir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    tokenization._save(first._table, folder)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert list(tokenize(examples(), BYTES, cache_dir=tmp_path)) == list(first)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_errors_name_the_row(num_proc):
+    bad = [*examples(5), replace(examples()[0], answer="", origin="train.jsonl, row 17")]
+    with pytest.raises(ValueError, match=r"train.jsonl, row 17 has no response"):
+        tokenize(bad, BYTES, num_proc=num_proc)
+
+
+def test_nothing_to_tokenize_and_nothing_left():
+    with pytest.raises(ValueError, match="no examples"):
+        tokenize([], BYTES)
+    with pytest.raises(ValueError, match=r"all 12 documents are longer than max_length 10 .* raise max_length"):
+        tokenize(examples(), BYTES, max_length=10, overflow="drop")

@@ -1,5 +1,6 @@
 """LightningCLI over DreamModule and S1KDataModule."""
 
+import warnings
 from pathlib import Path
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -8,7 +9,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from dream_lightning.data import S1KDataModule
 from dream_lightning.module import DreamModule
 
-BASE = Path(__file__).with_name("base.yaml")
+# In a folder of its own: jsonargparse starts Python there, where our types.py would stand in for the library's
+BASE = Path(__file__).parent / "defaults" / "base.yaml"
 
 
 class DreamCLI(LightningCLI):
@@ -30,6 +32,12 @@ class DreamCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "autosave")
 
 
+# True elsewhere, not here: batches are made in microseconds from memory-mapped ids, and two of Lightning's own calls.
+_NOISE = ("does not have many workers", "isinstance.treespec, LeafSpec", "exists and is not empty")
+
+
 def main() -> None:
     """Entry point of `python -m dream_lightning`."""
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", f".*{message}")
     DreamCLI()

@@ -25,6 +25,7 @@ from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, Predic
 # this factor, a power of two (so exact), which keeps them near one.
 _GRADIENT_SCALE = 2.0**-10
 _QUARTILES = 4
+_SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
 class DreamModule(L.LightningModule):
@@ -133,9 +134,12 @@ class DreamModule(L.LightningModule):
         known = {f.name for f in fields(DreamConfig)}
         if unknown := sorted(set(self.new_model) - known):
             raise ValueError(f"new_model has {', '.join(unknown)}; a Dream's sizes are {', '.join(sorted(known))}")
+        if missing := sorted(_SIZES - set(self.new_model)):
+            raise ValueError(f"new_model lacks {', '.join(missing)}: name every size, a new Dream has no default ones")
         special = {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("mask", "pad", "bos", "eos")}
         vocab_size = -(-len(self.tokenizer) // 64) * 64  # whole tiles for the head's matrix product
-        return DreamConfig(**{"vocab_size": vocab_size, **special, **self.new_model})
+        heads = {"num_key_value_heads": self.new_model["num_attention_heads"]}
+        return DreamConfig(**{"vocab_size": vocab_size, **heads, **special, **self.new_model})
 
     # ── the objective ────────────────────────────────────────────────────────────────────────────────────────────
 

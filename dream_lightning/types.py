@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Document:
-    """One example as token ids. The response ends with at least one eos."""
+    """One example as token ids. The response ends with eos, unless `truncate_right` cut it off."""
 
     id: str
     prompt_ids: list[int]

@@ -1,5 +1,6 @@
 """Paths to material that is not ours to ship: golden numbers and real rows."""
 
+import json
 import os
 from pathlib import Path
 
@@ -19,3 +20,32 @@ def shared_path(relative: str) -> Path:
 def shared():
     """`shared("golden/tokenizer.json")` → its path, or skip with the reason."""
     return shared_path
+
+
+def addition_rows(count: int, *, start: int = 0) -> list[dict]:
+    """s1K-shaped rows with traces of different lengths."""
+    rows = []
+    for i in range(start, start + count):
+        a, b = 7 * i % 100, 13 * i % 100
+        rows.append(
+            {
+                "question": f"{a} + {b} = ? ({i})",
+                "solution": str(a + b),
+                "cot_type": "math",
+                "source_type": "sum",
+                "thinking_trajectories": ["carry " * (i % 5 + 1) + str(a + b)],
+                "attempt": rf"\boxed{{{a + b}}}",
+            }
+        )
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """A file of 40 s1K-shaped rows."""
+    return write_jsonl(tmp_path / "sums.jsonl", addition_rows(40))

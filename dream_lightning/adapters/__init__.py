@@ -1,0 +1,29 @@
+"""Adapters on a frozen base: LoRA through PEFT, the base in 4 bits through bitsandbytes."""
+
+from dream_lightning.adapters.lora import (
+    LoraParams,
+    ParameterCount,
+    adapter_state,
+    add_lora,
+    load_adapter_state,
+    merge_lora,
+    save_peft_folder,
+    trainable_summary,
+)
+from dream_lightning.adapters.quantization import base_hash, check_base, is_4bit, load_4bit, quantize_layers
+
+__all__ = [
+    "LoraParams",
+    "ParameterCount",
+    "adapter_state",
+    "add_lora",
+    "base_hash",
+    "check_base",
+    "is_4bit",
+    "load_4bit",
+    "load_adapter_state",
+    "merge_lora",
+    "quantize_layers",
+    "save_peft_folder",
+    "trainable_summary",
+]

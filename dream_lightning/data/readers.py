@@ -11,6 +11,10 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from dream_lightning.data.sample_set import sample_rows
+
+BUNDLED = "bundled"  # the source's name of the package's own set
+
 
 class Row(NamedTuple):
     """One raw record. `number` counts from 1; in a .jsonl file it is the line."""
@@ -26,7 +30,7 @@ class Row(NamedTuple):
 
 
 def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
-    """Rows of a .jsonl, .json, .parquet or .csv file, of a folder, or of a hub data set.
+    """Rows of a .jsonl, .json, .parquet or .csv file, of a folder, or of a hub data set; `bundled` gives `sample_set`.
 
     A folder is either one that `datasets.save_to_disk` wrote, or one with such files: then those whose name starts with
     `split` are read, in it or in its `data/`. Anything else that looks like `owner/name` is asked of the hub, or of its
@@ -36,7 +40,9 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
         ValueError: nothing there, an unknown kind of file, a broken line, no rows.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if source == BUNDLED:
+        rows = (Row(values, f"{BUNDLED}-{split}", i) for i, values in enumerate(sample_rows(split), 1))
+    elif path.is_file():
         rows = _read_file(path)
     elif path.is_dir():
         rows = _read_folder(path, split)

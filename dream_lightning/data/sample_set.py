@@ -1,13 +1,18 @@
-"""The bundled reasoning set: three-digit sums and differences in s1K's columns, computed, never shipped.
+"""The bundled reasoning set: sums of 8-bit binary numbers in s1K's columns, computed, never shipped.
 
-    question   457+286=?                 743-286=?
-    trace      carries 110               borrows 110
-    attempt    \\boxed{743}               \\boxed{457}
+    question   00101101+01010110=?       (45 + 86)
+    trace      carries 11111000
+    attempt    \\boxed{10000011}          (131)
 
 The trace is what school writes above the columns: one digit a column, what that column receives from its right-hand
-neighbour. With it every digit of the answer needs its own column only; without it the first digit needs all six.
-All numbers lie in 100 … 999, results too, so that every text has one length and columns keep their distance: a
-transformer with relative positions learns one column and has learned all three. 640,800 questions exist.
+neighbour. With it every digit of the answer needs its own column only; without it the first digit needs all sixteen.
+Numbers and sums all have eight digits, so every text has one length and columns keep their distance.
+
+Measured, from scratch on two CPU threads within minutes: a two-layer Dream learns this. Decimal sums it does not (its
+carries it does, the table of ten by ten digits not), nor sums mixed with differences: where the sign decides whether a
+digit helps or hinders, no digit tells anything by itself, and the gradient has nothing to begin with.
+
+32,896 questions exist, and a+b is a question of its own beside b+a.
 """
 
 import json
@@ -15,8 +20,9 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-_LOW, _HIGH = 100, 999
-_Problem = tuple[int, str, int]
+_DIGITS = 8
+_QUESTIONS = 32_896  # pairs with a + b < 256
+_Pair = tuple[int, int]
 
 
 def sample_rows(
@@ -26,29 +32,30 @@ def sample_rows(
     train_rows: int = 20_000,
     validation_rows: int = 500,
 ) -> list[dict[str, Any]]:
-    """Rows of one split, in s1K's columns; a pure function of its arguments, about 0.2 s for the default sizes.
+    """Rows of one split, in s1K's columns, each question once; a pure function of its arguments, about 0.2 s.
 
-    Half the rows of each split are sums, half differences, each question once. No validation question occurs in
-    training, nor does its twin, the same sum with the terms exchanged (`check_disjoint`). The validation rows depend
-    on `seed` and `validation_rows` only: more training rows never change what is validated.
+    No validation question occurs in training, nor does its twin, the same sum with the terms exchanged. The validation
+    rows depend on `seed` and `validation_rows` only: more training rows never change what is validated.
 
     Raises:
         ValueError: an unknown split; a negative size, or more rows than there are questions.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"the sample set has no split {split!r}: take 'train' or 'validation'")
-    if min(train_rows, validation_rows) < 0 or train_rows + 2 * validation_rows > 500_000:
+    if min(train_rows, validation_rows) < 0 or train_rows + 2 * validation_rows > _QUESTIONS:
         raise ValueError(
             f"{train_rows:,} training and {validation_rows:,} validation rows cannot be had: take sizes from 0 up, "
-            "together below 500,000 with validation rows counted twice (their twins are left out of training)"
+            f"together at most {_QUESTIONS:,} with validation rows counted twice (training leaves their twins out)"
         )
-    rng = random.Random(seed)
-    validation = _draw(rng, validation_rows, taken=set())
-    train = _draw(rng, train_rows, taken={_twin_free(problem) for problem in validation}) if split == "train" else []
-    rows = [_row(problem) for problem in (train if split == "train" else validation)]
-    if split == "train":
-        check_disjoint(rows, [_row(problem) for problem in validation])
-    return rows
+    pairs = [(a, b) for a in range(1 << _DIGITS) for b in range((1 << _DIGITS) - a)]
+    random.Random(seed).shuffle(pairs)
+    validation = [_row(pair) for pair in pairs[:validation_rows]]
+    if split == "validation":
+        return validation
+    held_out = {_sorted(pair) for pair in pairs[:validation_rows]}
+    train = [_row(pair) for pair in pairs if _sorted(pair) not in held_out][:train_rows]
+    check_disjoint(train, validation)
+    return train
 
 
 def check_disjoint(train: Iterable[Mapping[str, Any]], validation: Iterable[Mapping[str, Any]]) -> None:
@@ -57,11 +64,11 @@ def check_disjoint(train: Iterable[Mapping[str, Any]], validation: Iterable[Mapp
     Raises:
         ValueError: naming the first questions that overlap, and how many do.
     """
-    trained = {_twin_free(_problem(row)): row["question"] for row in train}
+    trained = {_sorted(_pair(row)): row["question"] for row in train}
     overlap = [
         f"{row['question']} (in training as {trained[key]})"
         for row in validation
-        if (key := _twin_free(_problem(row))) in trained
+        if (key := _sorted(_pair(row))) in trained
     ]
     if overlap:
         raise ValueError(
@@ -70,51 +77,29 @@ def check_disjoint(train: Iterable[Mapping[str, Any]], validation: Iterable[Mapp
         )
 
 
-def _draw(rng: random.Random, count: int, *, taken: set[_Problem]) -> list[_Problem]:
-    """Different problems, sums and differences in turn, none of them taken."""
-    drawn: dict[_Problem, None] = {}  # a set that keeps its order
-    while len(drawn) < count:
-        a, b = rng.randint(_LOW, _HIGH), rng.randint(_LOW, _HIGH)
-        problem = (a, "+" if len(drawn) % 2 == 0 else "-", b)
-        if _LOW <= _result(problem) <= _HIGH and _twin_free(problem) not in taken:
-            drawn[problem] = None
-    return list(drawn)
-
-
-def _result(problem: _Problem) -> int:
-    a, sign, b = problem
-    return a + b if sign == "+" else a - b
-
-
-def _twin_free(problem: _Problem) -> _Problem:
+def _sorted(pair: _Pair) -> _Pair:
     """The same for a+b and b+a."""
-    a, sign, b = problem
-    return (min(a, b), sign, max(a, b)) if sign == "+" else problem
+    return min(pair), max(pair)
 
 
-def _problem(row: Mapping[str, Any]) -> _Problem:
-    said = json.loads(row["metadata"])
-    return said["a"], said["sign"], said["b"]
+def _pair(row: Mapping[str, Any]) -> _Pair:
+    a, b = row["question"].removesuffix("=?").split("+")
+    return int(a, 2), int(b, 2)
 
 
-def _received(problem: _Problem) -> str:
-    """What each column receives from the column to its right: 457+286 → 110, the units nothing, the others 1."""
-    a, sign, b = problem
-    received = "0"
-    for place in (1, 10):
-        x, y, before = a // place % 10, b // place % 10, int(received[0])
-        received = str(int(x + y + before > 9 if sign == "+" else x < y + before)) + received
-    return received
+def _binary(number: int) -> str:
+    return f"{number:0{_DIGITS}b}"
 
 
-def _row(problem: _Problem) -> dict[str, Any]:
-    a, sign, b = problem
+def _row(pair: _Pair) -> dict[str, Any]:
+    a, b = pair
+    carries = (a + b) ^ a ^ b  # a digit of the sum is the parity of its column and of what the column receives
     return {
-        "question": f"{a}{sign}{b}=?",
-        "solution": str(_result(problem)),
+        "question": f"{_binary(a)}+{_binary(b)}=?",
+        "solution": _binary(a + b),
         "cot_type": "math",
-        "source_type": "addition" if sign == "+" else "subtraction",
-        "metadata": json.dumps({"a": a, "sign": sign, "b": b}),
-        "thinking_trajectories": [f"{'carries' if sign == '+' else 'borrows'} {_received(problem)}"],
-        "attempt": f"\\boxed{{{_result(problem)}}}",
+        "source_type": "binary_addition",
+        "metadata": json.dumps({"a": a, "b": b, "sum": a + b}),
+        "thinking_trajectories": [f"carries {_binary(carries)}"],
+        "attempt": f"\\boxed{{{_binary(a + b)}}}",
     }

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from dream_lightning.data.sample_set import check_disjoint, sample_rows
+from dream_lightning.data.sample_set import _row, check_disjoint, sample_rows
 
 
 @pytest.fixture(scope="module")
@@ -16,56 +16,50 @@ def validation():
     return sample_rows("validation")
 
 
-def parts(row):
-    a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)=\?", row["question"]).groups()
-    return int(a), sign, int(b)
+def terms(row):
+    return tuple(int(term, 2) for term in re.fullmatch(r"([01]{8})\+([01]{8})=\?", row["question"]).groups())
 
 
-def said(row):
-    return row["question"], row["thinking_trajectories"], row["attempt"]
-
-
-def test_a_known_sum_and_a_known_difference(train):
-    """Worked out by hand: 7+6=13 carries to the tens, 5+8+1=14 to the hundreds; 3<6 and 3<8 borrow."""
-    from dream_lightning.data.sample_set import _row
-
-    assert said(_row((457, "+", 286))) == ("457+286=?", ["carries 110"], "\\boxed{743}")
-    assert said(_row((743, "-", 286))) == ("743-286=?", ["borrows 110"], "\\boxed{457}")
-    assert said(_row((704, "-", 306))) == ("704-306=?", ["borrows 110"], "\\boxed{398}")  # a borrow that passes a zero
+def test_a_sum_worked_out_by_hand():
+    """45 + 86 = 131: 101101 + 1010110 = 10000011, with a carry into every column but the three on the right."""
+    row = _row((45, 86))
+    assert row["question"] == "00101101+01010110=?"
+    assert row["thinking_trajectories"] == ["carries 11111000"]
+    assert row["attempt"] == "\\boxed{10000011}"
 
 
 def test_every_row_has_s1k_columns_and_a_true_answer(train, validation):
     for row in [*train, *validation]:
-        a, sign, b = parts(row)
-        result = a + b if sign == "+" else a - b
-        assert row["solution"] == str(result)
-        assert row["attempt"] == f"\\boxed{{{result}}}"
-        assert row["cot_type"] == "math"
-        assert row["source_type"] == {"+": "addition", "-": "subtraction"}[sign]
-        assert json.loads(row["metadata"]) == {"a": a, "sign": sign, "b": b}
+        a, b = terms(row)
+        assert int(row["solution"], 2) == a + b
+        assert row["attempt"] == f"\\boxed{{{row['solution']}}}"
+        assert (row["cot_type"], row["source_type"]) == ("math", "binary_addition")
+        assert json.loads(row["metadata"]) == {"a": a, "b": b, "sum": a + b}
 
 
-def test_the_trace_makes_every_column_add_up_on_its_own(train):
+def test_the_trace_is_the_carries_and_makes_every_column_add_up_on_its_own(train):
     for row in train[:2_000]:
-        a, sign, b = parts(row)
         (trace,) = row["thinking_trajectories"]
-        word, received = trace.split(" ")
-        assert word == {"+": "carries", "-": "borrows"}[sign]
-        for x, y, c, z in zip(str(a), str(b), received, row["solution"], strict=True):
-            own = int(x) + int(y) + int(c) if sign == "+" else int(x) - int(y) - int(c)
-            assert own % 10 == int(z)
+        carries = trace.removeprefix("carries ")
+        a, b = (term for term in row["question"].removesuffix("=?").split("+"))
+        leaves = "0"  # what the columns so far leave for the next, from the right
+        for x, y, c, z in reversed(list(zip(a, b, carries, row["solution"], strict=True))):
+            assert c == leaves
+            total = int(x) + int(y) + int(c)
+            assert int(z) == total % 2
+            leaves = str(total // 2)
+        assert leaves == "0"
 
 
 def test_all_texts_have_one_length(train, validation):
-    lengths = {tuple(map(len, (q, *traces, attempt))) for q, traces, attempt in map(said, [*train, *validation])}
-    assert lengths == {(9, 11, 11)}
+    for row in [*train, *validation]:
+        assert [len(row["question"]), len(row["thinking_trajectories"][0]), len(row["attempt"])] == [19, 16, 16]
 
 
-def test_sizes_and_halves(train, validation):
+def test_sizes_and_no_question_twice(train, validation):
     assert (len(train), len(validation)) == (20_000, 500)
     for rows in (train, validation):
         assert len({row["question"] for row in rows}) == len(rows)
-        assert sum(row["source_type"] == "addition" for row in rows) * 2 == len(rows)
 
 
 def test_a_pure_function_of_its_arguments(train, validation):
@@ -76,9 +70,12 @@ def test_a_pure_function_of_its_arguments(train, validation):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_splits_are_disjoint_with_many_validation_rows(seed):
-    sizes = {"seed": seed, "train_rows": 30_000, "validation_rows": 20_000}
-    check_disjoint(sample_rows("train", **sizes), sample_rows("validation", **sizes))
+def test_the_largest_sizes_give_disjoint_splits(seed):
+    sizes = {"seed": seed, "train_rows": 32_896 - 2 * 5_000, "validation_rows": 5_000}
+    train, validation = sample_rows("train", **sizes), sample_rows("validation", **sizes)
+    assert (len(train), len(validation)) == (22_896, 5_000)
+    held_out = {frozenset(terms(row)) for row in validation}
+    assert not [row for row in train if frozenset(terms(row)) in held_out]
 
 
 def test_overlap_is_named(train):
@@ -86,12 +83,10 @@ def test_overlap_is_named(train):
         check_disjoint(train, [train[1]])
 
 
-def test_exchanged_terms_are_an_overlap_for_sums_only():
-    from dream_lightning.data.sample_set import _row
-
-    with pytest.raises(ValueError, match=r"286\+457=\? \(in training as 457\+286=\?\)"):
-        check_disjoint([_row((457, "+", 286))], [_row((286, "+", 457))])
-    check_disjoint([_row((743, "-", 286)), _row((457, "+", 286))], [_row((743, "-", 457)), _row((457, "+", 287))])
+def test_exchanged_terms_are_an_overlap():
+    with pytest.raises(ValueError, match=r"01010110\+00101101=\? \(in training as 00101101\+01010110=\?\)"):
+        check_disjoint([_row((45, 86))], [_row((86, 45))])
+    check_disjoint([_row((45, 86))], [_row((45, 87))])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +94,7 @@ def test_exchanged_terms_are_an_overlap_for_sums_only():
     [
         ("test", {}, "no split 'test'"),
         ("train", {"train_rows": -1}, "cannot be had"),
-        ("train", {"train_rows": 600_000}, "600,000 training"),
+        ("train", {"train_rows": 32_000}, "32,000 training"),
     ],
 )
 def test_wrong_arguments_are_refused(split, sizes, match):

@@ -1,0 +1,211 @@
+"""Low-rank adapters through PEFT, injected in place: the model keeps its class, its layers gain a bypass."""
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dream_lightning.adapters.quantization import is_4bit
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_NAME = "default"  # of the one adapter, as PEFT calls it
+
+
+@dataclass(frozen=True)
+class LoraParams:
+    """Which layers get adapters, and of what kind: W x → W x + scale · B A x, A [rank, in], B [out, rank].
+
+    Source: arXiv:2106.09685.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    rank: int = 16
+    """Rank of the change. Costs rank · (in + out) float32 parameters a layer."""
+    alpha: float = 32
+    """scale = alpha / rank."""
+    dropout: float = 0.0
+    """Probability of zeroing an element of the adapter's input in training."""
+    targets: list[Target] | Literal["all-linear"] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Kinds of layers, in every decoder layer; `all-linear` is all seven kinds. The head never gets one."""
+    rslora: bool = False
+    """scale = alpha / sqrt(rank), so that large ranks learn as fast as small ones (arXiv:2312.03732)."""
+    dora: bool = False
+    """Train the length of each row of W + scale · B A separately (arXiv:2402.09353). Slower: every forward
+    builds the changed weight to measure its rows, from a 4-bit base in full."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"rank is {self.rank!r}, it must be an integer of at least 1, such as 16")
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ValueError(f"alpha is {self.alpha}, it must be finite and above 0, such as twice the rank")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, it must be at least 0 and below 1")
+        known = get_args(Target)
+        if self.targets != "all-linear" and (
+            isinstance(self.targets, str) or not self.targets or not set(self.targets) <= set(known)
+        ):
+            raise ValueError(f"targets is {self.targets!r}: wanted all-linear, or a list of some of {', '.join(known)}")
+
+    @property
+    def target_names(self) -> list[str]:
+        """The kinds of layers, `all-linear` written out."""
+        return list(get_args(Target)) if self.targets == "all-linear" else sorted(set(self.targets))
+
+
+def add_lora(model: nn.Module, params: LoraParams, *, generator: torch.Generator | None = None) -> None:
+    """Put fresh float32 adapters into the model, which computes the same as before, and freeze all else.
+
+    Works on float, bfloat16 and 4-bit bases, and on the meta device for counting.
+
+    Args:
+        model: a DreamModel, or any PreTrainedModel with these layer names.
+        generator: on the CPU, for A; the same one gives the same adapters on every device, dtype and rank.
+
+    Raises:
+        ValueError: the model has adapters already, or lacks a target.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model already has adapters: merge_lora them first, or load the base again")
+    modules = [name for name, _ in model.named_modules()]
+    if absent := [t for t in params.target_names if not any(name.endswith(f".{t}") for name in modules)]:
+        raise ValueError(f"{type(model).__name__} has no layers called {', '.join(absent)}: take them out of targets")
+    config = LoraConfig(
+        r=params.rank,
+        lora_alpha=params.alpha,
+        lora_dropout=params.dropout,
+        target_modules=params.target_names,
+        use_rslora=params.rslora,
+        use_dora=params.dora,
+    )
+    training = model.training
+    inject_adapter_in_model(config, model, _NAME)
+    for _, layer in _layers(model):
+        _reset(layer, generator)
+    model.train(training)
+
+
+def _reset(layer: LoraLayer, generator: torch.Generator | None) -> None:
+    for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        part.float()  # PEFT takes over the base's dtype
+    a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight  # [rank, in], [out, rank]
+    if a.is_meta:
+        return
+    with torch.no_grad():
+        a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5), generator=generator))
+    if layer.lora_magnitude_vector:  # again, in float32: lengths rounded to bfloat16 would change the model by 0.4 %
+        layer.lora_magnitude_vector[_NAME].update_layer(
+            base_layer=layer.get_base_layer(), lora_A=a.detach(), lora_B=b.detach(), scaling=layer.scaling[_NAME]
+        )
+
+
+def adapter_state(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapters alone, under the names of PEFT's files (`base_model.model.….lora_A.weight`).
+
+    Args:
+        state_dict: the model's, where it was gathered elsewhere (from shards, from a checkpoint); may hold more.
+    """
+    if state_dict is None:
+        state_dict = {name: p.detach() for name, p in model.named_parameters()}
+    adapters = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name}
+    state = get_peft_model_state_dict(model, adapters, _NAME, save_embedding_layers=False)
+    return {f"base_model.model.{name.removeprefix('base_model.model.')}": state[name] for name in sorted(state)}
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put what `adapter_state` gave, or PEFT's `adapter_model.safetensors` holds, into the adapters of a model.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in adapter_state(model).items()}
+    got = {name: list(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{len(wrong)} adapter tensors do not fit the model's adapters, such as {name}: got {got.get(name)}, "
+            f"wanted {wanted.get(name)}. Use the rank, targets and dora with which they were trained"
+        )
+    set_peft_model_state_dict(model, state, _NAME)
+
+
+def save_peft_folder(model: nn.Module, folder: str | Path, base_name: str) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads.
+
+    Each file replaces an older one only once it is whole.
+
+    Args:
+        base_name: folder or hub id of the base, for the configuration.
+    """
+    part = Path(folder) / "part"
+    part.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    save_file(state, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[_NAME])
+    config.base_model_name_or_path, config.target_modules = base_name, sorted(config.target_modules)
+    config.inference_mode = True
+    config.save_pretrained(part)
+    for file in part.iterdir():
+        os.replace(file, Path(folder) / file.name)
+    part.rmdir()
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters to the base's weights, in float32 with one rounding to the base's dtype, and remove them.
+
+    Raises:
+        ValueError: the base is 4-bit; there are no adapters.
+    """
+    if is_4bit(model):
+        raise ValueError(
+            "adapters are not merged into a 4-bit base, its rounding would be kept: load the bfloat16 checkpoint, "
+            "add_lora, load_adapter_state, and merge there"
+        )
+    if not hasattr(model, "peft_config"):
+        raise ValueError("the model has no adapters to merge: add_lora and load_adapter_state first")
+    for name, layer in list(_layers(model)):
+        linear = layer.get_base_layer()
+        dtype = linear.weight.dtype
+        linear.weight.data = linear.weight.data.float()
+        layer.merge(safe_merge=True)
+        linear.weight.data = linear.weight.data.to(dtype)
+        model.set_submodule(name, linear)
+    del model.peft_config
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters; a packed 4-bit weight counts all its elements."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.4f} %)"
+
+
+def trainable_summary(model: nn.Module) -> ParameterCount:
+    """How many parameters there are and how many train; also on the meta device."""
+    trainable = total = 0
+    for p in model.parameters():
+        packed = getattr(p, "quant_state", None)
+        size = p.numel() if packed is None else math.prod(packed.shape)
+        total, trainable = total + size, trainable + size * p.requires_grad
+    return ParameterCount(trainable, total)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))

@@ -1,0 +1,156 @@
+"""The frozen base under adapters: into 4 bits while it is read, and its identity."""
+
+import hashlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+_BLOCK, _SAMPLES = 4096, 16  # bytes of one sample and samples of one tensor, in `base_hash`
+
+
+def quantize_layers(model: nn.Module) -> None:
+    """Replace every `nn.Linear` except the head by an empty 4-bit one on the meta device.
+
+    NF4 with doubly quantised block scales, 4.127 bits a weight, and bfloat16 arithmetic (QLoRA, arXiv:2305.14314).
+    Enough for counting; `load_4bit` also fills the layers.
+
+    Args:
+        model: a PreTrainedModel on the meta device, such as a DreamModel.
+
+    Raises:
+        ValueError: bitsandbytes is not installed; the model is not on the meta device, or has adapters already.
+    """
+    bnb = _bitsandbytes()
+    if any(not p.is_meta for p in model.parameters()):
+        raise ValueError(
+            'the model already has memory: wanted one on the meta device (with torch.device("meta"): DreamModel(...)), '
+            "because its weights go straight from the files into 4 bits"
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model already has adapters: quantise first, then add_lora")
+    head = model.get_output_embeddings()
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or linear is head:
+            continue
+        packed = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            device="meta",
+        )
+        # On processors with AVX512-BF16, bitsandbytes would repack a weight at the first forward without gradients,
+        # with its scales rounded to bfloat16. Training after a validation would then get no gradients through it.
+        packed.support_avx512bf16_for_cpu = False
+        model.set_submodule(name, packed)
+    model.to(torch.bfloat16).requires_grad_(False)
+    model.is_loaded_in_4bit = True  # where PEFT and transformers look
+
+
+def load_4bit(model: nn.Module, files: dict[str, Path], *, device: torch.device | str = "cpu") -> None:
+    """Fill a model on the meta device from safetensors, its layers in 4 bits; everything is frozen.
+
+    Goes tensor by tensor: beyond the result, the host holds one tensor (at most 1.1 GB for Dream 7B, the embeddings)
+    and the device one weight in bfloat16. Embeddings, head, norms and biases become bfloat16. The result occupies
+    5.2 GiB for Dream 7B.
+
+    Args:
+        model: a DreamModel on the meta device.
+        files: tensor name → file, as `dream_lightning.model.loading.weight_files` finds them.
+        device: where the weights go and are quantised.
+
+    Raises:
+        ValueError: as `quantize_layers`; `files` lacks tensors of the model.
+    """
+    wanted = {name for name, _ in model.named_parameters()}
+    if lacking := sorted(wanted - files.keys()):
+        raise ValueError(f"the files lack {len(lacking)} of the model's tensors, {lacking[0]} first: copy them again")
+    quantize_layers(model)
+    bnb, device = _bitsandbytes(), torch.device(device)
+    for name in sorted(wanted, key=lambda n: (str(files[n]), n)):
+        # Opened for each tensor, because pages of a mapped file count as this process's memory until it is closed.
+        with safe_open(files[name], framework="pt", device=str(device)) as file:
+            tensor = file.get_tensor(name).to(torch.bfloat16)
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, bnb.nn.Linear4bit) and attribute == "weight":
+            weight = bnb.nn.Params4bit(tensor, quant_type="nf4", compress_statistics=True, module=module)
+            setattr(module, attribute, weight.to(device))
+        else:
+            if device.type == "cpu":
+                tensor = tensor.clone()  # otherwise it may be the mapped file itself
+            setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+
+
+def is_4bit(model: nn.Module) -> bool:
+    """Whether `load_4bit` or `quantize_layers` made this model's layers."""
+    return getattr(model, "is_loaded_in_4bit", False)
+
+
+def base_hash(files: dict[str, Path]) -> str:
+    """Content hash of a checkpoint, 64 hexadecimal digits; seconds for 15 GB, because most bytes are not read.
+
+    SHA-256 over every tensor's name, dtype and shape, and over 16 samples of 4 KiB spread evenly over its bytes (all
+    bytes of tensors up to 64 KiB). So it does not depend on how the tensors are spread over files. It tells apart
+    checkpoints that were trained, merged or cast differently, where changes are everywhere; it is no protection
+    against someone who changes single weights on purpose.
+
+    Args:
+        files: tensor name → safetensors file.
+    """
+    headers = {file: _header(file) for file in set(files.values())}
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        entry, data_start = headers[files[name]][0][name], headers[files[name]][1]
+        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+        start, end = (data_start + offset for offset in entry["data_offsets"])
+        with open(files[name], "rb", buffering=0) as file:
+            if end - start <= _BLOCK * _SAMPLES:
+                file.seek(start)
+                digest.update(file.read(end - start))
+                continue
+            for sample in range(_SAMPLES):
+                file.seek(start + (end - start - _BLOCK) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def check_base(saved_hash: str, loaded_hash: str, *, saved_base: str, loaded_base: str) -> None:
+    """Refuse adapters that were trained on another base.
+
+    Args:
+        saved_hash: `base_hash` of the base under which the adapters were trained.
+        loaded_hash: that of the base at hand.
+        saved_base, loaded_base: their folders or hub ids, for the message.
+
+    Raises:
+        ValueError: the hashes differ.
+    """
+    if saved_hash != loaded_hash:
+        raise ValueError(
+            f"these adapters belong to {saved_base} (hash {saved_hash[:12]}), but the base loaded from {loaded_base} "
+            f"has other weights (hash {loaded_hash[:12]}): load the base that they were trained on"
+        )
+
+
+def _header(file: Path) -> tuple[dict, int]:
+    """The JSON header of a safetensors file and the place of its first data byte."""
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        return json.loads(opened.read(size)), 8 + size
+
+
+def _bitsandbytes() -> ModuleType:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(
+            f"a 4-bit base was asked for, but bitsandbytes cannot be imported ({error}): pip install bitsandbytes, or "
+            "leave quantize out and train adapters on the bfloat16 base"
+        ) from error
+    return bitsandbytes

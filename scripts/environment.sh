@@ -1,0 +1,15 @@
+# Sourced by the other scripts: makes .venv and installs this package into it, unless a virtual environment is active.
+# Usage: source scripts/environment.sh [extra]
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -d .venv ] || "${PYTHON:-python3}" -m venv .venv
+    source .venv/bin/activate
+fi
+extra=${1:+[$1]}
+marker=$VIRTUAL_ENV/.dream_lightning${1:+-$1}
+if [ ! -e "$marker" ] || [ pyproject.toml -nt "$marker" ]; then
+    echo "installing into $VIRTUAL_ENV (once) …"
+    # torch first and alone: what the index offers for this machine, and then left in place by the rest
+    python -c 'import torch' 2>/dev/null || pip install --quiet "torch${TORCH_VERSION:-==2.13.0}"
+    pip install --quiet --editable ".$extra"
+    touch "$marker"
+fi

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Set up (once), then train, validate and question a tiny Dream: bash scripts/quickstart.sh [--option value …]
+# Options are those of `python -m dream_lightning fit`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+started=$SECONDS
+config=(--config configs/tiny.yaml)
+
+python -m dream_lightning fit "${config[@]}" "$@"
+python -m dream_lightning validate "${config[@]}" --ckpt_path last
+python -m dream_lightning predict "${config[@]}" --ckpt_path last
+
+echo "trained, validated and questioned in $((SECONDS - started)) s"
+echo "watch it:  $(dirname "$(command -v python)")/tensorboard --logdir lightning_logs"

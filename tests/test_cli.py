@@ -1,0 +1,114 @@
+"""The command line as users type it."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dream_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SMALL = [
+    "--config=configs/tiny.yaml",
+    "--model.new_model={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2, "
+    "num_key_value_heads: 2, max_position_embeddings: 256}",
+    "--trainer.callbacks=[]",
+    "--data.validation_questions=2",
+    "--data.batch_size=4",
+    "--trainer.limit_val_batches=1",
+]
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dream_lightning", *arguments])
+    main()
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_every_shipped_config_is_understood(at_root, monkeypatch, capsys, config, subcommand):
+    """Overlays that leave out a required option are completed by a full config, as README says."""
+    whole = [] if {"model", "data"} <= yaml.safe_load(config.read_text()).keys() else ["--config=configs/tiny.yaml"]
+    with pytest.raises(SystemExit) as exit_:
+        command(monkeypatch, subcommand, *whole, f"--config={config}", "--print_config")
+    assert exit_.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert {"trainer", "model", "data", "checkpoint", "autosave"} <= printed.keys()
+    for section, options in yaml.safe_load(config.read_text()).items():
+        if isinstance(options, dict):
+            assert options.keys() <= printed[section].keys()
+
+
+def test_help_documents_every_option(at_root, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "fit", "--help")
+    text = capsys.readouterr().out
+    for option in ("--model.weighting", "--data.overflow", "--model.sampling", "--checkpoint.monitor", "--trainer.logger"):
+        assert option in text
+    assert "loss weight of a masked token" in text
+
+
+def test_an_unknown_option_is_an_error(at_root, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command(monkeypatch, "fit", "--config=configs/tiny.yaml", "--data.max_lenght=3")
+    assert exit_.value.code == 2
+    assert "max_lenght" in capsys.readouterr().err
+
+
+def losses(folder: Path) -> dict[int, str]:
+    """step → loss as it was written, from every metrics file in the folder."""
+    found = {}
+    for file in sorted(folder.rglob("metrics.csv")):
+        with file.open() as lines:
+            found |= {int(row["step"]): row["train/loss"] for row in csv.DictReader(lines) if row["train/loss"]}
+    return found
+
+
+def fit(folder: Path, *arguments: str) -> list[str]:
+    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: %s, flush_logs_every_n_steps: 1}}"
+    return [
+        *(sys.executable, "-m", "dream_lightning", "fit", *SMALL),
+        f"--trainer.logger={logger % folder}",
+        f"--checkpoint.dirpath={folder / 'checkpoints'}",
+        f"--autosave.dirpath={folder / 'checkpoints'}",
+        "--autosave.every_n_train_steps=3",
+        "--trainer.max_steps=60",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.val_check_interval=20",
+        "--trainer.enable_progress_bar=false",
+        *arguments,
+    ]
+
+
+def test_kill_and_resume_give_the_same_losses(tmp_path):
+    """Killed without warning in the middle of an epoch, then started again with `--ckpt_path last`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    whole = subprocess.run(fit(tmp_path / "whole"), **options)
+    assert whole.returncode == 0, whole.stderr
+
+    process = subprocess.Popen(fit(tmp_path / "killed"), **(options | {"stderr": subprocess.DEVNULL}))
+    deadline = time.monotonic() + 120
+    while max(losses(tmp_path / "killed"), default=0) < 25 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = losses(tmp_path / "killed")
+
+    resumed = subprocess.run(fit(tmp_path / "killed", "--ckpt_path=last"), **options)
+    assert resumed.returncode == 0, resumed.stderr
+    expected, after = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    assert len(expected) == 60 and 25 <= max(before) < 59
+    assert after == expected

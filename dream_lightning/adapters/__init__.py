@@ -2,15 +2,21 @@
 
 from dream_lightning.adapters.lora import (
     LoraParams,
-    ParameterCount,
     adapter_state,
     add_lora,
     load_adapter_state,
     merge_lora,
     save_peft_folder,
+)
+from dream_lightning.adapters.quantization import (
+    ParameterCount,
+    base_hash,
+    check_base,
+    is_4bit,
+    load_4bit,
+    quantize_layers,
     trainable_summary,
 )
-from dream_lightning.adapters.quantization import base_hash, check_base, is_4bit, load_4bit, quantize_layers
 
 __all__ = [
     "LoraParams",

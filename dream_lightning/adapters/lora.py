@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -66,30 +65,28 @@ class LoraParams:
 def add_lora(model: nn.Module, params: LoraParams, *, generator: torch.Generator | None = None) -> None:
     """Put fresh float32 adapters into the model, which computes the same as before, and freeze all else.
 
-    Works on float, bfloat16 and 4-bit bases, and on the meta device for counting.
+    Works on float, bfloat16 and 4-bit bases, and on the meta device for counting (DoRA there only unquantised).
 
     Args:
         model: a DreamModel, or any PreTrainedModel with these layer names.
         generator: on the CPU, for A; the same one gives the same adapters on every device, dtype and rank.
 
     Raises:
-        ValueError: the model has adapters already, or lacks a target.
+        ValueError: the model has adapters already, or lacks a target; DoRA on an empty 4-bit model.
     """
     if hasattr(model, "peft_config"):
         raise ValueError("the model already has adapters: merge_lora them first, or load the base again")
     modules = [name for name, _ in model.named_modules()]
     if absent := [t for t in params.target_names if not any(name.endswith(f".{t}") for name in modules)]:
         raise ValueError(f"{type(model).__name__} has no layers called {', '.join(absent)}: take them out of targets")
-    config = LoraConfig(
-        r=params.rank,
-        lora_alpha=params.alpha,
-        lora_dropout=params.dropout,
-        target_modules=params.target_names,
-        use_rslora=params.rslora,
-        use_dora=params.dora,
-    )
+    if params.dora and is_4bit(model) and any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "DoRA measures the base's rows, an empty 4-bit model has none: load_4bit first, or count unquantised"
+        )
+    scale = {"r": params.rank, "lora_alpha": params.alpha, "use_rslora": params.rslora}
+    kind = {"lora_dropout": params.dropout, "target_modules": params.target_names, "use_dora": params.dora}
     training = model.training
-    inject_adapter_in_model(config, model, _NAME)
+    inject_adapter_in_model(LoraConfig(**scale, **kind), model, _NAME)
     for _, layer in _layers(model):
         _reset(layer, generator)
     model.train(training)
@@ -130,8 +127,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """
     wanted = {name: list(tensor.shape) for name, tensor in adapter_state(model).items()}
     got = {name: list(tensor.shape) for name, tensor in state.items()}
-    wrong = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
-    if wrong:
+    if wrong := sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name)):
         name = wrong[0]
         raise ValueError(
             f"{len(wrong)} adapter tensors do not fit the model's adapters, such as {name}: got {got.get(name)}, "
@@ -175,7 +171,7 @@ def merge_lora(model: nn.Module) -> None:
         )
     if not hasattr(model, "peft_config"):
         raise ValueError("the model has no adapters to merge: add_lora and load_adapter_state first")
-    for name, layer in list(_layers(model)):
+    for name, layer in _layers(model):
         linear = layer.get_base_layer()
         dtype = linear.weight.dtype
         linear.weight.data = linear.weight.data.float()
@@ -185,27 +181,5 @@ def merge_lora(model: nn.Module) -> None:
     del model.peft_config
 
 
-@dataclass(frozen=True)
-class ParameterCount:
-    """Numbers of parameters; a packed 4-bit weight counts all its elements."""
-
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / max(self.total, 1)
-        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.4f} %)"
-
-
-def trainable_summary(model: nn.Module) -> ParameterCount:
-    """How many parameters there are and how many train; also on the meta device."""
-    trainable = total = 0
-    for p in model.parameters():
-        packed = getattr(p, "quant_state", None)
-        size = p.numel() if packed is None else math.prod(packed.shape)
-        total, trainable = total + size, trainable + size * p.requires_grad
-    return ParameterCount(trainable, total)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+def _layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]

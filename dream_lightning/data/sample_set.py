@@ -1,18 +1,12 @@
-"""The bundled reasoning set: sums of 8-bit binary numbers in s1K's columns, computed, never shipped.
+"""The bundled reasoning set: three-digit additions in s1K's columns, computed, never shipped.
 
-    question   00101101+01010110=?       (45 + 86)
-    trace      carries 11111000
-    attempt    \\boxed{10000011}          (131)
+    question   457+286=?
+    trace      sums 06 13 13
+               carries 110
+    attempt    \\boxed{743}
 
-The trace is what school writes above the columns: one digit a column, what that column receives from its right-hand
-neighbour. With it every digit of the answer needs its own column only; without it the first digit needs all sixteen.
-Numbers and sums all have eight digits, so every text has one length and columns keep their distance.
-
-Measured, from scratch on two CPU threads within minutes: a two-layer Dream learns this. Decimal sums it does not (its
-carries it does, the table of ten by ten digits not), nor sums mixed with differences: where the sign decides whether a
-digit helps or hinders, no digit tells anything by itself, and the gradient has nothing to begin with.
-
-32,896 questions exist, and a+b is a question of its own beside b+a.
+The trace adds every column on its own and then says what each passes to its left neighbour: with it each
+digit of the answer follows from one column, without it the first digit needs all six. 810,000 questions exist.
 """
 
 import json
@@ -20,8 +14,8 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-_DIGITS = 8
-_QUESTIONS = 32_896  # pairs with a + b < 256
+_LOW, _HIGH = 100, 999
+_QUESTIONS = (_HIGH - _LOW + 1) ** 2
 _Pair = tuple[int, int]
 
 
@@ -32,7 +26,7 @@ def sample_rows(
     train_rows: int = 20_000,
     validation_rows: int = 500,
 ) -> list[dict[str, Any]]:
-    """Rows of one split, in s1K's columns, each question once; a pure function of its arguments, about 0.2 s.
+    """Rows of one split, in s1K's columns, each question once; a pure function of its arguments, in less than a second.
 
     No validation question occurs in training, nor does its twin, the same sum with the terms exchanged. The validation
     rows depend on `seed` and `validation_rows` only: more training rows never change what is validated.
@@ -42,19 +36,17 @@ def sample_rows(
     """
     if split not in ("train", "validation"):
         raise ValueError(f"the sample set has no split {split!r}: take 'train' or 'validation'")
-    if min(train_rows, validation_rows) < 0 or train_rows + 2 * validation_rows > _QUESTIONS:
+    if min(train_rows, validation_rows) < 0 or train_rows + 2 * validation_rows > _QUESTIONS // 2:
         raise ValueError(
             f"{train_rows:,} training and {validation_rows:,} validation rows cannot be had: take sizes from 0 up, "
-            f"together at most {_QUESTIONS:,} with validation rows counted twice (training leaves their twins out)"
+            f"together at most {_QUESTIONS // 2:,} with validation rows counted twice (training leaves their twins out)"
         )
-    pairs = [(a, b) for a in range(1 << _DIGITS) for b in range((1 << _DIGITS) - a)]
-    random.Random(seed).shuffle(pairs)
-    validation = [_row(pair) for pair in pairs[:validation_rows]]
+    rng = random.Random(seed)
+    validation = _draw(rng, validation_rows, held_out=set())
     if split == "validation":
-        return validation
-    held_out = {_sorted(pair) for pair in pairs[:validation_rows]}
-    train = [_row(pair) for pair in pairs if _sorted(pair) not in held_out][:train_rows]
-    check_disjoint(train, validation)
+        return [_row(pair) for pair in validation]
+    train = [_row(pair) for pair in _draw(rng, train_rows, held_out={_sorted(pair) for pair in validation})]
+    check_disjoint(train, [_row(pair) for pair in validation])
     return train
 
 
@@ -77,6 +69,16 @@ def check_disjoint(train: Iterable[Mapping[str, Any]], validation: Iterable[Mapp
         )
 
 
+def _draw(rng: random.Random, count: int, *, held_out: set[_Pair]) -> list[_Pair]:
+    """Different pairs, none of them or of their twins held out."""
+    drawn: dict[_Pair, None] = {}  # a set that keeps its order
+    while len(drawn) < count:
+        pair = rng.randint(_LOW, _HIGH), rng.randint(_LOW, _HIGH)
+        if _sorted(pair) not in held_out:
+            drawn[pair] = None
+    return list(drawn)
+
+
 def _sorted(pair: _Pair) -> _Pair:
     """The same for a+b and b+a."""
     return min(pair), max(pair)
@@ -84,22 +86,22 @@ def _sorted(pair: _Pair) -> _Pair:
 
 def _pair(row: Mapping[str, Any]) -> _Pair:
     a, b = row["question"].removesuffix("=?").split("+")
-    return int(a, 2), int(b, 2)
-
-
-def _binary(number: int) -> str:
-    return f"{number:0{_DIGITS}b}"
+    return int(a), int(b)
 
 
 def _row(pair: _Pair) -> dict[str, Any]:
     a, b = pair
-    carries = (a + b) ^ a ^ b  # a digit of the sum is the parity of its column and of what the column receives
+    columns = [int(x) + int(y) for x, y in zip(str(a), str(b), strict=True)]
+    # What each column passes to the left: the first digit of a four-digit sum, then into the hundreds, into the tens.
+    carries = [(a % 10**place + b % 10**place) // 10**place for place in (3, 2, 1)]
     return {
-        "question": f"{_binary(a)}+{_binary(b)}=?",
-        "solution": _binary(a + b),
+        "question": f"{a}+{b}=?",
+        "solution": str(a + b),
         "cot_type": "math",
-        "source_type": "binary_addition",
+        "source_type": "addition",
         "metadata": json.dumps({"a": a, "b": b, "sum": a + b}),
-        "thinking_trajectories": [f"carries {_binary(carries)}"],
-        "attempt": f"\\boxed{{{_binary(a + b)}}}",
+        "thinking_trajectories": [
+            f"sums {' '.join(f'{column:02d}' for column in columns)}\ncarries {''.join(map(str, carries))}"
+        ],
+        "attempt": f"\\boxed{{{a + b}}}",
     }

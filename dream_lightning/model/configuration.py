@@ -38,8 +38,10 @@ class DreamConfig(PreTrainedConfig):
     bos_token_id: int | None = 151_643
     eos_token_id: int | None = 151_643
     auto_map: dict | None = None
+    default_top_k: int | None = None  # `top_k` in a config.json that has one, as those of transformers 4 do
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.default_top_k = kwargs.pop("top_k", self.default_top_k)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.auto_map is None:  # where the authors' code is found by a transformers that lacks a Dream of its own
@@ -80,4 +82,6 @@ class DreamConfig(PreTrainedConfig):
         official = super().to_dict()
         if official.get("dtype") is not None:
             official["torch_dtype"] = official["dtype"]
+        if (top_k := official.pop("default_top_k")) is not None:
+            official["top_k"] = top_k
         return official

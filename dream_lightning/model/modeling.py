@@ -26,7 +26,9 @@ class DreamRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        h = x.float()
+        # A product, not pow(2): the CPU's pow costs a seventh of a training step of the tiny model.
+        return self.weight * (h * torch.rsqrt((h * h).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class DreamMLP(nn.Module):

@@ -34,9 +34,8 @@ class SamplingParams:
     top_p: float | None = None
     """Keep the fewest most probable tokens whose probabilities sum to more than this. None or 1 keeps all."""
     top_k: int | None = None
-    """Keep the k most probable tokens, and any that tie with the last of them. None keeps all. The authors' own calls
-    run with 50 unless they pass something else: transformers 4.46 puts top_k = 50 into every config, and
-    `diffusion_generate` without a generation_config reads it from there. It changes the order at temperature 0, too."""
+    """Keep the k most probable tokens, and any that tie with the last of them. None takes the checkpoint's default as
+    the authors' code does, `top_k` in its config.json; the official 7B folders have none, and then all are kept."""
     alg_temp: float | None = None
     """Above 0, positions are drawn from softmax(confidence / alg_temp) instead of taken from the top. None or 0: off.
     Without meaning for `origin`, whose order is random anyway."""

@@ -202,7 +202,8 @@ class TestFiles:
     @pytest.mark.parametrize("params", KINDS, ids=KIND_NAMES)
     def test_names_are_those_that_official_peft_writes(self, params, tmp_path):
         model = adapted(params)
-        save_peft_folder(model, tmp_path / "ours", "base")
+        base().save_pretrained(tmp_path / "base")  # where PEFT looks for the base's configuration
+        save_peft_folder(model, tmp_path / "ours", str(tmp_path / "base"))
         PeftModel.from_pretrained(base(), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
         ours, theirs = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "theirs"))
         assert ours.keys() == theirs.keys() == adapter_state(model).keys()

@@ -79,7 +79,19 @@ class TestFourBits:
     def test_logits_are_close_to_bfloat16(self, model, folder):
         exact = logits(DreamModel.from_pretrained(folder).eval())
         correlation = torch.corrcoef(torch.stack([logits(model).flatten(), exact.flatten()]))[0, 1]
-        assert 0.97 < correlation < 1 - 1e-6
+        assert 0.93 < correlation < 1 - 1e-6
+
+    def test_logits_are_those_of_the_rounded_weights(self, model, folder):
+        """NF4 moves normally distributed weights by about 9 % (rms), and the arithmetic adds nothing to that."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        rounded = DreamModel.from_pretrained(folder).eval()
+        for name, p in model.named_parameters():
+            if p.dtype == torch.uint8:
+                exact, weight = rounded.get_parameter(name).data, dequantize_4bit(p, p.quant_state)
+                assert 0.08 < (weight - exact).float().norm() / exact.float().norm() < 0.10, name
+                rounded.get_parameter(name).data = weight
+        torch.testing.assert_close(logits(model), logits(rounded), rtol=0.02, atol=0.02)
 
     def test_only_the_layers_linears_are_packed(self, model, folder):
         exact = DreamModel.from_pretrained(folder)
@@ -160,7 +172,7 @@ class TestFourBits:
         add_lora(exact, LoraParams(rank=4))
         load_adapter_state(exact, adapter_state(model))
         unmerged = logits(exact)
-        assert torch.corrcoef(torch.stack([logits(model).flatten(), unmerged.flatten()]))[0, 1] > 0.97
+        assert torch.corrcoef(torch.stack([logits(model).flatten(), unmerged.flatten()]))[0, 1] > 0.93
         merge_lora(exact)
         torch.testing.assert_close(logits(exact), unmerged, rtol=0.05, atol=0.05)
 
@@ -190,6 +202,12 @@ class TestFourBits:
         add_lora(model, LoraParams())
         with pytest.raises(ValueError, match="quantise first"):
             quantize_layers(model)
+
+    def test_dora_on_an_empty_model_is_refused(self):
+        model = on_meta()
+        quantize_layers(model)
+        with pytest.raises(ValueError, match="load_4bit first, or count unquantised"):
+            add_lora(model, LoraParams(dora=True))
 
     def test_nothing_stays_open(self, model, folder):
         """The weights are copies: changing the files later does not reach them."""

@@ -1,0 +1,284 @@
+"""Official → ours → official keeps everything; checkpoints become official folders; nothing torn looks whole."""
+
+import filecmp
+import json
+import runpy
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from dream_lightning import DreamModule, S1KDataModule
+from dream_lightning import export as module
+from dream_lightning.adapters import LoraParams, add_lora, merge_lora
+from dream_lightning.export import AUTHORS_CODE, export_checkpoint, export_model, model_from_checkpoint
+from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+IDS = {"mask_token_id": 260, "pad_token_id": 256, "bos_token_id": 259, "eos_token_id": 256}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return DreamModel(DreamConfig(**SIZES, **IDS)).to(torch.bfloat16)
+
+
+def stored(folder):
+    """Name → tensor as the files hold it."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+
+
+class Saving(DreamModule):
+    """Keeps the model's configuration in the checkpoint."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["dream_config"] = self.model.config.to_dict()
+
+
+def fit(lightning_module, source, path):
+    """A checkpoint as Lightning writes it after a step, optimiser and all, and the weights in it."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_steps=1,
+        limit_val_batches=0,
+        default_root_dir=path.parent,
+    )
+    tokenizer = load_tokenizer("bytes")
+    trainer.fit(lightning_module, S1KDataModule(str(source), tokenizer=tokenizer, cache_dir=str(path.parent / "cache")))
+    trainer.save_checkpoint(path)
+    return {name: tensor.clone() for name, tensor in lightning_module.model.state_dict().items()}
+
+
+def adamw(groups):
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+@pytest.fixture
+def scratch_checkpoint(sums, tmp_path):
+    torch.manual_seed(0)
+    module = Saving(new_model=SIZES, tokenizer="bytes", lr_schedule="constant_with_warmup", optimizer=adamw)
+    return tmp_path / "last.ckpt", fit(module, sums, tmp_path / "last.ckpt")
+
+
+# ── whole models ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_official_to_ours_to_official_keeps_every_bit(shared, tmp_path):
+    source = shared("golden/dream-tiny")
+    written = export_model(DreamModel.from_pretrained(source), tmp_path / "out", max_shard_size="200KB")
+    assert len(list(written.glob("model-*-of-*.safetensors"))) > 1
+    assert_same(stored(written), load_file(source / "model.safetensors"))
+    golden = load_file(source / "golden.safetensors")
+    with torch.no_grad():
+        logits = DreamModel.from_pretrained(written).eval()(golden["forward.full.input_ids"]).logits
+    torch.testing.assert_close(logits, golden["forward.full.logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_every_key_of_the_official_config_keeps_its_value(shared, tmp_path):
+    """Except who wrote it: `_name_or_path` and `transformers_version`."""
+    official = json.loads((shared("data/dream-v0-instruct-7b") / "config.json").read_text())
+    small = {"num_hidden_layers": 1, "hidden_size": 56, "intermediate_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(official | small))
+    config = DreamConfig.from_pretrained(tmp_path)
+    written = export_model(DreamModel(config).to(torch.bfloat16), tmp_path / "out")
+    got = json.loads((written / "config.json").read_text())
+    official = {k: v for k, v in (official | small).items() if k not in ("_name_or_path", "transformers_version")}
+    assert official == {key: got.get(key) for key in official}
+    assert got["torch_dtype"] == "bfloat16" and got["use_cache"] is True and got["use_mrope"] is False
+
+
+def test_the_folder_stands_alone(model, tmp_path):
+    written = export_model(model, tmp_path / "new" / "folder", tokenizer=load_tokenizer("bytes"))
+    assert type(AutoModel.from_pretrained(written, trust_remote_code=False)) is DreamModel
+    assert len(load_tokenizer(written)) == 263
+    generation = json.loads((written / "generation_config.json").read_text())
+    assert generation["mask_token_id"] == 260  # the authors' from_pretrained wants the file, their sampler the id
+    assert all(file.stat().st_mode & 0o777 == 0o666 & written.stat().st_mode for file in written.iterdir())
+    assert [path.name for path in written.parent.iterdir()] == ["folder"]
+
+
+# ── the tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tokenizer_files_equal_the_official_ones(model, shared, tmp_path):
+    official = shared("data/dream-v0-instruct-7b")
+    source = tmp_path / "official"
+    source.mkdir()
+    for file in official.iterdir():
+        (source / file.name).symlink_to(file)
+    for name in AUTHORS_CODE:
+        (source / name).write_text(f"# {name}\n")
+    written = export_model(model, tmp_path / "out", tokenizer=source)
+    for name in ("vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        assert json.loads((written / name).read_text()) == json.loads((official / name).read_text()), name
+    for name in ("merges.txt", *AUTHORS_CODE):
+        assert filecmp.cmp(written / name, source / name, shallow=False), name
+    before, after = load_tokenizer(official), load_tokenizer(written)
+    assert (written / "tokenizer.json").exists()
+    assert after.backend_tokenizer.to_str() == before.backend_tokenizer.to_str()
+    assert after.chat_template == before.chat_template
+    assert after.special_tokens_map == before.special_tokens_map
+    for text in json.loads(shared("golden/tokenizer.json").read_text())["texts"]:
+        assert after.encode(text["text"]) == text["ids"]
+
+
+def test_without_tokenizer_json_the_written_files_give_the_same_ids(model, shared, tmp_path):
+    written = export_model(model, tmp_path / "out", tokenizer=load_tokenizer(shared("data/dream-v0-instruct-7b")))
+    (written / "tokenizer.json").unlink()
+    rebuilt = load_tokenizer(written)
+    for text in json.loads(shared("golden/tokenizer.json").read_text())["texts"]:
+        assert rebuilt.encode(text["text"]) == text["ids"]
+
+
+# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_model_from_scratch_is_exported_with_its_own_sizes(scratch_checkpoint, tmp_path):
+    path, weights = scratch_checkpoint
+    written = export_checkpoint(path, tmp_path / "out", tokenizer="bytes")
+    assert_same(stored(written), weights)
+    config = json.loads((written / "config.json").read_text())
+    assert (SIZES | IDS | {"torch_dtype": "float32"}).items() <= config.items()
+    assert_same(DreamModel.from_pretrained(written).state_dict(), weights)
+
+
+def test_bfloat16_is_rounded_once(scratch_checkpoint, tmp_path):
+    path, weights = scratch_checkpoint
+    written = export_checkpoint(path, tmp_path / "out", dtype="bfloat16")
+    assert_same(stored(written), {name: tensor.bfloat16() for name, tensor in weights.items()})
+    assert json.loads((written / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_full_fine_tuning_takes_sizes_and_tokenizer_from_pretrained(model, sums, tmp_path, capsys):
+    base = export_model(model, tmp_path / "base", tokenizer="bytes")
+    training = DreamModule(str(base), dtype="bfloat16", optimizer=adamw, warmup_fraction=0)
+    weights = fit(training, sums, tmp_path / "last.ckpt")
+    assert not torch.equal(weights["lm_head.weight"], model.lm_head.weight)
+    with pytest.raises(ValueError, match="pass the model it started from as pretrained"):
+        export_checkpoint(strip(tmp_path / "last.ckpt"), tmp_path / "out")
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "export.py"))
+    script["main"](str(tmp_path / "last.ckpt"), str(tmp_path / "out"), pretrained=str(base))
+    said = capsys.readouterr().out
+    assert "config.json" in said and "copy configuration_dream.py" in said
+    assert_same(stored(tmp_path / "out"), weights)
+    assert len(load_tokenizer(tmp_path / "out")) == 263
+
+
+def strip(path):
+    """As a checkpoint of a module that does not keep its configuration."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint.pop("dream_config", None)
+    torch.save(checkpoint, path)
+    return path
+
+
+def test_merged_adapters_are_exported_and_loose_ones_refused(model, tmp_path):
+    plain = model.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
+    add_lora(model, LoraParams(rank=4))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(p)
+    with pytest.raises(ValueError, match="merge adapters first"):
+        export_model(model, tmp_path / "out")
+    torch.save({"state_dict": {f"model.{n}": t for n, t in model.state_dict().items()}}, tmp_path / "lora.ckpt")
+    with pytest.raises(ValueError, match="holds adapters"):
+        export_checkpoint(tmp_path / "lora.ckpt", tmp_path / "out")
+    merge_lora(model)
+    merged = stored(export_model(model, tmp_path / "out"))
+    assert_same(merged, model.state_dict())
+    assert not torch.equal(merged["model.layers.0.self_attn.q_proj.weight"], plain)
+
+
+def test_broken_checkpoints_are_refused(scratch_checkpoint, tmp_path):
+    path, _ = scratch_checkpoint
+    torn = tmp_path / "torn.ckpt"
+    torn.write_bytes(path.read_bytes()[:-5000])
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": {}, "object": Path("x")}, tmp_path / "pickle.ckpt")
+    for name in ("torn", "other", "pickle", "absent"):
+        with pytest.raises(ValueError, match=f"{name}.ckpt is not a whole checkpoint"):
+            model_from_checkpoint(tmp_path / f"{name}.ckpt")
+    with pytest.raises(ValueError, match="dcp_to_torch"):
+        model_from_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(model, scratch_checkpoint, tmp_path):
+    model.config.intermediate_size = 96
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)does not fit the model that training started from.*size mismatch"):
+        model_from_checkpoint(strip(scratch_checkpoint[0]), pretrained=tmp_path)
+    with pytest.raises(ValueError, match="no config"):
+        model_from_checkpoint(scratch_checkpoint[0], pretrained=tmp_path / "empty")
+
+
+# ── nothing torn looks whole, nothing is written over ────────────────────────────────────────────────────────────
+
+
+def test_a_failed_export_leaves_nothing(model, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "save_tokenizer", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(model, tmp_path / "out", tokenizer="bytes")
+    assert not list(tmp_path.iterdir())
+
+
+def test_until_the_end_the_folder_is_not_there(model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        module, "save_tokenizer", lambda _, partial: seen.append([partial, (tmp_path / "out").exists()])
+    )
+    export_model(model, tmp_path / "out", tokenizer="bytes")
+    [[partial, existed]] = seen
+    assert not existed and partial.parent == tmp_path and partial.name.startswith(".out.")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_a_new_or_empty_folder_is_written(model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    export_model(model, tmp_path / "empty")
+    before = {file: file.read_bytes() for file in (tmp_path / "empty").iterdir()}
+    for taken in (tmp_path / "empty", tmp_path / "empty" / "config.json"):
+        with pytest.raises(ValueError, match="is not an empty folder"):
+            export_model(model, taken)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "empty").iterdir()}
+
+
+def test_a_full_disk_is_seen_before_writing(model, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match="and the disk has"):
+        export_model(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_are_not_whole_are_refused(model, tmp_path):
+    model.lm_head.float()
+    with pytest.raises(ValueError, match="wanted one floating-point type"):
+        export_model(model, tmp_path / "out")
+    with torch.device("meta"), pytest.raises(ValueError, match="not all here"):
+        export_model(DreamModel(model.config), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,17 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
+from dream_lightning.adapters import (
+    LoraParams,
+    adapter_state,
+    add_lora,
+    base_hash,
+    check_base,
+    load_adapter_state,
+    merge_lora,
+)
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
+from dream_lightning.model.loading import local_folder, weight_files
 
 AUTHORS_CODE = ("configuration_dream.py", "modeling_dream.py", "generation_utils.py", "tokenization_dream.py")
 
@@ -80,13 +90,12 @@ def model_from_checkpoint(ckpt_path: str | Path, *, pretrained: str | Path | Non
 
     Raises:
         ValueError: not a whole checkpoint file, or one with more than tensors and plain values; a sharded checkpoint;
-            adapters; no sizes; tensors that do not fit the sizes.
+            adapters of another base; no sizes; tensors that do not fit the sizes.
     """
     checkpoint = _read_checkpoint(Path(ckpt_path))
     state = {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
-    if any("lora_" in name for name in state):
-        # The adapters' branch goes here: load `pretrained` in bfloat16 (never in 4 bits), merge, return the model.
-        raise ValueError(f"{ckpt_path} holds adapters: merge them into the model and pass that to export_model")
+    if "lora" in checkpoint:
+        return _merged(checkpoint, state, pretrained or checkpoint["base"]["name"])
     with torch.device("meta"):
         model = DreamModel(_config(checkpoint, ckpt_path, pretrained))
     try:
@@ -183,6 +192,18 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint of a DreamModule: {str(error)[:500]}") from error
     return checkpoint
+
+
+def _merged(checkpoint: dict[str, Any], state: dict[str, torch.Tensor], pretrained: str) -> DreamModel:
+    """The base as it was published, never in 4 bits, with the adapters added into its weights."""
+    folder = local_folder(pretrained)
+    base = checkpoint["base"]
+    check_base(base["hash"], base_hash(weight_files(folder)), saved_base=base["name"], loaded_base=pretrained)
+    model = DreamModel.from_pretrained(folder)
+    add_lora(model, LoraParams(**checkpoint["lora"]))
+    load_adapter_state(model, adapter_state(model, state))
+    merge_lora(model)
+    return model
 
 
 def _config(checkpoint: dict[str, Any], path: str | Path, pretrained: str | Path | None) -> DreamConfig:

@@ -1,22 +1,25 @@
 """The LightningModule: composes the parts and logs; contains no mathematics."""
 
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
+from dream_lightning.adapters import LoraParams, add_lora, base_hash, check_base, load_4bit, trainable_summary
 from dream_lightning.diffusion import corrupt, independent_t, reduce_nll, stratified_t, token_nll, token_weights
 from dream_lightning.diffusion.denoiser import features
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
+from dream_lightning.model.loading import check_weights, local_folder, weight_files
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.scoring import AnswerAccuracy, grade
 from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, Prediction, PromptBatch
@@ -41,6 +44,8 @@ class DreamModule(L.LightningModule):
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
         dtype: element type of the weights. Full fine-tuning in pure bfloat16 loses small updates: keep float32 and
             compute in bfloat16 with `trainer.precision=bf16-mixed`.
+        lora: train low-rank adapters beside frozen weights, and keep only them in checkpoints.
+        quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation); needs `lora`.
         gradient_checkpointing: recompute each layer in the backward pass; saves memory, costs about a third in time.
         weighting: loss weight of a masked token: `original` (1/t, the ELBO), `linear` (1 − t), `cart`, `none`.
         cart_p: the geometric distribution's p for `cart`.
@@ -68,6 +73,8 @@ class DreamModule(L.LightningModule):
         new_model: dict[str, int | float] | None = None,
         tokenizer: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        lora: LoraParams | None = None,
+        quantize: Literal["nf4"] | None = None,
         gradient_checkpointing: bool = False,
         weighting: Weighting = "original",
         cart_p: float = 0.1,
@@ -94,10 +101,15 @@ class DreamModule(L.LightningModule):
             )
         if tokenizer is None and pretrained is None:
             raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
+        if quantize is not None and (lora is None or pretrained is None):
+            raise ValueError(
+                f"quantize is {quantize}, but 4-bit weights do not train: set model.lora and model.pretrained too"
+            )
         if not 0 < t_min < 1:
             raise ValueError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
         self.pretrained, self.new_model = pretrained, new_model
         self.tokenizer = load_tokenizer(tokenizer or pretrained)
+        self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
         self.weights_dtype, self.gradient_checkpointing = getattr(torch, dtype), gradient_checkpointing
         self.weighting, self.cart_p, self.normalizer = weighting, cart_p, normalizer
         self.focal_alpha, self.focal_gamma, self.treat_eos_as_one = focal_alpha, focal_gamma, treat_eos_as_one
@@ -112,10 +124,12 @@ class DreamModule(L.LightningModule):
         """Build or load the network; Lightning calls this on every rank, once the strategy is known."""
         if self.model is not None:
             return
-        if self.pretrained is not None:
+        if self.pretrained is None:
+            self.model = DreamModel(self._new_config()).to(self.weights_dtype)
+        elif self.quantize is None:
             self.model = DreamModel.from_pretrained(self.pretrained, dtype=self.weights_dtype)
         else:
-            self.model = DreamModel(self._new_config()).to(self.weights_dtype)
+            self.model = self._load_4bit()
         if len(self.tokenizer) > self.model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(self.tokenizer)} tokens and the model {self.model.config.vocab_size}: they do "
@@ -126,9 +140,28 @@ class DreamModule(L.LightningModule):
                 f"the tokenizer's mask token is {self.tokenizer.mask_token_id}, the model's "
                 f"{self.model.config.mask_token_id}: they do not belong together"
             )
+        if self.lora is not None:
+            self._add_lora()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
+        rank_zero_info(str(trainable_summary(self.model)))
+
+    def _load_4bit(self) -> DreamModel:
+        folder = local_folder(self.pretrained)
+        with torch.device("meta"):
+            model = DreamModel(DreamConfig.from_pretrained(folder))
+        check_weights(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+        load_4bit(model, weight_files(folder), device=self.trainer.strategy.root_device)
+        return model
+
+    def _add_lora(self) -> None:
+        if self.trainer.precision == "bf16-true":
+            raise ValueError("trainer.precision is bf16-true, which would round the adapters: set it to bf16-mixed")
+        if self.pretrained is None:
+            raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")
+        self.base = {"name": self.pretrained, "hash": base_hash(weight_files(local_folder(self.pretrained)))}
+        add_lora(self.model, self.lora, generator=torch.Generator().manual_seed(self.seed))
 
     def _new_config(self) -> DreamConfig:
         known = {f.name for f in fields(DreamConfig)}
@@ -140,6 +173,31 @@ class DreamModule(L.LightningModule):
         vocab_size = -(-len(self.tokenizer) // 64) * 64  # whole tiles for the head's matrix product
         heads = {"num_key_value_heads": self.new_model["num_attention_heads"]}
         return DreamConfig(**{"vocab_size": vocab_size, **heads, **special, **self.new_model})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the network's sizes, for export; of an adapted model only the adapters and what they belong to."""
+        checkpoint["dream_config"] = self.model.config.to_dict()
+        if self.lora is not None:
+            kept = self._adapter_names()
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+            checkpoint["lora"], checkpoint["base"] = asdict(self.lora), self.base
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not belong to this model."""
+        if (self.lora is None) != ("lora" not in checkpoint):
+            raise ValueError(
+                f"the checkpoint was saved {'with' if 'lora' in checkpoint else 'without'} adapters and model.lora is "
+                f"{self.lora}: use the configuration of the run that saved it"
+            )
+        if self.lora is None:
+            return
+        saved = checkpoint["base"]
+        check_base(saved["hash"], self.base["hash"], saved_base=saved["name"], loaded_base=self.base["name"])
+        if checkpoint["state_dict"].keys() != self._adapter_names():
+            raise ValueError(f"the checkpoint's adapters are {checkpoint['lora']}, model.lora is {asdict(self.lora)}")
+
+    def _adapter_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     # ── the objective ────────────────────────────────────────────────────────────────────────────────────────────
 

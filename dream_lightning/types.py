@@ -99,7 +99,9 @@ class PromptBatch:
 
     def to(self, *args: Any, **kwargs: Any) -> "PromptBatch":
         """Lightning moves a batch to its device through this."""
-        moved = {n: getattr(self, n).to(*args, **kwargs) for n in ("input_ids", "attention_mask", "sample_ids", "counted")}
+        moved = {
+            n: getattr(self, n).to(*args, **kwargs) for n in ("input_ids", "attention_mask", "sample_ids", "counted")
+        }
         return replace(self, **moved)
 
 
@@ -112,6 +114,7 @@ class LossTerms:
 
     @property
     def mean(self) -> Tensor:
+        """The loss of what was summed, 0 where nothing counted."""
         return self.sum / torch.clamp(self.count, min=1)
 
 

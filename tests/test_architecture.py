@@ -14,6 +14,7 @@ MAY_IMPORT = {
     **{leaf: {"types"} for leaf in LEAVES},
     "sampling": {"types", "diffusion"},
     "module": {"types", "model", "adapters", "diffusion", "sampling", "scoring"},
+    "export": {"types", "model", "adapters", "module"},
     "cli": {"data", "module", "callbacks"},
     "__main__": {"cli"},
     "__init__": {"types", *LEAVES, "sampling", "module"},
@@ -33,7 +34,9 @@ def imported(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{a.name}" if node.module == "dream_lightning" else node.module for a in node.names}
+            names |= {
+                f"{node.module}.{a.name}" if node.module == "dream_lightning" else node.module for a in node.names
+            }
     return names
 
 

@@ -55,7 +55,13 @@ def test_help_documents_every_option(at_root, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(monkeypatch, "fit", "--help")
     text = capsys.readouterr().out
-    for option in ("--model.weighting", "--data.overflow", "--model.sampling", "--checkpoint.monitor", "--trainer.logger"):
+    for option in (
+        "--model.weighting",
+        "--data.overflow",
+        "--model.sampling",
+        "--checkpoint.monitor",
+        "--trainer.logger",
+    ):
         assert option in text
     assert "loss weight of a masked token" in text
 

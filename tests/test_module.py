@@ -254,7 +254,8 @@ def test_impossible_options_are_refused(options, words):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "words"), [({"hidden_dim": 3}, "new_model has hidden_dim"), ({"vocab_size": 262}, "263 tokens and the model 262")]
+    ("sizes", "words"),
+    [({"hidden_dim": 3}, "new_model has hidden_dim"), ({"vocab_size": 262}, "263 tokens and the model 262")],
 )
 def test_impossible_models_are_refused(sizes, words):
     with pytest.raises(ValueError, match=words):

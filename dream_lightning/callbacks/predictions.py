@@ -50,21 +50,27 @@ class PredictionWriter(L.Callback):
         earlier = json.loads(beside.read_text()) if beside.exists() else {}
         if changed := sorted(k for k in settings.keys() | earlier.keys() if settings.get(k) != earlier.get(k)):
             raise ValueError(
-                f"{self.path} was written with other settings ({', '.join(changed)} differ, see {beside}): move it away, "
-                "name another path, or set overwrite to true on the PredictionWriter"
+                f"{self.path} was written with other settings ({', '.join(changed)} differ, see {beside}): move it "
+                "away, name another path, or set overwrite to true on the PredictionWriter"
             )
         _drop_torn_line(self.path)
         done = {line["id"] for line in read_predictions(self.path)}
         if done and not hasattr(trainer.datamodule, "skip_questions"):
             raise ValueError(
-                f"{self.path} holds {len(done)} answers, but these dataloaders cannot leave questions out: predict with "
-                "an S1KDataModule, or set overwrite to true on the PredictionWriter"
+                f"{self.path} holds {len(done)} answers, but these dataloaders cannot leave questions out: predict "
+                "with an S1KDataModule, or set overwrite to true on the PredictionWriter"
             )
         if done:
             trainer.datamodule.skip_questions(done)
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Answers, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Answers,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Append a batch, whole lines only."""
         lines = [

@@ -124,7 +124,12 @@ class S1KDataModule(L.LightningDataModule):
             "eos_fill_to": eos_fill_to,
             "extra_weight": extra_weight,
         }
-        self.max_length, self.batch_size, self.packing, self.batch_cutoff = max_length, batch_size, packing, batch_cutoff
+        self.max_length, self.batch_size, self.packing, self.batch_cutoff = (
+            max_length,
+            batch_size,
+            packing,
+            batch_cutoff,
+        )
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
         self.num_workers, self.cache_dir, self.seed = num_workers, cache_dir, seed
         self.train_set: TokenizedSet | None = None
@@ -290,5 +295,3 @@ def _summary(name: str, documents: TokenizedSet) -> str:
         f"{int(documents.lengths.max()):,}; {shortened:,} shortened by {int(documents.cut_tokens.sum()):,} tokens, "
         f"{documents.dropped:,} dropped"
     )
-
-

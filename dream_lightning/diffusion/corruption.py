@@ -56,7 +56,9 @@ def _tie_final_eos(is_masked: Tensor, is_eos: Tensor, maskable: Tensor, places: 
     # A position is in the final run if the next position that is not eos, or that ends a response, is such an end.
     stop = torch.where(~is_eos | ends, column, length)
     next_stop = stop.flip(1).cummin(1).values.flip(1)
-    in_run = is_eos & ends.gather(1, next_stop.clamp(max=length - 1)) & is_eos.gather(1, next_stop.clamp(max=length - 1))
+    in_run = (
+        is_eos & ends.gather(1, next_stop.clamp(max=length - 1)) & is_eos.gather(1, next_stop.clamp(max=length - 1))
+    )
     starts = torch.ones_like(in_run)
     starts[:, 1:] = ~in_run[:, :-1] | (segment[:, 1:] != segment[:, :-1])
     first = torch.where(in_run & starts, column, 0).cummax(1).values  # [B, L] where the run began

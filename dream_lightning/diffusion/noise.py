@@ -25,7 +25,9 @@ def uniform(seed: int, *keys: Tensor | int) -> Tensor:
     device = next(key.device for key in keys if isinstance(key, Tensor))
     state = torch.tensor(_wrap(seed), dtype=torch.int64, device=device)
     for key in keys:
-        state = _mix((state + _GOLDEN_GAMMA) ^ _mix(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN_GAMMA))
+        state = _mix(
+            (state + _GOLDEN_GAMMA) ^ _mix(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN_GAMMA)
+        )
     return _shift_right(state, 40).float() * 2.0**-24
 
 

@@ -68,8 +68,8 @@ class DreamConfig(PreTrainedConfig):
         if self.rope_scaling is not None or self.use_sliding_window or self.tie_word_embeddings:
             raise ValueError(
                 f"rope_scaling={self.rope_scaling}, use_sliding_window={self.use_sliding_window}, "
-                f"tie_word_embeddings={self.tie_word_embeddings}: no Dream has these and this code does not offer them; "
-                "set them to null, false and false"
+                f"tie_word_embeddings={self.tie_word_embeddings}: no Dream has these and this code does not offer "
+                "them; set them to null, false and false"
             )
 
     @property

@@ -26,6 +26,7 @@ class DreamRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape [..., D]."""
         h = x.float()
         # A product, not pow(2): the CPU's pow costs a seventh of a training step of the tiny model.
         return self.weight * (h * torch.rsqrt((h * h).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
@@ -41,6 +42,7 @@ class DreamMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape [..., D]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -58,6 +60,7 @@ class DreamAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: "AttentionMask | None") -> Tensor:
+        """[B, L, D] → [B, L, D]; `rotation` from `rotary_angles`."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -87,6 +90,7 @@ class DreamDecoderLayer(nn.Module):
         self.post_attention_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: "AttentionMask | None") -> Tensor:
+        """[B, L, D] → [B, L, D]."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -5,7 +5,7 @@ Source: the authors' `diffusion_generate` (generation_utils.py of Dream-v0-Instr
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,8 @@ def _denoise(
         return denoiser.logits(model, x, where, attention_mask, position_ids)
 
     mask_token_id = model.config.mask_token_id
+    if params.top_k is None:
+        params = replace(params, top_k=getattr(model.config, "default_top_k", None))
     with _evaluating(model):
         yield from reverse_process(
             predict, canvas, params, mask_token_id=mask_token_id, uneven=infill, run_every_step=run_every_step

@@ -62,7 +62,9 @@ def test_uncounted_draws_have_nothing_maskable():
 def test_batch_cutoff_equals_the_authors(shared, kept):
     golden = load_file(shared("golden/dream-tiny/golden.safetensors"))
     rows = []
-    for i, (ids, loss_mask) in enumerate(zip(golden["cutoff.input_ids"], golden["cutoff.loss_mask"].bool(), strict=True)):
+    for i, (ids, loss_mask) in enumerate(
+        zip(golden["cutoff.input_ids"], golden["cutoff.loss_mask"].bool(), strict=True)
+    ):
         rows.append([(Draw(0, i, i), document(ids[~loss_mask].tolist(), ids[loss_mask].tolist()))])
     batch = collate_with_cutoff(rows, pad_token_id=499, eos_token_id=499, seed=0, kept=kept)
     prefix = f"cutoff.kept{kept}."

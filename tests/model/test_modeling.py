@@ -177,7 +177,7 @@ class TestBrokenFolders:
         with pytest.raises(ValueError, match="holds no weights"):
             DreamModel.from_pretrained(folder)
         (folder / "config.json").unlink()
-        with pytest.raises(ValueError, match="no config.json"):
+        with pytest.raises(ValueError, match=r"no config\.json"):
             DreamModel.from_pretrained(folder)
 
     def test_no_such_folder(self, monkeypatch):

@@ -30,23 +30,22 @@ def model(shared):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_generation_equals_the_authors(model, golden, shared, name):
-    # top_k=50 stands nowhere in golden.json. The authors' diffusion_generate without a generation_config reads it from
-    # config.json, where transformers 4.46 writes it into every config; without it 12 of the 18 runs differ, and the
-    # authors' code differs from its golden numbers in the same places.
     run = json.loads((shared("golden/dream-tiny") / "golden.json").read_text())["generate"][name]
     prompt, attention_mask = golden["generate.prompt"], None
     if run.pop("leftpad"):
         prompt, attention_mask = golden["generate.prompt_leftpad"], golden["generate.attention_mask_leftpad"]
 
-    params = SamplingParams(**run, top_k=50)
+    params = SamplingParams(**run)
     out = diffusion_generate(model, prompt, attention_mask, params=params, return_history=True)
 
     assert torch.equal(out.history, golden[f"{name}.history"])
     assert torch.equal(out.sequences, golden[f"{name}.sequences"])
 
 
-def test_top_k_of_the_golden_runs_matters(model, golden):
-    params = SamplingParams(max_new_tokens=16, steps=5, alg="entropy")
+def test_the_checkpoints_own_top_k_is_the_default(model, golden):
+    """transformers 4.46 writes `top_k: 50` into every config.json and the authors' code takes it from there."""
+    assert model.config.default_top_k == 50
+    params = SamplingParams(max_new_tokens=16, steps=5, alg="entropy", top_k=model.config.vocab_size)
     out = diffusion_generate(model, golden["generate.prompt"], params=params)
     assert not torch.equal(out.sequences, golden["generate.entropy.steps5.plain.sequences"])
 

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dream_lightning.types import Answers
 
@@ -42,7 +43,9 @@ class PredictionWriter(L.Callback):
             )
         settings = _settings(trainer, pl_module)
         beside = self.path.with_name(self.path.name + ".settings.json")
-        if self.overwrite or not self.path.exists():
+        if self.path.exists() and not self.overwrite:
+            _drop_torn_line(self.path)
+        if self.overwrite or not self.path.exists() or not self.path.stat().st_size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
             beside.write_text(json.dumps(settings, indent=2) + "\n")
@@ -53,7 +56,6 @@ class PredictionWriter(L.Callback):
                 f"{self.path} was written with other settings ({', '.join(changed)} differ, see {beside}): move it "
                 "away, name another path, or set overwrite to true on the PredictionWriter"
             )
-        _drop_torn_line(self.path)
         done = {line["id"] for line in read_predictions(self.path)}
         if done and not hasattr(trainer.datamodule, "skip_questions"):
             raise ValueError(
@@ -81,8 +83,10 @@ class PredictionWriter(L.Callback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show a few and the score of all."""
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Show a few and the score of all, also when all were answered already."""
+        if stage != "predict":
+            return
         predictions = list(read_predictions(self.path))
         console = Console()
         if self.show and predictions:
@@ -91,7 +95,7 @@ class PredictionWriter(L.Callback):
         right, unparsed = sum(p["correct"] for p in scored), sum(p["answer"] is None for p in scored)
         share = f" ({right / len(scored):.1%}), {unparsed} without an answer" if scored else ""
         console.print(f"{len(predictions)} questions answered, {right} of {len(scored)} scored are correct{share}")
-        console.print(f"predictions: {self.path.resolve()}", soft_wrap=True)
+        console.print(Text(f"predictions: {self.path.resolve()}"), soft_wrap=True)
 
 
 def read_predictions(path: str | Path) -> Iterable[dict[str, Any]]:
@@ -110,11 +114,11 @@ def _drop_torn_line(path: Path) -> None:
 
 def _settings(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
     checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
-    source = getattr(trainer.datamodule, "question_source", None)
     return {
         "checkpoint": str(checkpoint) if checkpoint else pl_module.pretrained,
         "checkpoint_sha256": _sha256(checkpoint) if checkpoint and checkpoint.is_file() else None,
-        "questions": source,
+        "questions": getattr(trainer.datamodule, "question_source", None),
+        "prompting": getattr(trainer.datamodule, "prompting", None),
         "sampling": asdict(pl_module.sampling),
     }
 
@@ -129,11 +133,9 @@ def _table(predictions: list[dict[str, Any]]) -> Table:
     for column, width in (("question", 44), ("prediction", 24), ("reference", 16), ("correct", 7)):
         table.add_column(column, max_width=width, overflow="ellipsis", no_wrap=True)
     for p in predictions:
-        mark = {True: "[green]yes[/]", False: "[red]no[/]", None: "–"}[p["correct"]]
+        mark = Text(*{True: ("yes", "green"), False: ("no", "red"), None: ("–", "")}[p["correct"]])
         answer = "(unparsed)" if p["answer"] is None else p["answer"]
-        table.add_row(*(_plain(text) for text in (p["prompt"], answer, p["reference"] or "–")), mark)
+        reference = "–" if p["reference"] is None else p["reference"]
+        # Text, so that brackets in it are not taken for rich's markup
+        table.add_row(*(Text(" ".join(text.split())) for text in (p["prompt"], answer, reference)), mark)
     return table
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("[", r"\[")

@@ -141,3 +141,7 @@ class Answers:
     counted: list[bool]
     history: Tensor | None = None  # [S, B, P+N] int64, the states of denoising
     prompt_length: int = 0  # P
+
+    def to(self, *args: Any, **kwargs: Any) -> "Answers":
+        """Lightning moves what predict returns to the CPU through this."""
+        return self if self.history is None else replace(self, history=self.history.to(*args, **kwargs))

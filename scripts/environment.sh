@@ -9,7 +9,7 @@ marker=$VIRTUAL_ENV/.dream_lightning${1:+-$1}
 if [ ! -e "$marker" ] || [ pyproject.toml -nt "$marker" ]; then
     echo "installing into $VIRTUAL_ENV (once) …"
     # torch first and alone: what the index offers for this machine, and then left in place by the rest
-    python -c 'import torch' 2>/dev/null || pip install --quiet "torch${TORCH_VERSION:-==2.13.0}"
-    pip install --quiet --editable ".$extra"
+    python -c 'import torch' 2>/dev/null || pip install --quiet --disable-pip-version-check "torch${TORCH_VERSION:-==2.13.0}"
+    pip install --quiet --disable-pip-version-check --editable ".$extra"
     touch "$marker"
 fi

@@ -212,7 +212,7 @@ class TestPredict:
 
     def predict(self, source, tmp_path, model, path, **options):
         writer = PredictionWriter(str(path), show=0, **options)
-        trainer(tmp_path, writer).predict(model, data(source, tmp_path, batch_size=2), return_predictions=False)
+        trainer(tmp_path, writer).predict(model, data(source, tmp_path, batch_size=2))
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def test_fields_and_resumption(self, sums, tmp_path):

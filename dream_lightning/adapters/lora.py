@@ -99,7 +99,7 @@ def _reset(layer: LoraLayer, generator: torch.Generator | None) -> None:
     if a.is_meta:
         return
     with torch.no_grad():
-        a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5), generator=generator))
+        a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape, device="cpu"), a=math.sqrt(5), generator=generator))
     if layer.lora_magnitude_vector:  # again, in float32: lengths rounded to bfloat16 would change the model by 0.4 %
         layer.lora_magnitude_vector[_NAME].update_layer(
             base_layer=layer.get_base_layer(), lora_A=a.detach(), lora_B=b.detach(), scaling=layer.scaling[_NAME]

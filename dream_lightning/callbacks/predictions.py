@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,35 +28,33 @@ class PredictionWriter(L.Callback):
         show: how many predictions to print as a table at the end.
 
     Raises:
-        ValueError: the file is there and comes from another checkpoint, other questions or other sampling.
+        ValueError: the file is there and comes from other weights, questions, prompting or sampling.
     """
 
     def __init__(self, path: str = "lightning_logs/predictions.jsonl", overwrite: bool = False, show: int = 10) -> None:
         self.path, self.overwrite, self.show = Path(path), overwrite, show
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find out what is already answered, before the questions are loaded."""
+        """Find out what is already answered, before the questions are put into batches."""
         if stage != "predict":
             return
         if trainer.world_size > 1:
             raise ValueError(
                 f"predict runs on {trainer.world_size} processes, but one file is written by one: set trainer.devices=1"
             )
-        settings = _settings(trainer, pl_module)
-        beside = self.path.with_name(self.path.name + ".settings.json")
-        if self.path.exists() and not self.overwrite:
-            _drop_torn_line(self.path)
+        self._settings = {
+            "pretrained": pl_module.pretrained,
+            "questions": getattr(trainer.datamodule, "question_source", None),
+            "prompting": getattr(trainer.datamodule, "prompting", None),
+            "sampling": asdict(pl_module.sampling),
+        }
+        self._weights = None
         if self.overwrite or not self.path.exists() or not self.path.stat().st_size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
-            beside.write_text(json.dumps(settings, indent=2) + "\n")
             return
-        earlier = json.loads(beside.read_text()) if beside.exists() else {}
-        if changed := sorted(k for k in settings.keys() | earlier.keys() if settings.get(k) != earlier.get(k)):
-            raise ValueError(
-                f"{self.path} was written with other settings ({', '.join(changed)} differ, see {beside}): move it "
-                "away, name another path, or set overwrite to true on the PredictionWriter"
-            )
+        self._refuse_others(self._settings)
+        _drop_torn_line(self.path)
         done = {line["id"] for line in read_predictions(self.path)}
         if done and not hasattr(trainer.datamodule, "skip_questions"):
             raise ValueError(
@@ -64,6 +63,15 @@ class PredictionWriter(L.Callback):
             )
         if done:
             trainer.datamodule.skip_questions(done)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hold the weights against the file's; Lightning loads a checkpoint after `setup` only."""
+        self._weights = _fingerprint(pl_module)
+        settings = {**self._settings, "weights": self._weights}
+        if self.path.stat().st_size:
+            self._refuse_others(settings)
+        else:
+            self._beside.write_text(json.dumps(settings, indent=2) + "\n")
 
     def on_predict_batch_end(
         self,
@@ -87,6 +95,8 @@ class PredictionWriter(L.Callback):
         """Show a few and the score of all, also when all were answered already."""
         if stage != "predict":
             return
+        if self._weights is None:  # no question was open, so nothing has started
+            self.on_predict_start(trainer, pl_module)
         predictions = list(read_predictions(self.path))
         console = Console()
         if self.show and predictions:
@@ -96,6 +106,18 @@ class PredictionWriter(L.Callback):
         share = f" ({right / len(scored):.1%}), {unparsed} without an answer" if scored else ""
         console.print(f"{len(predictions)} questions answered, {right} of {len(scored)} scored are correct{share}")
         console.print(Text(f"predictions: {self.path.resolve()}"), soft_wrap=True)
+
+    @property
+    def _beside(self) -> Path:
+        return self.path.with_name(self.path.name + ".settings.json")
+
+    def _refuse_others(self, settings: dict[str, Any]) -> None:
+        earlier = json.loads(self._beside.read_text()) if self._beside.exists() else {}
+        if changed := [name for name, value in settings.items() if earlier.get(name, ...) != value]:
+            raise ValueError(
+                f"{self.path} was written with other settings ({', '.join(changed)} differ, see {self._beside}): move "
+                "it away, name another path, or set overwrite to true on the PredictionWriter"
+            )
 
 
 def read_predictions(path: str | Path) -> Iterable[dict[str, Any]]:
@@ -112,20 +134,14 @@ def _drop_torn_line(path: Path) -> None:
         path.write_bytes(whole)
 
 
-def _settings(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-    checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
-    return {
-        "checkpoint": str(checkpoint) if checkpoint else pl_module.pretrained,
-        "checkpoint_sha256": _sha256(checkpoint) if checkpoint and checkpoint.is_file() else None,
-        "questions": getattr(trainer.datamodule, "question_source", None),
-        "prompting": getattr(trainer.datamodule, "prompting", None),
-        "sampling": asdict(pl_module.sampling),
-    }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _fingerprint(module: L.LightningModule) -> str:
+    """A hash of about a thousand elements of every weight, whatever file it came from; of all of 7B it takes 10 s."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        flat = tensor.detach().flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(1, len(flat) // 1000)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _table(predictions: list[dict[str, Any]]) -> Table:

@@ -9,15 +9,15 @@ from torch import Tensor
 from dream_lightning.types import Answers, Prediction
 
 _MASK = "▒"
-_LONGEST = 2000  # characters of a text shown in TensorBoard: 8 answers of 8,192 tokens would fill 60 screens
-_WIDTH = 120  # characters of a line of the denoising history; TensorBoard does not wrap code
+_WIDTH = 100  # characters of a line: TensorBoard does not wrap code
+_IN_TABLE, _WHOLE = 200, 2000  # characters shown of a text: 8 whole answers of 8,192 tokens would be about 200,000
 
 
 class SampleLogger(L.Callback):
     """Log some validation answers and one denoising history as text, at every validation.
 
     TensorBoard shows them in its Text tab, of a long one both ends; Weights & Biases gets a table of whole texts. Other
-    loggers hold no texts and get none.
+    loggers cannot hold texts and get none.
 
     Args:
         count: answers to log.
@@ -49,24 +49,24 @@ class SampleLogger(L.Callback):
         """Write what was collected."""
         if not self._predictions or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        columns = ["question", "answer", "reference", "correct", "whole response"]
         rows = [
-            [
-                p.prompt,
-                "(unparsed)" if p.answer is None else p.answer,
-                "–" if p.reference is None else p.reference,
-                {True: "yes", False: "no", None: "–"}[p.correct],
-                p.prediction,
-            ]
+            {
+                "question": p.prompt,
+                "answer": "(unparsed)" if p.answer is None else p.answer,
+                "reference": "–" if p.reference is None else p.reference,
+                "correct": {True: "yes", False: "no", None: "–"}[p.correct],
+                "response": p.prediction,
+            }
             for p in self._predictions
         ]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("val/samples", _markdown(columns, rows), trainer.global_step)
+                logger.experiment.add_text("val/samples", _markdown(rows), trainer.global_step)
                 if self._history:
                     logger.experiment.add_text("val/denoising", self._history, trainer.global_step)
             elif isinstance(logger, WandbLogger):
-                logger.log_text("val/samples", columns=columns, data=rows, step=trainer.global_step)
+                texts = [list(row.values()) for row in rows]
+                logger.log_text("val/samples", list(rows[0]), texts, step=trainer.global_step)
                 if self._history:
                     logger.log_text("val/denoising", ["history"], [[self._history]], step=trainer.global_step)
 
@@ -80,10 +80,9 @@ class SampleLogger(L.Callback):
             final_eos = next((i for i, token in enumerate(reversed(tokens)) if token != eos), len(tokens))
             text = tokenizer.decode(tokens[: len(tokens) - final_eos], skip_special_tokens=False)
             text = text.replace(tokenizer.mask_token, _MASK).replace(tokenizer.eos_token, "∎")
-            text = _shorten(_LINE_END.sub("↵", text)) + (f"∎×{final_eos}" if final_eos else "")
-            head = f"    step {step + 1:>{len(str(steps))}}/{steps}: "
-            pieces = [text[i : i + _WIDTH] for i in range(0, len(text), _WIDTH)]
-            lines.append(head + ("\n" + " " * len(head)).join(pieces))
+            text = _shorten(_LINE_END.sub("↵", text), _WHOLE) + (f"∎×{final_eos}" if final_eos else "")
+            head = f"step {step + 1:>{len(str(steps))}}/{steps}: "
+            lines += _code(text, head)
         return "\n".join(lines)
 
 
@@ -91,21 +90,31 @@ _LINE_END = re.compile(r"\r\n?|\n")
 _MARKUP = re.compile(r"[\\`*_\[\]<>&|]")  # what Markdown, its tables or HTML would act on
 
 
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
-    def cells(values: list[str]) -> str:
-        return "| " + " | ".join(_cell(v) for v in values) + " |"
-
-    return "\n".join([cells(columns), "|" + "---|" * len(columns), *map(cells, rows)])
+def _markdown(rows: list[dict[str, str]]) -> str:
+    """All but the responses as a table to look over, then each question with its response."""
+    columns = [name for name in rows[0] if name != "response"]
+    table = [["", *columns]] + [[str(n), *(row[c] for c in columns)] for n, row in enumerate(rows, start=1)]
+    lines = ["| " + " | ".join(map(_cell, cells)) + " |" for cells in table]
+    lines.insert(1, "|" + "---|" * len(table[0]))
+    for n, row in enumerate(rows, start=1):
+        text = _shorten(row["question"], _WHOLE) + "\n\n" + _shorten(row["response"], _WHOLE)
+        lines += ["", f"Response {n}", "", *_code(text)]
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:
     """The text as it is, LaTeX and tags included, for a cell of a Markdown table."""
-    escaped = _MARKUP.sub(lambda match: f"&#{ord(match[0])};", _shorten(text))
+    escaped = _MARKUP.sub(lambda match: f"&#{ord(match[0])};", _shorten(text, _IN_TABLE))
     return _LINE_END.sub("<br>", escaped).replace("  ", "&nbsp;&nbsp;")
 
 
-def _shorten(text: str) -> str:
-    half = _LONGEST // 2
-    if len(text) <= _LONGEST:
+def _code(text: str, head: str = "") -> list[str]:
+    """Lines of a Markdown code block, broken where they are too wide, after `head`."""
+    broken = [line[i : i + _WIDTH] for line in _LINE_END.split(text) for i in range(0, max(1, len(line)), _WIDTH)]
+    return [f"    {head if n == 0 else ' ' * len(head)}{line}" for n, line in enumerate(broken)]
+
+
+def _shorten(text: str, longest: int) -> str:
+    if len(text) <= longest:
         return text
-    return f"{text[:half]} [… {len(text) - _LONGEST:,} characters …] {text[-half:]}"
+    return f"{text[: longest // 2]} [… {len(text) - longest // 2 * 2:,} characters …] {text[-(longest // 2) :]}"

@@ -1,0 +1,82 @@
+"""The house in other people's programs: a plain Trainer script, and the mathematics in a foreign LightningModule."""
+
+import re
+import runpy
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dream_lightning.diffusion import corrupt, masked_nll_loss, token_weights
+
+README = Path(__file__).parents[1] / "README.md"
+MASK, VOCABULARY, LENGTH = 10, 11, 6
+
+
+def test_the_script_in_readme_runs(tmp_path, monkeypatch):
+    """The block that begins with the line `# a training script of your own`, as it stands there."""
+    blocks = re.findall(
+        r"```python\n(# a training script of your own\n.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    assert len(blocks) == 1, f"{README} has {len(blocks)} such blocks, wanted one"
+    (tmp_path / "train.py").write_text(blocks[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
+    after = runpy.run_path("train.py", run_name="__main__")
+    assert after["trainer"].global_step == 3
+    assert {"val/nll", "val/accuracy", "val/unparsed"} <= after["trainer"].callback_metrics.keys()
+
+
+class Copier(L.LightningModule):
+    """Somebody else's model: a torch encoder whose output at position i predicts token i."""
+
+    def __init__(self, weighting: str):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(VOCABULARY, 32), nn.Embedding(2 * LENGTH, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(32, VOCABULARY)
+        self.weighting, self.generator, self.losses = weighting, torch.Generator().manual_seed(0), []
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x) + self.position.weight))
+
+    def training_step(self, batch, batch_idx):
+        x_0, maskable = batch
+        t = 0.1 + 0.9 * torch.rand(len(x_0), generator=self.generator)
+        noised = corrupt(x_0, maskable, mask_token_id=MASK, t=t, generator=self.generator)
+        assert torch.equal(noised.x_t == MASK, noised.is_masked) and not noised.is_masked[~maskable].any()
+        weight = token_weights(noised.is_masked, noised.t, weighting=self.weighting)
+        masked = noised.is_masked
+        terms = masked_nll_loss(
+            self(noised.x_t)[masked], x_0[masked], weight[masked], maskable_count=int(maskable.sum())
+        )
+        self.losses.append(terms.mean.item())
+        return terms.mean
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=5e-3)
+
+
+@pytest.mark.parametrize("weighting", ["original", "linear", "cart", "none"])
+def test_a_foreign_module_learns_to_copy(tmp_path, weighting):
+    """The response repeats the prompt; all other digits are hidden at most."""
+    L.seed_everything(0, verbose=False)
+    prompt = torch.randint(0, MASK, (1024, LENGTH), generator=torch.Generator().manual_seed(0))
+    x_0 = torch.cat([prompt, prompt], dim=1)  # [B, L]
+    maskable = (torch.arange(2 * LENGTH) >= LENGTH).expand(x_0.shape)
+    module = Copier(weighting)
+    L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        max_steps=100,
+    ).fit(module, DataLoader(TensorDataset(x_0, maskable), batch_size=64))
+    first, last = sum(module.losses[:10]), sum(module.losses[-10:])
+    assert last < 0.5 * first

@@ -278,7 +278,8 @@ class DreamModule(L.LightningModule):
         self.log("train/loss", loss_sum / count.clamp(min=1), prog_bar=True)
         self.log("train/masked_fraction", masked / maskable.clamp(min=1))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps
+        if every and (self.trainer.global_step + 1) % every == 0:
             self._log_quartiles()
 
     def configure_gradient_clipping(

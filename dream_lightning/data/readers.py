@@ -41,7 +41,8 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
     """
     path = Path(source).expanduser()
     if source == BUNDLED:
-        rows = (Row(values, f"{BUNDLED}-{split}", i) for i, values in enumerate(sample_rows(split), 1))
+        part = "train" if split == "train" else "validation"
+        rows = (Row(values, f"{BUNDLED}-{part}", i) for i, values in enumerate(sample_rows(part), 1))
     elif path.is_file():
         rows = _read_file(path)
     elif path.is_dir():

@@ -118,3 +118,36 @@ def test_kill_and_resume_give_the_same_losses(tmp_path):
     expected, after = losses(tmp_path / "whole"), losses(tmp_path / "killed")
     assert len(expected) == 60 and 25 <= max(before) < 59
     assert after == expected
+
+
+def test_two_processes_equal_one(tmp_path):
+    """DDP over gloo, 2 × 4 rows, against one process with 8: the same losses, gradient norms and validation."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    metrics = {}
+    for devices, batch_size in ((1, 8), (2, 4)):
+        folder = tmp_path / str(devices)
+        run = subprocess.run(
+            fit(
+                folder,
+                "--trainer.max_steps=6",
+                "--trainer.val_check_interval=6",
+                "--trainer.limit_val_batches=1.0",
+                "--data.validation_questions=5",
+                f"--trainer.devices={devices}",
+                f"--data.batch_size={batch_size}",
+                *(["--trainer.strategy=ddp"] if devices > 1 else []),
+            ),
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        (file,) = folder.rglob("metrics.csv")
+        with file.open() as lines:
+            rows = list(csv.DictReader(lines))
+        names = ("train/loss", "train/gradient_norm", "train/masked_fraction", "val/nll", "val/accuracy")
+        metrics[devices] = {n: [float(row[n]) for row in rows if row.get(n)] for n in names}
+    assert len(metrics[1]["train/loss"]) == 6 and len(metrics[1]["val/nll"]) == 1
+    for name, values in metrics[1].items():
+        assert metrics[2][name] == pytest.approx(values, rel=2e-5), name

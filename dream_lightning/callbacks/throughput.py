@@ -36,7 +36,7 @@ class Throughput(L.Callback):
         """Count, and log when Lightning logs."""
         self._tokens += (batch.places >= 0).sum()  # a tensor: no synchronisation until it is logged
         step = trainer.global_step  # already counts this one; stands still while micro-batches accumulate
-        if step > self._logged_at and step % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and step > self._logged_at and step % trainer.log_every_n_steps == 0:
             seconds = self._seconds + time.perf_counter() - self._since
             tokens = float(trainer.strategy.reduce(self._tokens, reduce_op="sum"))
             pl_module.log("train/tokens_per_second", tokens / seconds, prog_bar=True)

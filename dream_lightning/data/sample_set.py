@@ -1,12 +1,12 @@
 """The bundled reasoning set: three-digit additions in s1K's columns, computed, never shipped.
 
     question   457+286=?
-    trace      sums 06 13 13
-               carries 110
+    trace      06 13 13 011
     attempt    \\boxed{743}
 
-The trace adds every column on its own and then says what each passes to its left neighbour: with it each
-digit of the answer follows from one column, without it the first digit needs all six. 810,000 questions exist.
+The trace adds every column on its own and then says what each column passes to its left neighbour: with it each digit
+of the answer follows from one column, without it the first digit needs all six. Words in the trace would be read more
+easily and learned more slowly. 810,000 questions exist.
 """
 
 import json
@@ -100,8 +100,6 @@ def _row(pair: _Pair) -> dict[str, Any]:
         "cot_type": "math",
         "source_type": "addition",
         "metadata": json.dumps({"a": a, "b": b, "sum": a + b}),
-        "thinking_trajectories": [
-            f"sums {' '.join(f'{column:02d}' for column in columns)}\ncarries {''.join(map(str, carries))}"
-        ],
+        "thinking_trajectories": [" ".join(f"{column:02d}" for column in columns) + f" {''.join(map(str, carries))}"],
         "attempt": f"\\boxed{{{a + b}}}",
     }

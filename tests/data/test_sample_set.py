@@ -24,9 +24,9 @@ def test_sums_worked_out_by_hand():
     """457 + 286: 7+6 = 13 passes 1, 5+8 = 13 and 1 pass 1, 4+2 = 6 and 1 pass nothing."""
     row = _row((457, 286))
     assert row["question"] == "457+286=?"
-    assert row["thinking_trajectories"] == ["sums 06 13 13\ncarries 011"]
+    assert row["thinking_trajectories"] == ["06 13 13 011"]
     assert row["attempt"] == "\\boxed{743}"
-    assert _row((999, 101))["thinking_trajectories"] == ["sums 10 09 10\ncarries 111"]
+    assert _row((999, 101))["thinking_trajectories"] == ["10 09 10 111"]
 
 
 def test_every_row_has_s1k_columns_and_a_true_answer(train, validation):
@@ -40,10 +40,10 @@ def test_every_row_has_s1k_columns_and_a_true_answer(train, validation):
 
 def test_the_trace_makes_every_column_add_up_on_its_own(train):
     for row in train[:2_000]:
-        sums, carries = row["thinking_trajectories"][0].splitlines()
+        *sums, carries = row["thinking_trajectories"][0].split()
         a, b = row["question"].removesuffix("=?").split("+")
         passed, digits = 0, ""
-        for x, y, column, carry in reversed(list(zip(a, b, sums.split()[1:], carries.split()[1], strict=True))):
+        for x, y, column, carry in reversed(list(zip(a, b, sums, carries, strict=True))):
             assert int(column) == int(x) + int(y)
             digits = str((int(column) + passed) % 10) + digits
             passed = (int(column) + passed) // 10

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up (once), then train, validate and question a tiny Dream: bash scripts/quickstart.sh [--option value …]
-# Options are those of `python -m dream_lightning fit`.
+# Options are those of `rm -f lightning_logs/tiny/predictions.jsonl # of an earlier quickstart: a new model gives new answers
+python -m dream_lightning fit`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

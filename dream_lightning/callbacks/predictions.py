@@ -23,7 +23,8 @@ class PredictionWriter(L.Callback):
     and appends the rest. A line torn by a kill is removed.
 
     Args:
-        path: the file; its settings stand beside it in `<path>.settings.json`.
+        path: the file, by default `predictions.jsonl` in the folder that the logger has for this name, such as
+            `lightning_logs/tiny`; its settings stand beside it in `<path>.settings.json`.
         overwrite: start anew although the file is there.
         show: how many predictions to print as a table at the end.
 
@@ -31,8 +32,9 @@ class PredictionWriter(L.Callback):
         ValueError: the file is there and comes from other weights, questions, prompting or sampling.
     """
 
-    def __init__(self, path: str = "lightning_logs/predictions.jsonl", overwrite: bool = False, show: int = 10) -> None:
-        self.path, self.overwrite, self.show = Path(path), overwrite, show
+    def __init__(self, path: str | None = None, overwrite: bool = False, show: int = 10) -> None:
+        self.path = None if path is None else Path(path)
+        self.overwrite, self.show = overwrite, show
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out what is already answered, before the questions are put into batches."""
@@ -42,6 +44,8 @@ class PredictionWriter(L.Callback):
             raise ValueError(
                 f"predict runs on {trainer.world_size} processes, but one file is written by one: set trainer.devices=1"
             )
+        if self.path is None:
+            self.path = _logger_folder(trainer) / "predictions.jsonl"
         self._settings = {
             "pretrained": pl_module.pretrained,
             "questions": getattr(trainer.datamodule, "question_source", None),
@@ -125,6 +129,14 @@ def read_predictions(path: str | Path) -> Iterable[dict[str, Any]]:
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
+
+
+def _logger_folder(trainer: L.Trainer) -> Path:
+    """Where all runs of one name log, whatever their version; without a logger the trainer's own folder."""
+    logger = trainer.logger
+    if logger is None or logger.save_dir is None:
+        return Path(trainer.default_root_dir)
+    return Path(logger.save_dir) / (logger.name or "")
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from dream_lightning import S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.callbacks import PredictionWriter, read_predictions
@@ -166,3 +167,15 @@ def test_the_table_shows_texts_as_they_are(sums, tmp_path, path, capsys, monkeyp
     shown = capsys.readouterr().out
     for text in (odd["prompt"], odd["reference"], "(unparsed)", "no", "0 of 4 scored", "4 without an answer"):
         assert text in shown
+
+
+def test_the_file_lies_where_runs_of_its_name_log(tmp_path):
+    logger = CSVLogger(tmp_path, name="mine")
+    L.Trainer(
+        logger=logger, enable_progress_bar=False, accelerator="cpu", callbacks=[PredictionWriter(show=0)]
+    ).predict(
+        Parrot(),
+        S1KDataModule("bundled", tokenizer=load_tokenizer("bytes"), validation_source="bundled", batch_size=250),
+        return_predictions=False,
+    )
+    assert len(list(read_predictions(tmp_path / "mine" / "predictions.jsonl"))) == 500

@@ -1,7 +1,6 @@
 """The LightningModule: composes the parts and logs; contains no mathematics."""
 
-import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
@@ -12,23 +11,23 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
-from dream_lightning.adapters import LoraParams, add_lora, base_hash, check_base, load_4bit, trainable_summary
+from dream_lightning.adapters import LoraParams, check_base, trainable_summary
+from dream_lightning.answering import answer_questions
+from dream_lightning.building import adapt, check_tokenizer, four_bit_model, random_model
 from dream_lightning.diffusion import corrupt, independent_t, reduce_nll, stratified_t, token_nll, token_weights
 from dream_lightning.diffusion.denoiser import features
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting
-from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
-from dream_lightning.model.loading import check_weights, local_folder, weight_files
-from dream_lightning.sampling import SamplingParams, diffusion_generate
-from dream_lightning.scoring import AnswerAccuracy, grade
-from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, Prediction, PromptBatch
+from dream_lightning.model import DreamModel, load_tokenizer
+from dream_lightning.sampling import SamplingParams
+from dream_lightning.scoring import AnswerAccuracy
+from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, PromptBatch
 
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
 # this factor, a power of two (so exact), which keeps them near one.
 _GRADIENT_SCALE = 2.0**-10
 _QUARTILES = 4
-_SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
 class DreamModule(L.LightningModule):
@@ -103,10 +102,10 @@ class DreamModule(L.LightningModule):
             )
         if tokenizer is None and pretrained is None:
             raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
-        if quantize is not None and (lora is None or pretrained is None):
-            raise ValueError(
-                f"quantize is {quantize}, but 4-bit weights do not train: set model.lora and model.pretrained too"
-            )
+        if quantize is not None and lora is None:
+            raise ValueError(f"quantize is {quantize}, but 4-bit weights do not train: set model.lora too")
+        if lora is not None and pretrained is None:
+            raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")
         if not 0 < t_min < 1:
             raise ValueError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
         self.pretrained, self.new_model = pretrained, new_model
@@ -128,23 +127,16 @@ class DreamModule(L.LightningModule):
         if self.model is not None:
             return
         if self.pretrained is None:
-            self.model = DreamModel(self._new_config()).to(self.weights_dtype)
+            self.model = random_model(self.new_model, self.tokenizer).to(self.weights_dtype)
         elif self.quantize is None:
             self.model = DreamModel.from_pretrained(self.pretrained, dtype=self.weights_dtype)
         else:
-            self.model = self._load_4bit()
-        if len(self.tokenizer) > self.model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} tokens and the model {self.model.config.vocab_size}: they do "
-                "not belong together; set model.tokenizer to the checkpoint's own folder or hub id"
-            )
-        if self.tokenizer.mask_token_id != self.model.config.mask_token_id:
-            raise ValueError(
-                f"the tokenizer's mask token is {self.tokenizer.mask_token_id}, the model's "
-                f"{self.model.config.mask_token_id}: they do not belong together"
-            )
+            self.model = four_bit_model(self.pretrained, self.trainer.strategy.root_device)
+        check_tokenizer(self.tokenizer, self.model.config)
         if self.lora is not None:
-            self._add_lora()
+            if self.trainer.precision == "bf16-true":
+                raise ValueError("trainer.precision bf16-true would round the adapters: set it to bf16-mixed")
+            self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed)
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.compile_layers:
@@ -152,33 +144,6 @@ class DreamModule(L.LightningModule):
                 layer.compile()
         self.model.train()
         rank_zero_info(str(trainable_summary(self.model)))
-
-    def _load_4bit(self) -> DreamModel:
-        folder = local_folder(self.pretrained)
-        with torch.device("meta"):
-            model = DreamModel(DreamConfig.from_pretrained(folder))
-        check_weights(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-        load_4bit(model, weight_files(folder), device=self.trainer.strategy.root_device)
-        return model
-
-    def _add_lora(self) -> None:
-        if self.trainer.precision == "bf16-true":
-            raise ValueError("trainer.precision is bf16-true, which would round the adapters: set it to bf16-mixed")
-        if self.pretrained is None:
-            raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")
-        self.base = {"name": self.pretrained, "hash": base_hash(weight_files(local_folder(self.pretrained)))}
-        add_lora(self.model, self.lora, generator=torch.Generator().manual_seed(self.seed))
-
-    def _new_config(self) -> DreamConfig:
-        known = {f.name for f in fields(DreamConfig)}
-        if unknown := sorted(set(self.new_model) - known):
-            raise ValueError(f"new_model has {', '.join(unknown)}; a Dream's sizes are {', '.join(sorted(known))}")
-        if missing := sorted(_SIZES - set(self.new_model)):
-            raise ValueError(f"new_model lacks {', '.join(missing)}: name every size, a new Dream has no default ones")
-        special = {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("mask", "pad", "bos", "eos")}
-        vocab_size = -(-len(self.tokenizer) // 64) * 64  # whole tiles for the head's matrix product
-        heads = {"num_key_value_heads": self.new_model["num_attention_heads"]}
-        return DreamConfig(**{"vocab_size": vocab_size, **heads, **special, **self.new_model})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the network's sizes, for export; of an adapted model only the adapters and what they belong to."""
@@ -362,44 +327,16 @@ class DreamModule(L.LightningModule):
         """Answers to a batch of questions."""
         return self.answer(batch)
 
-    @torch.no_grad()
     def answer(self, batch: PromptBatch, *, with_history: bool = False) -> Answers:
-        """Generate, decode up to the first eos, and grade."""
-        start = time.perf_counter()
-        out = diffusion_generate(
+        """Answers by `sampling`, graded; under several processes all make the same number of forwards."""
+        return answer_questions(
             self.model,
-            batch.input_ids,
-            batch.attention_mask,
-            params=self.sampling,
-            return_history=with_history,
-            sample_ids=batch.sample_ids,
+            self.tokenizer,
+            batch,
+            self.sampling,
+            with_history=with_history,
             run_every_step=self.trainer.world_size > 1,
         )
-        prompt_length = batch.input_ids.shape[1]
-        responses = [self._until_eos(row) for row in out.sequences[:, prompt_length:].tolist()]
-        seconds = (time.perf_counter() - start) / len(responses)
-        predictions = []
-        for example, ids in zip(batch.examples, responses, strict=True):
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            graded = grade(text, example.reference)
-            predictions.append(
-                Prediction(
-                    id=example.id,
-                    prompt=example.prompt[-1]["content"],
-                    prediction=text,
-                    thinking=graded.thinking,
-                    answer=graded.answer if graded.parsed else None,
-                    reference=example.reference,
-                    correct=graded.correct,
-                    tokens=len(ids),
-                    seconds=round(seconds, 4),
-                )
-            )
-        return Answers(predictions, batch.counted.tolist(), out.history, prompt_length)
-
-    def _until_eos(self, ids: list[int]) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        return ids[: ids.index(eos)] if eos in ids else ids
 
 
 def attention_mask(batch: Batch) -> Tensor | None:

@@ -13,11 +13,13 @@ MAY_IMPORT = {
     "types": set(),
     **{leaf: {"types"} for leaf in LEAVES},
     "sampling": {"types", "diffusion"},
-    "module": {"types", "model", "adapters", "diffusion", "sampling", "scoring"},
+    "building": {"model", "adapters"},
+    "answering": {"types", "model", "sampling", "scoring"},
+    "module": {"types", "answering", "building", "model", "adapters", "diffusion", "sampling", "scoring"},
     "export": {"types", "model", "adapters", "module"},
     "cli": {"data", "module", "callbacks"},
     "__main__": {"cli"},
-    "__init__": {"types", *LEAVES, "sampling", "module"},
+    "__init__": {"types", *LEAVES, "sampling", "answering", "building", "module"},
 }
 FORBIDDEN = {
     "diffusion": {"transformers", "lightning", "peft"},

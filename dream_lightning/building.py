@@ -1,0 +1,71 @@
+"""From options to a network: new or pretrained, whole or in 4 bits, with adapters or without."""
+
+from dataclasses import fields
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit
+from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.model.loading import check_weights, local_folder, weight_files
+
+_SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+
+
+def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamModel:
+    """A Dream with random weights, its vocabulary and special ids those of the tokenizer.
+
+    Args:
+        sizes: fields of `DreamConfig`; the four of `_SIZES` are needed, the others have its defaults, but there are as
+            many key/value heads as heads.
+
+    Raises:
+        ValueError: a size that is missing, unknown or impossible.
+    """
+    known = {f.name for f in fields(DreamConfig)}
+    if unknown := sorted(set(sizes) - known):
+        raise ValueError(f"new_model has {', '.join(unknown)}; a Dream's sizes are {', '.join(sorted(known))}")
+    if missing := sorted(_SIZES - set(sizes)):
+        raise ValueError(f"new_model lacks {', '.join(missing)}: name every size, a new Dream has no default ones")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")}
+    vocab_size = -(-len(tokenizer) // 64) * 64  # whole tiles for the head's matrix product
+    heads = {"num_key_value_heads": sizes["num_attention_heads"]}
+    return DreamModel(DreamConfig(**{"vocab_size": vocab_size, **heads, **special, **sizes}))
+
+
+def four_bit_model(pretrained: str, device: torch.device) -> DreamModel:
+    """A checkpoint whose layers go into 4 bits on the device, tensor by tensor.
+
+    Raises:
+        ValueError: as `DreamModel.from_pretrained`.
+    """
+    folder = local_folder(pretrained)
+    with torch.device("meta"):
+        model = DreamModel(DreamConfig.from_pretrained(folder))
+    check_weights(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    load_4bit(model, weight_files(folder), device=device)
+    return model
+
+
+def adapt(model: DreamModel, lora: LoraParams, *, pretrained: str, seed: int) -> dict[str, str]:
+    """Add adapters; returns the name and content hash of the base they belong to."""
+    add_lora(model, lora, generator=torch.Generator().manual_seed(seed))
+    return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> None:
+    """Refuse a tokenizer that was not made for the model.
+
+    Raises:
+        ValueError: it has more tokens than the model, or another mask token.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: they do not belong "
+            "together; set model.tokenizer to the checkpoint's own folder or hub id"
+        )
+    if tokenizer.mask_token_id != config.mask_token_id:
+        raise ValueError(
+            f"the tokenizer's mask token is {tokenizer.mask_token_id}, the model's {config.mask_token_id}: they do not "
+            "belong together; set model.tokenizer to the checkpoint's own folder or hub id"
+        )

@@ -107,6 +107,39 @@ def test_a_step_does_not_depend_on_how_it_is_cut(reference, weighting, normalize
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("model_options", "data_options"),
+    [
+        ({"weighting": "linear"}, {}),
+        ({"weighting": "cart"}, {}),
+        ({"weighting": "cart", "cart_p": 0.8}, {}),
+        ({"weighting": "none"}, {}),
+        ({"normalizer": "masked"}, {}),
+        ({"focal_gamma": 2.0}, {}),
+        ({"focal_gamma": 2.0, "focal_alpha": 1.0}, {}),
+        ({"stratified_t": False}, {}),
+        ({"t_min": 0.5}, {}),
+        ({"seed": 1}, {}),
+        ({"treat_eos_as_one": True}, {"eos_fill_to": 60}),
+        ({}, {"eos_fill_to": 60}),
+        ({}, {"batch_cutoff": True}),
+        ({}, {"extra_weight": {"carry": 3.0}}),
+        ({}, {"seed": 1}),
+        ({}, {"thinking": False}),
+        ({}, {"style": "plain"}),
+        ({}, {"system_prompt": "Add."}),
+        ({}, {"fraction": 0.5}),
+    ],
+)
+def test_every_option_changes_the_loss(reference, model_options, data_options):
+    source, folder = reference
+    cases = [({}, {}), ({"weighting": "cart"}, {}), ({"focal_gamma": 2.0}, {}), ({}, {"eos_fill_to": 60})]
+    losses = {str(case): run(source, folder, model=module(**case[0]), max_steps=1, **case[1]).losses for case in cases}
+    losses.pop(str((model_options, data_options)), None)
+    ours = run(source, folder, model=module(**model_options), max_steps=1, **data_options).losses
+    assert ours not in losses.values()
+
+
 def test_the_authors_normaliser_does_depend_on_it(reference):
     source, folder = reference
     one = run(source, folder, model=module(normalizer="micro_batch"), batch_size=8, max_steps=1)

@@ -78,10 +78,15 @@ class DreamConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """As the authors' transformers 4.46 reads it: the element type is called `torch_dtype`."""
+        """All fields; a default of `top_k` has the name that it has in config.json."""
         official = super().to_dict()
-        if official.get("dtype") is not None:
-            official["torch_dtype"] = official["dtype"]
         if (top_k := official.pop("default_top_k")) is not None:
             official["top_k"] = top_k
+        return official
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json says. The authors' transformers 4.46 calls the element type `torch_dtype`."""
+        official = super().to_diff_dict()
+        if official.get("dtype") is not None:
+            official["torch_dtype"] = official["dtype"]
         return official

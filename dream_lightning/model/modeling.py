@@ -245,9 +245,9 @@ class DreamModel(DreamPreTrainedModel):
         check_weights(folder, expected)
         return super().from_pretrained(folder, *args, config=config, **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, max_shard_size: str = "5GB", **kwargs: Any) -> None:
         """Write an official-format folder; the authors' loader also wants a `generation_config.json`."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
         generation = {
             "_from_model_config": True,
             "alg": "origin",

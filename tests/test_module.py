@@ -180,6 +180,16 @@ def test_validation_is_the_same_every_time_and_for_any_batch_size(sums, tmp_path
         assert other["val/nll"] == pytest.approx(first["val/nll"], rel=1e-5)
 
 
+def test_one_data_module_serves_one_stage_after_the_other(sums, tmp_path):
+    model, source = module(), data(sums, tmp_path)
+    validated = trainer(tmp_path, limit_val_batches=1.0).validate(model, source, verbose=False)
+    trainer(tmp_path, max_steps=2).fit(model, source)
+    tested = trainer(tmp_path).test(model, source, verbose=False)
+    answers = trainer(tmp_path).predict(model, source)
+    assert tested[0]["test/nll"] < validated[0]["val/nll"]
+    assert sum(len(batch.predictions) for batch in answers) == 4
+
+
 def test_more_validation_draws_change_the_estimate(sums, tmp_path):
     model = module()
     one, many = (

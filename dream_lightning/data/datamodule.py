@@ -171,15 +171,13 @@ class S1KDataModule(L.LightningDataModule):
             else:
                 self.questions = self.read()[1]
             return
-        if self.validation_set is not None:
-            return
         training, validation = self.read()
         self.questions = [e for e in validation if e.reference is not None][: self.validation_questions]
         self.validation_set = self.tokenized(validation)
+        rank_zero_info(_summary("validation", self.validation_set))
         if stage == "fit":
             self.train_set = self.tokenized(training)
             rank_zero_info(_summary("training", self.train_set))
-        rank_zero_info(_summary("validation", self.validation_set))
 
     def skip_questions(self, ids: Collection[str]) -> None:
         """Leave these out of `predict`: they are answered already."""

@@ -171,7 +171,11 @@ def _save(documents: datasets.Dataset, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
+        bars = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()  # writing takes no time worth watching
         documents.save_to_disk(str(beside))
+        if bars:
+            datasets.enable_progress_bars()
         beside.rename(folder)
     except OSError:
         if not folder.exists():  # otherwise another process was first, with the same content

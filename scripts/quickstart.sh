@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Set up (once), then train, validate and question a tiny Dream: bash scripts/quickstart.sh [--option value …]
-# Options are those of `rm -f lightning_logs/tiny/predictions.jsonl # of an earlier quickstart: a new model gives new answers
-python -m dream_lightning fit`.
+# The options are those of fit, see python -m dream_lightning fit --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -9,6 +8,7 @@ source scripts/environment.sh
 started=$SECONDS
 config=(--config configs/tiny.yaml)
 
+rm -f lightning_logs/tiny/predictions.jsonl # of an earlier quickstart: a new model gives new answers
 python -m dream_lightning fit "${config[@]}" "$@"
 python -m dream_lightning validate "${config[@]}" --ckpt_path last
 python -m dream_lightning predict "${config[@]}" --ckpt_path last

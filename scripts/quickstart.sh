@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up (once), then train, validate and question a tiny Dream: bash scripts/quickstart.sh [--option value …]
-# The options are those of fit, see python -m dream_lightning fit --help.
+# The options (of trainer, model and data) go to all three, see python -m dream_lightning fit --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -10,8 +10,8 @@ config=(--config configs/tiny.yaml)
 
 rm -f lightning_logs/tiny/predictions.jsonl # of an earlier quickstart: a new model gives new answers
 python -m dream_lightning fit "${config[@]}" "$@"
-python -m dream_lightning validate "${config[@]}" --ckpt_path last
-python -m dream_lightning predict "${config[@]}" --ckpt_path last
+python -m dream_lightning validate "${config[@]}" --ckpt_path last "$@"
+python -m dream_lightning predict "${config[@]}" --ckpt_path last "$@"
 
 echo "trained, validated and questioned in $((SECONDS - started)) s"
 echo "watch it:  $(dirname "$(command -v python)")/tensorboard --logdir lightning_logs"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -121,6 +122,14 @@ class DreamModule(L.LightningModule):
         self.sampling = sampling
         self.model: DreamModel | None = None  # built in configure_model
         self.val_nll, self.val_answers = MeanMetric(), AnswerAccuracy()
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies under which the one division of a step is not tested."""
+        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"trainer.strategy is {type(self.trainer.strategy).__name__}, which is not tested here: use one "
+                "device, or ddp on several"
+            )
 
     def configure_model(self) -> None:
         """Build or load the network; Lightning calls this on every rank, once the strategy is known."""

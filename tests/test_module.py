@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.callbacks import PredictionWriter
@@ -304,6 +305,14 @@ def test_impossible_options_are_refused(options, words):
 def test_impossible_models_are_refused(sizes, words):
     with pytest.raises(ValueError, match=words):
         DreamModule(new_model=SIZES | sizes, tokenizer="bytes").configure_model()
+
+
+def test_untested_strategies_are_refused():
+    model = module()
+    model.trainer = L.Trainer(accelerator="cpu", logger=False)
+    model.trainer.strategy.__class__ = type("ShardedStrategy", (Strategy,), {})
+    with pytest.raises(ValueError, match="ShardedStrategy, which is not tested"):
+        model.setup("fit")
 
 
 def test_a_new_model_names_its_sizes():

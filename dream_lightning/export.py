@@ -71,13 +71,17 @@ def export_checkpoint(
 
     Args as in `export_model`, and:
         ckpt_path: what `trainer.save_checkpoint` wrote. It is mapped, not read: optimiser states cost no memory.
-        pretrained: what training started from, for the tokenizer and, without `dream_config`, for the sizes.
+        pretrained: what training started from, for the tokenizer and, without `dream_config`, for the sizes; a
+            checkpoint of adapters knows it.
         dtype: element type to write: as stored, or rounded to bfloat16 like the official weights.
 
     Raises:
         ValueError: as `export_model` and `model_from_checkpoint`.
     """
-    model = model_from_checkpoint(ckpt_path, pretrained=pretrained)
+    checkpoint = _read_checkpoint(Path(ckpt_path))
+    if pretrained is None and "base" in checkpoint:
+        pretrained = checkpoint["base"]["name"]
+    model = _model(checkpoint, ckpt_path, pretrained)
     if dtype != "keep":
         model.to(getattr(torch, dtype))
     return export_model(model, folder, tokenizer=tokenizer or pretrained, max_shard_size=max_shard_size)
@@ -92,7 +96,10 @@ def model_from_checkpoint(ckpt_path: str | Path, *, pretrained: str | Path | Non
         ValueError: not a whole checkpoint file, or one with more than tensors and plain values; a sharded checkpoint;
             adapters of another base; no sizes; tensors that do not fit the sizes.
     """
-    checkpoint = _read_checkpoint(Path(ckpt_path))
+    return _model(_read_checkpoint(Path(ckpt_path)), ckpt_path, pretrained)
+
+
+def _model(checkpoint: dict[str, Any], ckpt_path: str | Path, pretrained: str | Path | None) -> DreamModel:
     state = {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
     if "lora" in checkpoint:
         return _merged(checkpoint, state, pretrained or checkpoint["base"]["name"])

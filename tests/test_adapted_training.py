@@ -106,6 +106,7 @@ def test_export_merges_into_the_bfloat16_base(base, tmp_path):
     folder = export_checkpoint(tmp_path / "three.ckpt", tmp_path / "exported")
     exported = DreamModel.from_pretrained(folder).eval()
     assert exported.dtype == torch.bfloat16
+    assert len(load_tokenizer(folder)) == len(model.tokenizer)  # the base's, though it was not named
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = model.model.eval().float()(ids).logits

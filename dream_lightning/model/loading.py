@@ -19,7 +19,7 @@ def local_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> 
     Raises:
         ValueError: neither a folder with a config.json nor a reachable hub id.
     """
-    path = Path(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(

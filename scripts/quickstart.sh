@@ -3,7 +3,7 @@
 # The options (of trainer, model and data) go to all three, see python -m dream_lightning fit --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh
+source scripts/environment.sh "" # no extra; without an argument it would see ours
 
 started=$SECONDS
 config=(--config configs/tiny.yaml)

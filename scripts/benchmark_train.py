@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dream_lightning import DreamModule
 from dream_lightning.adapters import LoraParams
+from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.types import Batch
 
 PROMPT = 128  # tokens of every row that are never masked
@@ -59,13 +60,6 @@ class Clock(L.Callback):
         self.losses.append(round(trainer.callback_metrics["train/loss"].item(), 3))
 
 
-def paged_adamw_8bit(groups):
-    """The optimiser of full fine-tuning on one GPU."""
-    import bitsandbytes
-
-    return bitsandbytes.optim.PagedAdamW8bit(groups, lr=2e-6)
-
-
 def main(
     pretrained: str,
     work: Literal["qlora", "lora", "full"] = "qlora",
@@ -90,7 +84,7 @@ def main(
     """
     options = {"dtype": "bfloat16", "gradient_checkpointing": checkpointing, "compile_layers": compiled}
     if work == "full":
-        options["optimizer"] = paged_adamw_8bit
+        options["optimizer"] = PagedAdamW8bit
     else:
         options |= {
             "lora": LoraParams(rank=16, alpha=32, targets=targets),

@@ -170,7 +170,7 @@ def fit(model, tmp_path, sums, steps, callbacks=(), ckpt_path=None):
     )
     trainer = L.Trainer(
         accelerator="cpu",
-        precision="bf16-true",
+        precision="bf16-mixed",
         max_steps=steps,
         gradient_clip_val=1.0,
         logger=False,

@@ -21,6 +21,7 @@ from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting
 from dream_lightning.model import DreamModel, load_tokenizer
+from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.scoring import AnswerAccuracy
 from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
@@ -42,8 +43,8 @@ class DreamModule(L.LightningModule):
         new_model: sizes of a Dream to train from scratch instead, as in `DreamConfig`; the vocabulary follows the
             tokenizer.
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
-        dtype: element type of the weights. Full fine-tuning in pure bfloat16 loses small updates: keep float32 and
-            compute in bfloat16 with `trainer.precision=bf16-mixed`.
+        dtype: element type of the weights. All weights trained: float32, computing in bfloat16 with
+            `trainer.precision=bf16-mixed`, or bfloat16 with the optimiser `dream_lightning.optim.PagedAdamW8bit`.
         lora: train low-rank adapters beside frozen weights, and keep only them in checkpoints.
         quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation); needs `lora`.
         gradient_checkpointing: recompute layers in the backward pass, all or so many of the first; saves memory, costs
@@ -287,6 +288,11 @@ class DreamModule(L.LightningModule):
             {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer([group for group in groups if group["params"]])
+        if any(p.dtype == torch.bfloat16 for p in trainable) and not isinstance(optimizer, PagedAdamW8bit):
+            raise ValueError(
+                f"model.optimizer is {type(optimizer).__name__} and bfloat16 weights train, which loses every small "
+                "update: set model.optimizer to dream_lightning.optim.PagedAdamW8bit, or model.dtype to float32"
+            )
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:

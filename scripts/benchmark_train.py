@@ -169,7 +169,7 @@ def main(
         pretrained: an official-format folder with its tokenizer.
         cases: names in CASES.
         authors_code: folder of the authors' modeling_dream.py, which then is the reference's model.
-        reference: also time a plain loop: full logits, PEFT's and bitsandbytes' own layers, checkpointing, not compiled.
+        reference: also time a plain loop: full logits, PEFT's and bitsandbytes' own layers, not compiled.
         steps: optimiser steps; the mean leaves the first two out.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

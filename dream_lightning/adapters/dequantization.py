@@ -33,13 +33,35 @@ def compile_with_layer(linear: nn.Module) -> None:
 
 
 def dequantize(
-    packed: Tensor, levels: Tensor, scale_codes: Tensor, scale_levels: Tensor, superscales: Tensor, offset: Tensor
+    packed: Tensor,
+    levels: Tensor,
+    scale_codes: Tensor,
+    scale_levels: Tensor,
+    superscales: Tensor,
+    offset: Tensor,
+    *,
+    again: bool = False,
 ) -> Tensor:
-    """Two weights a byte, the first in the high half → all weights, [2 · len(packed)] bfloat16."""
-    codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1, _BLOCK)  # [C, 64]
+    """Two weights a byte, the first in the high half → all weights, [2 · len(packed)] bfloat16.
+
+    Every byte becomes one 32-bit word of two weights, so that its scale is looked up once.
+
+    Args:
+        again: for the second time in a compiled graph: the same numbers by products written the other way round. If
+            they were written alike, the compiler would find them equal and keep 16-bit weights until the backward pass.
+    """
     superblock = torch.arange(len(scale_codes), device=packed.device) // _SUPERBLOCK
-    scales = scale_levels[scale_codes.int()] * superscales[superblock] + offset  # [C]
-    return (levels[codes.int()] * scales[:, None]).to(torch.bfloat16).view(-1)
+    scales = (scale_levels[scale_codes.int()] * superscales[superblock] + offset)[:, None]  # [C, 1]
+    packed = packed.view(-1, _BLOCK // 2)  # [C, 32]
+
+    def bits(code: Tensor) -> Tensor:
+        level = levels[code.int()]
+        weight = (scales * level if again else level * scales).to(torch.bfloat16)
+        return weight.view(torch.int16).int()
+
+    first, second = bits(packed >> 4), bits(packed & 15)
+    words = (first & 0xFFFF) | (second << 16)  # little-endian: the first weight is the low half
+    return words.view(-1).view(torch.bfloat16)
 
 
 class _Product(torch.autograd.Function):
@@ -53,14 +75,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight = dequantize(*ctx.saved_tensors).view(ctx.out_features, -1)
+        weight = dequantize(*ctx.saved_tensors, again=True).view(ctx.out_features, -1)
         return gradient @ weight, *(None,) * (1 + len(ctx.saved_tensors))
 
 
 def _forward(self, x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return type(self).forward(self, x)
-    quantized = (self.levels, self.scale_codes, self.scale_levels, self.superscales, self.offset)
+    statistics = (self.levels, self.scale_codes, self.scale_levels, self.superscales, self.offset)
     with torch.autocast(x.device.type, enabled=False):
-        out = _Product.apply(x.to(torch.bfloat16), self.out_features, self.weight.data.view(-1), *quantized)
+        out = _Product.apply(x.to(torch.bfloat16), self.out_features, self.weight.data.view(-1), *statistics)
     return (out if self.bias is None else out + self.bias).to(x.dtype)

@@ -23,7 +23,7 @@ from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.scoring import AnswerAccuracy
-from dream_lightning.strategy import FSDP2Strategy, refuse_lossy, refuse_untested
+from dream_lightning.strategy import FSDP2Strategy, recount, refuse_lossy, refuse_untested
 from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, PromptBatch
 
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
@@ -185,6 +185,7 @@ class DreamModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the network's sizes, for export; of an adapted model only the adapters and what they belong to."""
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["dream_config"] = self.model.config.to_dict()
         if self.lora is not None:
             kept = self._adapter_names()
@@ -192,8 +193,9 @@ class DreamModule(L.LightningModule):
             checkpoint["lora"], checkpoint["base"] = asdict(self.lora), self.base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that does not belong to this model."""
+        """Refuse a checkpoint that does not belong to this model; go on also where a step is cut otherwise."""
         self.check_checkpoint(checkpoint)
+        recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint with other adapters, or of another base; looks at no tensor.

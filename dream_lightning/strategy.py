@@ -84,6 +84,25 @@ class FSDP2Strategy(ModelParallelStrategy):
         return meta
 
 
+def recount(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Let a checkpoint's progress in its epoch count micro-batches of this run, which may cut a step otherwise.
+
+    With another number of processes, a step of as many rows takes another number of micro-batches; Lightning counts
+    these.
+
+    Args:
+        checkpoint: changed in place.
+        accumulate: micro-batches of a step now.
+    """
+    before = checkpoint.get("accumulate_grad_batches", accumulate)
+    if before == accumulate:
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        for name, count in counts.items():
+            counts[name] = -(-count // before) * accumulate  # the last step of an epoch may be a short one
+
+
 StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2 over all processes", override=True)
 
 _INSTEAD = {

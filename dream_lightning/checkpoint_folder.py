@@ -5,6 +5,7 @@ r; `.metadata` says which rows of which tensor lie where, so any number of proce
 `.metadata` with pickle; it is read here by an unpickler that builds nothing but these tables.
 """
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -110,7 +111,8 @@ def write(
 ) -> None:
     """Write a folder beside `path` and let it take the name when it is whole; all processes call this.
 
-    Needs room for both: an older checkpoint of that name goes last.
+    An older checkpoint of that name goes last, so there must be room for both. A kill leaves one of the two: under its
+    name, or at worst as `last-old.ckpt`, which `--ckpt_path last` finds too.
 
     Args:
         state: tensors, of which every process holds its parts.
@@ -119,36 +121,54 @@ def write(
         agree: gives every process what process 0 passes.
 
     Raises:
-        ValueError: it could not be written, the disk is full; an older checkpoint of that name is still there.
+        ValueError: it could not be written, most often because the disk is full; the older one is still there.
     """
-    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
-    problem = None
-    if is_first:
-        try:
-            for left in (partial, old):
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            problem = str(error)
-    problem = agree(problem)
-    if problem is None:
-        try:
-            dcp.save(state, checkpoint_id=partial)
-        except CheckpointException as error:  # raised on all processes
-            problem = str(next(iter(error.failures.values()))[0])
-    if is_first and problem is None:
-        try:
-            torch.save(meta, partial / META)
-            if path.is_dir() and not path.is_symlink():
-                path.rename(old)
-            else:
-                path.unlink(missing_ok=True)
-            partial.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            problem = str(error)
-    problem = agree(problem)
-    if problem is not None:
+    partial, old = path.with_name(f"{path.name}.partial"), path.with_stem(f"{path.stem}-old")
+
+    def first_does(work: Callable[[], None]) -> None:
+        problem = None
         if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise ValueError(f"{path} could not be written ({problem}): older checkpoints are as they were; free some disk")
+            try:
+                work()
+            except OSError as error:
+                problem = str(error)
+        stop_for(agree(problem))
+
+    def stop_for(problem: str | None) -> None:
+        if problem is not None:
+            if is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(
+                f"{path} was not saved: {problem}. Checkpoints before it are untouched. Make room, or set "
+                "autosave.dirpath and checkpoint.dirpath to a larger disk, and go on with --ckpt_path last"
+            )
+
+    def begin() -> None:
+        if path.exists():  # else the old one is all there is
+            _remove(old)
+        _remove(partial)
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        with (partial / META).open("wb") as file:
+            torch.save(meta, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        _remove(old)
+
+    first_does(begin)
+    try:
+        dcp.save(state, checkpoint_id=partial)
+    except CheckpointException as error:  # on all processes
+        stop_for(str(next(iter(error.failures.values()))[0]))
+    first_does(finish)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.scoring import AnswerAccuracy
-from dream_lightning.strategy import FSDP2Strategy, recount, refuse_lossy, refuse_untested
+from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
 from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, PromptBatch
 
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
@@ -139,17 +139,15 @@ class DreamModule(L.LightningModule):
     @property
     def sharded(self) -> bool:
         """Whether the weights are divided over processes."""
-        return isinstance(self.trainer.strategy, FSDP2Strategy)
+        return self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy)
 
     def configure_model(self) -> None:
         """Build or load the network; Lightning calls this on every rank, once the strategy is known."""
         if self.model is not None:
             return
-        device = self.trainer.strategy.root_device
+        device = None if self._trainer is None else self.trainer.strategy.root_device
         if self.pretrained is None:
             self.model = random_model(self.new_model, self.tokenizer).to(self.weights_dtype)
-            if self.sharded:
-                agree(self.model.to(device))
         elif self.quantize is not None:
             self.model = four_bit_model(self.pretrained, device)
         elif self.sharded:
@@ -173,6 +171,8 @@ class DreamModule(L.LightningModule):
         rank_zero_info(str(trainable_summary(self.model)))
 
     def _shard(self, device: torch.device) -> None:
+        if self.pretrained is None:
+            agree(self.model.to(device))
         shard(
             self.model,
             self,
@@ -323,7 +323,6 @@ class DreamModule(L.LightningModule):
             {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer([group for group in groups if group["params"]])
-        refuse_lossy(optimizer, self.trainer.strategy)
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:

@@ -11,7 +11,6 @@ from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
-    Strategy,
     StrategyRegistry,
 )
 from torch.distributed.checkpoint.state_dict import (
@@ -20,7 +19,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import Optimizer
 
 from dream_lightning.checkpoint_folder import is_sharded, read_into, read_meta, write
 
@@ -41,6 +39,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         """One axis over all processes of all nodes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        """Take the module's optimiser.
+
+        Raises:
+            ValueError: one that was not tested on divided weights.
+        """
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+                raise ValueError(
+                    f"model.optimizer is {type(optimizer).__name__}, which is not tested on divided weights "
+                    "(trainer.strategy fsdp2): set it to torch.optim.AdamW, whose states are divided too"
+                )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This process's parts of what trains."""
@@ -121,7 +133,7 @@ def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, dora:
     strategy, precision = trainer.strategy, str(trainer.precision)
     name = type(strategy).__name__
     sharded = isinstance(strategy, FSDP2Strategy)
-    if not (sharded or isinstance(strategy, SingleDeviceStrategy | DDPStrategy)):
+    if not sharded and type(strategy) not in (SingleDeviceStrategy, DDPStrategy):  # DeepSpeedStrategy is a DDPStrategy
         instead = _INSTEAD.get(name, "use one device, or set trainer.strategy to ddp or fsdp2 on several")
         raise ValueError(f"trainer.strategy is {name}, which is not tested here: {instead}")
     if sharded and quantized:
@@ -136,24 +148,3 @@ def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, dora:
     algorithm = getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)
     if algorithm not in (None, "norm"):
         raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm}, wanted norm, or none at all")
-
-
-def refuse_lossy(optimizer: Optimizer, strategy: Strategy) -> None:
-    """Stop an optimiser that loses small updates, or that does not know divided weights.
-
-    Raises:
-        ValueError: what was got, and what to use instead.
-    """
-    kind = type(optimizer)
-    if isinstance(strategy, FSDP2Strategy) and kind not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
-        raise ValueError(
-            f"model.optimizer is {kind.__name__}, not tested on divided weights (trainer.strategy fsdp2): set it to "
-            "torch.optim.AdamW; divided over several GPUs its states take less than 8-bit ones on one"
-        )
-    short = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {torch.bfloat16, torch.float16}
-    if short and not kind.__module__.startswith("dream_lightning.optim"):
-        raise ValueError(
-            f"{kind.__name__} would train {short.pop()} weights, in which small updates round to nothing: set "
-            "model.dtype=float32 with trainer.precision=bf16-mixed, or "
-            "model.optimizer=dream_lightning.optim.PagedAdamW8bit, which rounds at random"
-        )

@@ -20,13 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dream_lightning.checkpoint_folder import is_sharded, read_into, read_meta, write
+from dream_lightning.sharded import is_sharded, read_into, read_rest, write
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Weights, gradients and optimiser states divided over all processes; `trainer.strategy=fsdp2`.
 
-    A checkpoint is a folder (see `checkpoint_folder`) that any number of processes goes on from. Frozen weights, an
+    A checkpoint is a folder (see `sharded`) that any number of processes goes on from. Frozen weights, an
     adapter's base, are not in it.
     """
 
@@ -64,11 +64,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             ValueError: it could not be written.
         """
-        meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+        rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
         state = {"state_dict": checkpoint["state_dict"]}
         state |= {f"optimizer_{i}": s for i, s in enumerate(checkpoint.get("optimizer_states", []))}
         path = Path(self.broadcast(str(filepath)))
-        write(state, meta, path, is_first=self.is_global_zero, agree=self.broadcast)
+        write(state, rest, path, is_first=self.is_global_zero, agree=self.broadcast)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Put the folder's weights and optimiser states into place; the rest is returned. Always `weights_only`.
@@ -82,9 +82,9 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"{path} is not a sharded checkpoint, and trainer.strategy is fsdp2: go on with the strategy that "
                 "saved it (auto on one device, ddp on several), or export it and name the folder in model.pretrained"
             )
-        meta = read_meta(path)
-        self.lightning_module.check_checkpoint(meta)
-        if self.optimizers and "lr_schedulers" not in meta:
+        rest = read_rest(path)
+        self.lightning_module.check_checkpoint(rest)
+        if self.optimizers and "lr_schedulers" not in rest:
             raise ValueError(f"{path} holds weights only (save_weights_only): training cannot go on from it")
         weights = {"state_dict": get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))}
         read_into(weights, path)
@@ -93,7 +93,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
             read_into(state, path)
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
-        return meta
+        return rest
 
 
 def recount(checkpoint: dict[str, Any], accumulate: int) -> None:

@@ -89,6 +89,7 @@ def main(
             "--trainer.limit_val_batches=1",
             "--trainer.check_val_every_n_epoch=null",
         ),
+        *("--trainer.val_check_interval=1000000", "--autosave.save_top_k=0", f"--trainer.default_root_dir={place}"),
         *("--trainer.log_every_n_steps=1", f"--trainer.accumulate_grad_batches={accumulate}", "--trainer.logger=false"),
         "--trainer.callbacks=[{class_path: check_multi_gpu.Probe}]",
         "--trainer.enable_progress_bar=false",

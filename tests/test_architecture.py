@@ -16,7 +16,12 @@ MAY_IMPORT = {
     "building": {"model", "adapters"},
     "optim": set(),
     "answering": {"types", "model", "sampling", "scoring"},
-    "module": {"types", "answering", "building", "optim", "model", "adapters", "diffusion", "sampling", "scoring"},
+    "sharded": set(),
+    "strategy": {"sharded"},
+    "module": {
+        *("types", "answering", "building", "optim", "strategy"),
+        *("model", "adapters", "diffusion", "sampling", "scoring"),
+    },
     "export": {"types", "model", "adapters", "module"},
     "cli": {"data", "module", "callbacks"},
     "__main__": {"cli"},

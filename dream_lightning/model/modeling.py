@@ -214,7 +214,7 @@ class DreamBaseModel(DreamPreTrainedModel):
             return None
         if isinstance(attention_mask, DocumentBounds):
             half = torch.is_autocast_enabled(input_ids.device.type) or self.embed_tokens.weight.dtype.itemsize == 2
-            drops = self.training and self.config.attention_dropout > 0
+            drops = self.training and self.layers[0].self_attn.dropout > 0
             if input_ids.is_cuda and half and not drops:  # what the varlen kernel can do
                 return attention_mask
             attention_mask = attention_mask.to_mask(*input_ids.shape)

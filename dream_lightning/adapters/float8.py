@@ -1,6 +1,6 @@
 """The frozen base in 8-bit floats: matrix products at twice the rate of bfloat16 on Hopper and later GPUs.
 
-A float8 number (e4m3) has 4 significant bits. Weights carry a scale a row, activations and gradients a scale a token, so
+A float8 number (e4m3) has 4 significant bits. Weights carry a scale a row, activations and gradients a scale a token:
 one outlier spoils one row only. Every product is rounded by about 4 %, at random: less than nf4 rounds the weights.
 """
 

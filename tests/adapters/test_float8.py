@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dream_lightning.adapters.float8 import Float8Linear, load_float8, to_float8
-from dream_lightning.adapters.lora import LoraParams, add_lora
+from dream_lightning.adapters.lora import LoraParams, add_lora, merge_lora
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
 
@@ -91,6 +91,13 @@ def test_adapters_on_it_learn_like_those_on_the_bfloat16_base(folder):
         losses.append(loss.item())
     assert losses[1] < 3.5  # of ln 64 = 4.16: it has learnt something
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
+def test_adapters_are_not_merged_into_it(folder):
+    model = loaded(folder)
+    add_lora(model, LoraParams(rank=4))
+    with pytest.raises(ValueError, match="load the bfloat16 checkpoint"):
+        merge_lora(model)
 
 
 def test_sizes_that_float8_has_not_are_refused(tmp_path):

@@ -40,6 +40,7 @@ class Case:
 
 CASES = {
     "full": Case("full", 2, 2048),
+    "full_partly_checkpointed": Case("full", 2, 2048, checkpointed=10),
     "full_checkpointed": Case("full", 4, 2048, checkpointed=True),
     "lora": Case("lora", 4, 2048),
     "lora_float8": Case("lora_float8", 4, 2048),

@@ -24,6 +24,7 @@ class Autosave(ModelCheckpoint):
 
     _asked: signal.Signals | None = None  # the signal that told this rank to stop
     _stopping = False  # all ranks agreed
+    _in_step = False  # some of a step's micro-batches are done
     _validation_ahead = False
     _last_step: float = float("inf")
     _steps_seen: int = 0
@@ -77,8 +78,9 @@ class Autosave(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time; stop when asked to."""
-        if trainer.global_step == self._steps_seen:
-            return  # In the middle of a step. Lightning would save here too, in a run resumed from a step to save at.
+        self._in_step = trainer.global_step == self._steps_seen
+        if self._in_step:
+            return  # Lightning would save here too, in a run resumed from a step to save at
         self._steps_seen = trainer.global_step
         loop = trainer.fit_loop
         self._validation_ahead = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
@@ -88,7 +90,9 @@ class Autosave(ModelCheckpoint):
             self._save(trainer)
         self._validation_ahead = False
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Stop, once the metrics of the last step are with the loggers."""
         self._stop(trainer)
 
@@ -96,16 +100,15 @@ class Autosave(ModelCheckpoint):
         """The same."""
         self._stop(trainer)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Do not wait for the end of a long validation."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._decide(trainer):
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Do not wait for the end of a long validation, unless it lies in the middle of a step."""
+        between_steps = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not self._in_step
+        if between_steps and self._decide(trainer):
             self._stopping = self._validation_ahead = True  # all of it, again
             self._save(trainer)
             self._stop(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a resumed run begin with the validation that belongs to this step, which Lightning would leave out.
 
         It does one again that had begun its first batch, so this is what the checkpoint says.

@@ -26,7 +26,7 @@ STEPS = 200
 MOMENTS = ("any time", "after a save", "in a save")
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, devices: int = 1, steps: int = STEPS) -> None:
     """What `fit --ckpt_path last` does with base.yaml, smaller."""
     torch.manual_seed(0)
     module = DreamModule(
@@ -44,7 +44,10 @@ def train(folder: Path) -> None:
     )
     trainer = L.Trainer(
         accelerator="cpu",
-        max_steps=STEPS,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        use_distributed_sampler=False,
+        max_steps=steps,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
         limit_val_batches=1,
@@ -62,7 +65,7 @@ def train(folder: Path) -> None:
     trainer.fit(module, data, ckpt_path="last", weights_only=True)
 
 
-def attempt(folder: Path) -> int:
+def attempt(folder: Path, **options: int) -> int:
     """Fork a process that trains; returns its id."""
     pid = os.fork()
     if pid:
@@ -72,8 +75,10 @@ def attempt(folder: Path) -> int:
     os.dup2(output, 2)
     code = 1
     try:
-        train(folder)
+        train(folder, **options)
         code = 0
+    except SystemExit as stop:
+        code = stop.code
     except BaseException:
         traceback.print_exc()
     finally:

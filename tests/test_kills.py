@@ -13,10 +13,14 @@ KILLS = 20
 
 
 def start(folder: Path, kills: int) -> subprocess.Popen:
+    return python(HERE / "kill_runs.py", folder, str(kills), "0")
+
+
+def python(script: Path, folder: Path, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    arguments = [sys.executable, HERE / "kill_runs.py", folder / "checkpoints", str(kills), "0"]
+    command = [sys.executable, script, folder / "checkpoints", *arguments]
     folder.mkdir()
-    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def same(a, b) -> bool:
@@ -51,3 +55,17 @@ def test_twenty_kills_change_nothing(tmp_path):
         assert whole["global_step"] == 200
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
             assert same(whole[part], killed[part]), (file, part)
+
+
+def test_all_ranks_stop_after_the_same_step(tmp_path):
+    """One of two is told to stop, in the middle of whatever the other does."""
+    run = python(HERE / "stop_ranks.py", tmp_path / "ranks")
+    output, errors = run.communicate(timeout=280)
+    log = (tmp_path / "ranks" / "checkpoints.log").read_text()
+    assert run.returncode == 0, errors
+    first, second = map(json.loads, output.splitlines())
+    assert first == {"stopped": [143, 143]} and second == {"whole": [0, 0]}, log[-3000:]
+    assert log.count("SIGTERM: stopping after this optimiser step") == 1
+    assert log.count("Stopped by SIGTERM after step") == 1
+    saved = torch.load(tmp_path / "ranks" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 40

@@ -3,11 +3,13 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -23,6 +25,8 @@ class Autosave(ModelCheckpoint):
     """
 
     _asked: signal.Signals | None = None  # the signal that told this rank to stop
+    _preempted = False  # SLURM told this rank
+    _requeue: Callable[[int, FrameType | None], None] | None = None  # what Lightning does then
     _stopping = False  # all ranks agreed
     _in_step = False  # some of a step's micro-batches are done
     _validation_ahead = False
@@ -38,7 +42,7 @@ class Autosave(ModelCheckpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so when a new run begins where another one left its state."""
-        self._asked, self._stopping = None, False
+        self._asked, self._preempted, self._stopping = None, False, False
         if trainer.ckpt_path is None and (found := sorted(self._find_last_checkpoints(trainer))):
             rank_zero_warn(
                 f"{found[-1]} belongs to another run, and this one was started without --ckpt_path: it begins anew and "
@@ -53,16 +57,25 @@ class Autosave(ModelCheckpoint):
     def _listen(self) -> None:
         """In place of Lightning, which restores the former handlers when it is done.
 
-        Its own handler stops after a micro-batch without saving, with exit status 0; between ranks it broadcasts from
-        inside the handler, wherever the others are.
+        Its own handler of SIGTERM stops after a micro-batch without saving, with exit status 0; between ranks it
+        broadcasts from inside the handler, wherever the others are. What it does when SLURM announces a preemption,
+        save and requeue the job, is left to it, but waits for the end of the step.
         """
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask)
-            signal.signal(signal.SIGINT, self._ask)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+        handler = signal.getsignal(signal.SIGUSR1)
+        if isinstance(handler, _HandlersCompose):
+            self._requeue = handler
+            signal.signal(signal.SIGUSR1, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._asked is not None:
             signal.default_int_handler(number, frame)
+        if number == signal.SIGUSR1:
+            self._preempted = True
+            return
         self._asked = signal.Signals(number)
         # not print: the signal may have come in the middle of one
         os.write(2, f"\n{self._asked.name}: stopping after this optimiser step, then saving\n".encode())
@@ -85,7 +98,10 @@ class Autosave(ModelCheckpoint):
         loop = trainer.fit_loop
         self._validation_ahead = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._stopping = self._decide(trainer)
+        if self._requeue is not None and self._any_rank(trainer, self._preempted):
+            self._preempted = False
+            self._requeue(signal.SIGUSR1, None)
+        self._stopping = self._any_rank(trainer, self._asked is not None)
         if self._stopping or trainer.global_step >= self._last_step:
             self._save(trainer)
         self._validation_ahead = False
@@ -103,7 +119,7 @@ class Autosave(ModelCheckpoint):
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Do not wait for the end of a long validation, unless it lies in the middle of a step."""
         between_steps = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not self._in_step
-        if between_steps and self._decide(trainer):
+        if between_steps and self._any_rank(trainer, self._asked is not None):
             self._stopping = self._validation_ahead = True  # all of it, again
             self._save(trainer)
             self._stop(trainer)
@@ -128,9 +144,10 @@ class Autosave(ModelCheckpoint):
         """Save what a run leaves that ended before its last step, by early stopping."""
         self._save(trainer)
 
-    def _decide(self, trainer: L.Trainer) -> bool:
-        """Whether any rank was asked to stop; the same on all."""
-        return trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False)
+    @staticmethod
+    def _any_rank(trainer: L.Trainer, told: bool) -> bool:
+        """Whether any rank was told; the same on all."""
+        return trainer.strategy.reduce_boolean_decision(told, all=False)
 
     def _save(self, trainer: L.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

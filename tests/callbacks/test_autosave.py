@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 
 import lightning as L
@@ -216,3 +217,26 @@ def test_every_n_steps_last_and_best_side_by_side(source, tmp_path):
     fit(source, tmp_path, best, kept)
     names = {path.name for path in folder.iterdir()}
     assert names == {"best-step=13.ckpt", "step=5.ckpt", "step=10.ckpt", "step=15.ckpt", "last.ckpt"}
+
+
+def test_slurms_preemption_waits_for_the_end_of_the_step(source, tmp_path, whole, monkeypatch):
+    """Lightning saves hpc_ckpt_1.ckpt and requeues the job; in the middle of a step that would lose gradients."""
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $* > {tmp_path}/requeued\n")
+    scontrol.chmod(0o755)
+    for name, value in {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        **{"SLURM_NTASKS": "1", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "dream", "SLURM_NODELIST": "localhost"},
+        **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+    }.items():
+        monkeypatch.setenv(name, value)
+    preemption = Signal("first micro-batch", 3, number=signal.SIGUSR1)
+    assert_same(fit(source, tmp_path, preemption, default_root_dir=tmp_path), tmp_path, whole)  # it went on meanwhile
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 4
+    shutil.rmtree(tmp_path / "lightning_logs")
+    again = fit(source, tmp_path, default_root_dir=tmp_path)  # as the requeued job starts: without --ckpt_path
+    for p, q in zip(whole[0].parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert min(int(step) for _, step in logged(tmp_path)) == 4

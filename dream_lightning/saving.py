@@ -17,7 +17,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint beside its place, bring it onto the disk, and only then put it there in one step.
 
     A kill, a full disk or a power cut while saving leaves the previous file of that name as it was. Lightning's own
-    way builds the file in memory first, twice (for full fine-tuning of 7B, 2 × 58 GB), writes it into the temporary
+    way builds the file in memory first, twice (for full fine-tuning of 7B, 2 × 46 GB), writes it into the temporary
     folder of the machine, and copies it over the previous one if that lies on another disk. URLs are left to it.
     """
 

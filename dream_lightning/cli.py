@@ -2,12 +2,17 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
+import lightning as L
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from dream_lightning.callbacks import Autosave
 from dream_lightning.data import S1KDataModule
 from dream_lightning.module import DreamModule
+from dream_lightning.saving import SafeCheckpointIO
 
 # In a folder of its own: jsonargparse starts Python there, where our types.py would stand in for the library's
 BASE = Path(__file__).parent / "defaults" / "base.yaml"
@@ -29,7 +34,14 @@ class DreamCLI(LightningCLI):
         """The tokenizer is the model's; two checkpoints: the best by a metric, the newest every few steps."""
         parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ModelCheckpoint, "autosave")
+        parser.add_lightning_class_args(Autosave, "autosave")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Checkpoints are whole or not there, unless `trainer.plugins` names another way to write them."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        return trainer
 
 
 # True elsewhere, not here: batches are made in microseconds from memory-mapped ids, and two of Lightning's own calls.

@@ -12,6 +12,8 @@ LEAVES = {"data", "diffusion", "model", "adapters", "scoring", "callbacks"}
 MAY_IMPORT = {
     "types": set(),
     **{leaf: {"types"} for leaf in LEAVES},
+    "saving": set(),
+    "callbacks": {"types", "saving"},
     "sampling": {"types", "diffusion"},
     "building": {"model", "adapters"},
     "optim": set(),
@@ -23,7 +25,7 @@ MAY_IMPORT = {
         *("model", "adapters", "diffusion", "sampling", "scoring"),
     },
     "export": {"types", "model", "adapters", "module"},
-    "cli": {"data", "module", "callbacks"},
+    "cli": {"data", "module", "callbacks", "saving"},
     "__main__": {"cli"},
     "__init__": {"types", *LEAVES, "sampling", "answering", "building", "module"},
 }

@@ -1,0 +1,107 @@
+"""Checkpoint files that are whole or not there."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from torch import Tensor
+
+_PARTIAL = ".partial"  # never taken for a checkpoint: those end in .ckpt
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its place, bring it onto the disk, and only then put it there in one step.
+
+    A kill, a full disk or a power cut while saving leaves the previous file of that name as it was. Lightning's own
+    way builds the file in memory first, twice (for full fine-tuning of 7B, 2 × 46 GB), writes it into the temporary
+    folder of the machine, and copies it over the previous one if that lies on another disk. URLs are left to it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write one file.
+
+        Raises:
+            ValueError: it could not be written, most often because the disk is full.
+        """
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        partial = path.with_name(path.name + _PARTIAL)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except (OSError, RuntimeError) as error:
+            # torch ends a file that could not be written with a RuntimeError of its own
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise ValueError(_explain(checkpoint, path, partial, reason)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: str | Path) -> list[Path]:
+    """Delete what a kill in the middle of saving left in a folder, sharded or not; returns what there was."""
+    partials = sorted(Path(folder).glob(f"*{_PARTIAL}"))
+    for partial in partials:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
+    return partials
+
+
+def _explain(checkpoint: dict[str, Any], path: Path, partial: Path, reason: OSError) -> str:
+    partial.unlink(missing_ok=True)  # so that what it took counts as free
+    disk = os.statvfs(path.parent)
+    kept = "the one before it is still there" if path.exists() else "earlier checkpoints are untouched"
+    return (
+        f"{path} was not saved: {reason.strerror}. It needs about {_size(tensor_bytes(checkpoint))}, and "
+        f"{_size(disk.f_bavail * disk.f_frsize)} are free there; {kept}. Make room, or set autosave.dirpath and "
+        "checkpoint.dirpath to a larger disk, and go on with --ckpt_path last"
+    )
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of the tensors in nested dicts, lists and tuples, shared ones counted once."""
+    storages: dict[int, int] = {}
+
+    def visit(node: Any) -> None:
+        if isinstance(node, Tensor):
+            storages[node.untyped_storage().data_ptr()] = node.untyped_storage().nbytes()
+        elif isinstance(node, dict):
+            for value in node.values():
+                visit(value)
+        elif isinstance(node, list | tuple):
+            for value in node:
+                visit(value)
+
+    visit(tree)
+    return sum(storages.values())
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the renaming onto the disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -271,7 +271,10 @@ class DreamModule(L.LightningModule):
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_train_start(self) -> None:
-        """Start the running sums of an optimiser step and of the t quartiles."""
+        """Start the running sums of an optimiser step and of the t quartiles; go on at the checkpoint's row."""
+        # Where the schedule needs the length of an epoch, Lightning made the loader before it read the checkpoint, and
+        # would begin the epoch again.
+        self.trainer.fit_loop._load_combined_loader_states()
         self._step = torch.zeros(4, device=self.device)  # loss sum, loss count, masked, maskable
         self._quartiles = torch.zeros(2, _QUARTILES, device=self.device)  # nll sum, tokens
 

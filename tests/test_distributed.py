@@ -14,10 +14,12 @@ import pytest
 import torch
 from conftest import addition_rows, write_jsonl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint import FileSystemReader
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.adapters import LoraParams
 from dream_lightning.model.sharding import local, whole
+from dream_lightning.sharded import read_rest
 from dream_lightning.types import Batch
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +87,7 @@ def fit(folder, name, kind, strategy, *, batch_size, resume=None, hollow=False, 
         devices=world_size,
         strategy=strategy,
         max_steps=STEPS,
+        max_epochs=5,
         accumulate_grad_batches=ROWS // batch_size // world_size,
         gradient_clip_val=1.0,
         use_distributed_sampler=False,
@@ -148,6 +151,9 @@ def main(launch: str, folder: Path) -> None:
         mixed = {"precision": "bf16-mixed"}
         fit(folder, "full-fsdp2-mixed", "full", "fsdp2", batch_size=4, trainer_options=mixed)
         fit(folder, "lora-fsdp2-mixed", "lora", "fsdp2", batch_size=4, trainer_options=mixed, dtype="bfloat16")
+        plain = torch.nn.Module.compile
+        torch.nn.Module.compile = lambda layer: plain(layer, backend="eager")  # the compiler's part without its C++
+        fit(folder, "lora-fsdp2-compiled", "lora", "fsdp2", batch_size=4, compile_layers=True)
     if launch == "back":
         for kind in ("full", "lora"):
             fit(folder, f"{kind}-fsdp2-to-1", kind, "fsdp2", batch_size=2, resume=f"{kind}-fsdp2")
@@ -191,7 +197,12 @@ def runs(tmp_path_factory):
     launch("one", folder, 1)
     launch("two", folder, 2)
     launch("back", folder, 1)
-    return lambda name: torch.load(folder / f"{name}.pt", weights_only=True)
+
+    def seen(name):
+        return torch.load(folder / f"{name}.pt", weights_only=True)
+
+    seen.folder = folder
+    return seen
 
 
 def assert_same(ours, theirs):
@@ -240,6 +251,21 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(runs, kind, resumed):
 def test_a_checkpoint_of_one_process_goes_on_on_two(runs):
     later, one = runs("full-1-to-2"), runs("full-fsdp2-from-1")
     assert_same(later, {**one, "losses": one["losses"][SAVED:], "norms": one["norms"][SAVED:]})
+
+
+def test_compiled_layers_give_the_same(runs):
+    assert_same(runs("lora-fsdp2-compiled"), runs("lora-one"))
+
+
+def test_of_an_adapted_model_only_the_adapters_and_their_optimiser_are_saved(runs):
+    folder = runs.folder / "lora-fsdp2.ckpt"
+    trained = {f"state_dict.{name}" for name in runs("lora-fsdp2")["weights"]}
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    assert {name for name in saved if name.startswith("state_dict.")} == trained
+    moments = {name for name in saved if name.endswith(".exp_avg")}
+    assert len(moments) == len(trained) == 2 * 2 * 7
+    assert {file.name for file in folder.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"}
+    assert read_rest(folder)["base"]["hash"]
 
 
 def test_a_process_holds_its_part_only(runs):

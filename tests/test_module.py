@@ -148,14 +148,15 @@ def test_the_authors_normaliser_does_depend_on_it(reference):
 
 
 @pytest.mark.parametrize("stop_after", [5, 9, 13])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_in_the_middle_of_an_epoch_gives_the_same_losses(sums, tmp_path, stop_after, workers):
+@pytest.mark.parametrize(("workers", "end"), [(0, {"max_steps": 20}), (2, {"max_steps": 20}), (0, {"max_epochs": 2})])
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_losses(sums, tmp_path, stop_after, workers, end):
     """9 steps an epoch: stopped inside the first, at its end, inside the second."""
-    whole = run(sums, tmp_path, max_steps=20, num_workers=workers)
+    end = {"max_steps": -1} | end
+    whole = Recorder()
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop_after, save_top_k=-1)
-    trainer(tmp_path, checkpoint, max_steps=20).fit(module(), data(sums, tmp_path, num_workers=workers))
+    trainer(tmp_path, whole, checkpoint, **end).fit(module(), data(sums, tmp_path, num_workers=workers))
     resumed = Recorder()
-    trainer(tmp_path, resumed, max_steps=20).fit(
+    trainer(tmp_path, resumed, **end).fit(
         module(),
         data(sums, tmp_path, num_workers=workers),
         ckpt_path=tmp_path / f"step={stop_after}.ckpt",

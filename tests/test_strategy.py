@@ -74,6 +74,14 @@ def test_optimisers_that_do_not_know_divided_weights_are_refused(monkeypatch):
         strategy.setup_optimizers(None)
 
 
+def test_a_file_is_no_checkpoint_of_divided_weights(tmp_path, monkeypatch):
+    strategy = FSDP2Strategy()
+    monkeypatch.setattr(strategy, "broadcast", lambda path: path)
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"not a sharded checkpoint, .* the strategy that saved it"):
+        strategy.load_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_a_run_refuses_before_it_builds_anything(sums, tmp_path):
     model = module()
     with pytest.raises(ValueError, match="gradient_clip_algorithm is value"):

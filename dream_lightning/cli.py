@@ -11,18 +11,20 @@ from dream_lightning.module import DreamModule
 
 # In a folder of its own: jsonargparse starts Python there, where our types.py would stand in for the library's
 BASE = Path(__file__).parent / "defaults" / "base.yaml"
+PREDICT = BASE.with_name("predict.yaml")
 
 
 class DreamCLI(LightningCLI):
     """`python -m dream_lightning fit|validate|test|predict --config …`; every config is laid over `base.yaml`."""
 
     def __init__(self) -> None:
-        base = {"default_config_files": [str(BASE)]}
+        defaults = {command: [str(BASE)] for command in ("fit", "validate", "test")}
+        defaults["predict"] = [str(BASE), str(PREDICT)]
         super().__init__(
             DreamModule,
             S1KDataModule,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={command: base for command in ("fit", "validate", "test", "predict")},
+            parser_kwargs={command: {"default_config_files": files} for command, files in defaults.items()},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

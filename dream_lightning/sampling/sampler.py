@@ -156,7 +156,9 @@ def reverse_process(
         ValueError: a confidence is not finite.
     """
     x, shares = canvas.x, fill_shares(params.steps, params.eps)
-    state = State(x, torch.full_like(x, -1), torch.zeros(x.shape, device=x.device), x.new_zeros(len(x)))
+    state = State(
+        x, torch.full_like(x, -1), torch.zeros(x.shape, dtype=torch.float32, device=x.device), x.new_zeros(len(x))
+    )
     as_authors = not (params.forbid_mask or uneven or params.temperature > 0 or params.alg_temp)
     masks = counts = None  # [B] on the host: how many positions are masked, how many of them to fill now
     for step in range(params.steps):

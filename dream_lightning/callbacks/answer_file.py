@@ -112,7 +112,9 @@ class AnswerFile:
             lines, self._read[part] = _whole_lines(part, self._read.get(part, 0))
             for number, line in lines:
                 if number < self._next or number in self._ahead:
-                    raise ValueError(f"two questions have the sample id {number}: number them 0, 1, 2, … in the batches")
+                    raise ValueError(
+                        f"two questions have the sample id {number}: number them 0, 1, 2, … in the batches"
+                    )
                 self._ahead[number] = line
                 new.append(line)
         self._move()

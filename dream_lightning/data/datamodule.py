@@ -20,7 +20,9 @@ from dream_lightning.data.subsets import first, fraction_of, split
 from dream_lightning.data.tokenization import TokenizedSet, tokenize
 from dream_lightning.types import Document, Draw, Example, PromptBatch
 
-_WINDOW = 16  # batches a process in which predict sorts by length: 3 % of padding is left for s1K-like prompts
+# Batches a process among which predict sorts by length. Of the prompts' positions in batches of 8, padding is then 5 % for
+# s1K, 1 % for GSM8K and 7 % for MATH-500, instead of 48, 31 and 58 % in the order of the files.
+_WINDOW = 64
 
 
 class S1KDataModule(L.LightningDataModule):
@@ -295,7 +297,7 @@ class DrawnPrompts(Dataset):
         return draw, example, encode_prompt(example, self.tokenizer, **self.prompting)
 
     def lengths(self, numbers: Sequence[int]) -> list[int]:
-        """Tokens of these prompts: 0.3 ms each."""
+        """Tokens of these prompts: 0.7 ms each."""
         return [len(encode_prompt(self.questions[n], self.tokenizer, **self.prompting)) for n in numbers]
 
     def collate(self, items: Sequence[tuple[Draw, Example, list[int]]]) -> PromptBatch:

@@ -64,7 +64,9 @@ class AnswerAccuracy(Metric):
         """
         flags = [True] * len(graded) if counted is None else [bool(flag) for flag in torch.as_tensor(counted).tolist()]
         if len(graded) != len(flags):
-            raise ValueError(f"got {len(graded)} graded responses and {len(flags)} counted flags: pass one of each per row")
+            raise ValueError(
+                f"got {len(graded)} graded responses and {len(flags)} counted flags: pass one of each per row"
+            )
         for result, flag in zip(graded, flags, strict=True):
             if not flag or result.correct is None:
                 continue

@@ -17,9 +17,9 @@ class AnswerFile:
     - `<path>.part-<run>-<rank>`: what one process of one run has answered, in any order, a line `number<TAB>JSON` each.
       Only that process writes it, so nothing has to be waited for.
 
-    The first process moves lines from the parts to the file when their turn comes: at any time the file is the beginning
-    of the finished one. A kill tears at most the last line of each. The parts of named runs only are taken up again: a
-    process that outlived the kill of its run, or belongs to a file that was removed, does no harm.
+    The first process moves lines from the parts to the file when their turn comes: at any time the file is the
+    beginning of the finished one. A kill tears at most the last line of each. The parts of named runs only are taken up
+    again: a process that outlived the kill of its run, or belongs to a file that was removed, does no harm.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,7 +157,7 @@ class AnswerFile:
             raise ValueError(f"another predict is writing {self.path}: wait for it, or name another path") from None
 
     def _cut_to_its_beginning(self, numbers: Mapping[str, int], runs: list[str]) -> dict[int, str]:
-        """Leave questions 0, 1, 2, … up to the first one missing; whole lines after it go to a part and are returned."""
+        """Leave questions 0, 1, … up to the first one missing; whole lines after it go to a part and are returned."""
         out_of_turn: dict[int, str] = {}
         position, self._next = 0, 0
         with self.path.open("rb") as file:
@@ -170,7 +170,7 @@ class AnswerFile:
                 else:
                     out_of_turn.setdefault(number, content.decode("utf-8").rstrip("\n"))
         if out_of_turn:
-            with self._part(runs[-1], 0).open("a", encoding="utf-8") as part:
+            with self._part(runs[-1], f"moved-{uuid.uuid4().hex[:8]}").open("w", encoding="utf-8") as part:
                 part.write("".join(f"{number}\t{line}\n" for number, line in out_of_turn.items()))
         with self.path.open("r+b") as file:
             file.truncate(position)

@@ -138,7 +138,7 @@ class PredictionWriter(L.Callback):
 
 
 def _on_first(trainer: L.Trainer, act: Callable[[], T]) -> T:
-    """What `act` gives on the first process, on all of them; its ValueError too, so that none waits for one that left."""
+    """What `act` gives on the first process, on all; its ValueError too, so that none waits for one that left."""
     outcome = None
     if trainer.is_global_zero:
         try:

@@ -20,8 +20,8 @@ from dream_lightning.data.subsets import first, fraction_of, split
 from dream_lightning.data.tokenization import TokenizedSet, tokenize
 from dream_lightning.types import Document, Draw, Example, PromptBatch
 
-# Batches a process among which predict sorts by length. Of the prompts' positions in batches of 8, padding is then 5 % for
-# s1K, 1 % for GSM8K and 7 % for MATH-500, instead of 48, 31 and 58 % in the order of the files.
+# Batches a process among which predict sorts by length. Of the prompts' positions in batches of 8, padding is then 5 %
+# for s1K, 1 % for GSM8K and 7 % for MATH-500, instead of 48, 31 and 58 % in the order of the files.
 _WINDOW = 64
 
 

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "answering": {"types", "model", "sampling", "scoring"},
     "module": {"types", "answering", "building", "model", "adapters", "diffusion", "sampling", "scoring"},
     "export": {"types", "model", "adapters", "module"},
+    "watch": {"types", "data", "model", "sampling", "scoring", "building", "export"},
     "cli": {"data", "module", "callbacks"},
     "__main__": {"cli"},
     "__init__": {"types", *LEAVES, "sampling", "answering", "building", "module"},

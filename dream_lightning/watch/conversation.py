@@ -70,8 +70,8 @@ class Conversation:
         room = self.model.config.max_position_embeddings
         if len(ids) + self.params.max_new_tokens > room:
             raise ValueError(
-                f"the conversation has {len(ids):,} tokens, an answer {self.params.max_new_tokens:,}, and the model sees "
-                f"{room:,} at once: /reset starts anew, /params max_new_tokens=… makes answers shorter"
+                f"the conversation has {len(ids):,} tokens, an answer {self.params.max_new_tokens:,}, and the model "
+                f"sees {room:,} at once: /reset starts anew, /params max_new_tokens=… makes answers shorter"
             )
         return self._answer(ids, turns)
 

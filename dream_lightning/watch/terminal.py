@@ -86,7 +86,8 @@ class Chat:
             if self.console.is_terminal:
                 with Live(console=self.console, refresh_per_second=12, transient=True) as live:
                     for number, frame in enumerate(frames, start=1):
-                        live.update(Padding(render(frame, self.conversation.tokenizer, number), (1, 0, 0, 2)))
+                        state = render(frame, self.conversation.tokenizer, number)
+                        live.update(Padding(state, (1, 0, 0, 2)), refresh=number == 1)
             else:
                 for _ in frames:
                     pass

@@ -5,26 +5,30 @@ from pathlib import Path
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
 
 from dream_lightning.data import S1KDataModule
 from dream_lightning.module import DreamModule
 
 # In a folder of its own: jsonargparse starts Python there, where our types.py would stand in for the library's
 BASE = Path(__file__).parent / "defaults" / "base.yaml"
-PREDICT = BASE.with_name("predict.yaml")
+# laid over it
+PREDICT, EVALUATE = BASE.with_name("predict.yaml"), BASE.with_name("evaluate.yaml")
 
 
 class DreamCLI(LightningCLI):
     """`python -m dream_lightning fit|validate|test|predict --config …`; every config is laid over `base.yaml`."""
 
     def __init__(self) -> None:
-        defaults = {command: [str(BASE)] for command in ("fit", "validate", "test")}
-        defaults["predict"] = [str(BASE), str(PREDICT)]
+        over = {"fit": [], "validate": [EVALUATE], "test": [EVALUATE], "predict": [PREDICT]}
         super().__init__(
             DreamModule,
             S1KDataModule,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={command: {"default_config_files": files} for command, files in defaults.items()},
+            parser_kwargs={
+                c: {"default_config_files": [str(file) for file in (BASE, *files)]} for c, files in over.items()
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -32,6 +36,17 @@ class DreamCLI(LightningCLI):
         parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ModelCheckpoint, "autosave")
+
+    def after_validate(self) -> None:
+        """Print the scores once: Lightning's own table has a column for each dataloader, all with the same numbers."""
+        if not self.trainer.is_global_zero:
+            return
+        table = Table("score", "value")
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            table.add_row(name, f"{float(value):.5g}")
+        Console().print(table)
+
+    after_test = after_validate
 
 
 # True elsewhere, not here: batches are made in microseconds from memory-mapped ids, and two of Lightning's own calls.

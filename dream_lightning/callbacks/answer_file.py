@@ -80,7 +80,7 @@ class AnswerFile:
         stated = self._stated()
         changed = [name for name, value in settings.items() if stated.get(name, ...) != _plain(value)]
         if changed:
-            told = "; ".join(f"{n} was {_short(stated.get(n))} and is {_short(settings[n])}" for n in changed)
+            told = "; ".join(_difference(name, stated.get(name), _plain(settings[name])) for name in changed)
             raise ValueError(
                 f"{self.path} was written with other settings ({', '.join(changed)} differ): {told}. Move it away, "
                 "name another path, or set overwrite to true on the PredictionWriter"
@@ -234,6 +234,13 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def _difference(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):  # name only the parts that differ
+        parts = [part for part in {**before, **now} if before.get(part, ...) != now.get(part, ...)]
+        return "; ".join(_difference(f"{name}.{part}", before.get(part), now.get(part)) for part in parts)
+    return f"{name} was {_short(before)} and is {_short(now)}"
+
+
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else "not stated" if value is None else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 160 else f"{text[:160]}…"

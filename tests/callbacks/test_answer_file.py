@@ -12,7 +12,7 @@ LINES = [
     json.dumps({"id": name, "prediction": "½" * (number % 7)}, ensure_ascii=False) for name, number in QUESTIONS.items()
 ]
 WHOLE = "".join(line + "\n" for line in LINES).encode()
-SETTINGS = {"weights": "w"}
+SETTINGS = {"weights": "w", "sampling": {"steps": 4, "alg": "origin"}}
 
 
 def tear(file, dice):
@@ -105,8 +105,13 @@ def test_answers_that_wait_for_their_turn_are_guarded_like_the_file(tmp_path):
     file.append(0, [(3, LINES[3])])
     file.close()
     assert path.stat().st_size == 0
-    with pytest.raises(ValueError, match=r"\(weights differ\): weights was w and is other\."):
-        AnswerFile(path).open(QUESTIONS, {"weights": "other"})
+    for other, told in (
+        ({"weights": "other"}, r"\(weights differ\): weights was w and is other\."),
+        ({"sampling": {"steps": 5, "alg": "origin"}}, r"\(sampling differ\): sampling\.steps was 4 and is 5\."),
+        ({"precision": "32"}, r"\(precision differ\): precision was null and is 32\."),
+    ):
+        with pytest.raises(ValueError, match=told):
+            AnswerFile(path).open(QUESTIONS, SETTINGS | other)
     with pytest.raises(ValueError, match="cannot leave questions out"):
         AnswerFile(path).open(None, SETTINGS)
     assert started(path, overwrite=True)[1] == set()

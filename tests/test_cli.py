@@ -74,8 +74,9 @@ def test_an_unknown_option_is_an_error(at_root, monkeypatch, capsys):
     assert "max_lenght" in capsys.readouterr().err
 
 
-def test_validate_prints_every_score_once(at_root, monkeypatch, capsys):
-    command(monkeypatch, "validate", *SMALL, "--trainer.logger=false", "--trainer.enable_progress_bar=false")
+def test_validate_prints_every_score_once(at_root, monkeypatch, capsys, tmp_path):
+    options = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
+    command(monkeypatch, "validate", *SMALL, *options)
     shown = capsys.readouterr().out
     assert [shown.count(name) for name in ("val/nll", "val/accuracy", "val/unparsed")] == [1, 1, 1]
     assert "DataLoader" not in shown

@@ -75,8 +75,8 @@ def test_an_unknown_option_is_an_error(at_root, monkeypatch, capsys):
 
 
 def test_validate_prints_every_score_once(at_root, monkeypatch, capsys, tmp_path):
-    options = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
-    command(monkeypatch, "validate", *SMALL, *options)
+    trainer = ("logger=false", "enable_progress_bar=false", f"default_root_dir={tmp_path}")
+    command(monkeypatch, "validate", *SMALL, *(f"--trainer.{option}" for option in trainer))
     shown = capsys.readouterr().out
     assert [shown.count(name) for name in ("val/nll", "val/accuracy", "val/unparsed")] == [1, 1, 1]
     assert "DataLoader" not in shown

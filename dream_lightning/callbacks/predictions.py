@@ -103,12 +103,15 @@ class PredictionWriter(L.Callback):
         """Show a few and the score of all, also when all were answered already."""
         if stage != "predict" or not trainer.is_global_zero:
             return
+        console = Console()
         if self._weights is None:  # no question was open, so nothing has started
-            self._file.refuse_others({**self._settings, "weights": _fingerprint(pl_module)})
+            if any(isinstance(p, DTensor) for p in pl_module.parameters()):  # the processes have parted already
+                console.print("all questions were answered before: sharded weights are not compared with the file's")
+            else:
+                self._file.refuse_others({**self._settings, "weights": _fingerprint(pl_module)})
             self._file.finish()
         self._file.close()
         predictions = list(read_predictions(self.path))
-        console = Console()
         if self.show and predictions:
             console.print(_table(predictions[: self.show]))
         scored = [p for p in predictions if p["correct"] is not None]

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.building import check_tokenizer
-from dream_lightning.export import model_from_checkpoint
+from dream_lightning.export import base_of, model_from_checkpoint
 from dream_lightning.model import DreamModel, load_tokenizer
 
 
@@ -29,6 +29,7 @@ def open_model(
         if not path.exists():
             raise ValueError(f"{path} does not exist: name a checkpoint, a folder in the official format or a hub id")
         network = model_from_checkpoint(path, pretrained=pretrained)
+        pretrained = pretrained or base_of(path)
         if (tokenizer or pretrained) is None:
             raise ValueError(
                 f"{path} holds no tokenizer: set tokenizer to the one of its training, such as bytes for "

@@ -1,16 +1,20 @@
 """The page's data is the history, nothing in it can break out, and it needs nothing from outside."""
 
+import io
 import json
 import re
 import runpy
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from dream_lightning import SamplingParams, diffusion_generate, load_tokenizer
+from dream_lightning.adapters import LoraParams, add_lora, base_hash
 from dream_lightning.building import random_model
 from dream_lightning.export import export_model
+from dream_lightning.model.loading import weight_files
 from dream_lightning.sampling import GenerationOutput
 from dream_lightning.watch import denoising_page, open_model
 
@@ -105,15 +109,9 @@ def test_the_scripts_take_a_folder_and_a_checkpoint(model, tmp_path, capsys, mon
     assert pages[0] == pages[1]
 
     chat = runpy.run_path(str(SCRIPTS / "chat.py"))["main"]
-    monkeypatch.setattr("sys.stdin", open_lines("1+1=?", "/quit"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1=?\n/quit\n"))
     chat(str(folder), device="cpu", params=params)
     assert " tokens in " in capsys.readouterr().out
-
-
-def open_lines(*lines):
-    import io
-
-    return io.StringIO("".join(line + "\n" for line in lines))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +122,22 @@ def test_wrong_checkpoints_are_told(tmp_path, name, message):
     (tmp_path / "there.ckpt").write_text("torn")
     with pytest.raises(ValueError, match=message):
         open_model(str(tmp_path / name), tokenizer="bytes")
+
+
+def test_a_checkpoint_of_adapters_knows_its_base(model, tmp_path):
+    """The tokenizer and the weights come from the base, the adapters are added."""
+    export_model(model, tmp_path / "base", tokenizer="bytes")
+    base = {"name": str(tmp_path / "base"), "hash": base_hash(weight_files(tmp_path / "base"))}
+    lora = LoraParams(rank=2)
+    add_lora(model, lora)
+    state = {f"model.{n}": torch.full_like(p, 0.1) for n, p in model.named_parameters() if p.requires_grad}
+    torch.save({"state_dict": state, "lora": asdict(lora), "base": base}, tmp_path / "last.ckpt")
+    network, words = open_model(str(tmp_path / "last.ckpt"), device="cpu")
+    whole, _ = open_model(str(tmp_path / "base"), device="cpu")
+    assert len(words) == len(TOKENIZER) and network.state_dict().keys() == whole.state_dict().keys()
+    assert not torch.equal(
+        network.model.layers[0].self_attn.q_proj.weight, whole.model.layers[0].self_attn.q_proj.weight
+    )
 
 
 def test_a_checkpoint_needs_its_own_tokenizer(model, tmp_path):

@@ -13,6 +13,7 @@ from conftest import write_jsonl
 
 from dream_lightning.callbacks import read_predictions
 from dream_lightning.cli import main
+from dream_lightning.data.order import by_length
 
 ROOT = Path(__file__).parents[1]
 COUNT = 300
@@ -91,3 +92,8 @@ def test_two_processes_killed_and_resumed_on_one_and_on_two_write_the_file_of_on
         assert names == ["predictions.jsonl", "predictions.jsonl.settings.json"]
         settings = json.loads((tmp_path / name / "tiny" / "predictions.jsonl.settings.json").read_text())
         assert len(settings["runs"]) == 2, "nothing was answered before the kill"
+
+
+def test_windows_are_sorted_by_length_and_equal_lengths_keep_their_order():
+    assert by_length([0, 2, 3, 5, 7, 8], [1, 4, 4, 9, 2, 3], window=4) == [5, 2, 3, 0, 8, 7]
+    assert by_length(range(3), [1, 2, 3], window=1) == [0, 1, 2]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dream_lightning.data.order import ResumableLoader, RowSampler, by_length
+from dream_lightning.data.order import ResumableLoader, RowSampler
 
 ROWS = [[0, 1], [2], [3], [4, 5, 6], [7], [8], [9]]
 
@@ -52,11 +52,6 @@ def test_validation_draws_are_fixed_and_spread():
     assert len(twice) == 14 and len({d.place for row in twice for d in row}) == 20
     assert {d.epoch for row in twice for d in row} == {-1, -2}
     assert twice == draws(shuffle=False, repeats=2, epoch=8)
-
-
-def test_windows_are_sorted_by_length_and_equal_lengths_keep_their_order():
-    assert by_length([0, 2, 3, 5, 7, 8], [1, 4, 4, 9, 2, 3], window=4) == [5, 2, 3, 0, 8, 7]
-    assert by_length(range(3), [1, 2, 3], window=1) == [0, 1, 2]
 
 
 class Indices(torch.utils.data.Dataset):

@@ -13,7 +13,7 @@ from conftest import write_jsonl
 
 from dream_lightning.callbacks import read_predictions
 from dream_lightning.cli import main
-from dream_lightning.data.order import by_length
+from dream_lightning.data.by_length import by_length
 
 ROOT = Path(__file__).parents[1]
 COUNT = 300

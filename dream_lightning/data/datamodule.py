@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dream_lightning.data.by_length import by_length
 from dream_lightning.data.chat import Overflow, Style, encode_prompt
-from dream_lightning.data.order import ResumableLoader, Row, RowSampler, by_length
+from dream_lightning.data.order import ResumableLoader, Row, RowSampler
 from dream_lightning.data.packing import DrawnRow, collate, collate_with_cutoff, pack
 from dream_lightning.data.records import Schema, Trace, read_examples
 from dream_lightning.data.subsets import first, fraction_of, split

@@ -212,6 +212,16 @@ def test_other_records_under_the_same_name_are_refused(tmp_path, path, change):
     assert path.read_bytes() == whole and model.asked == []
 
 
+def test_any_precision(sums, tmp_path, path):
+    """Under some Lightning rebuilds every batch, the questions in it too."""
+    data = S1KDataModule(str(sums), tokenizer=load_tokenizer("bytes"), batch_size=3)
+    half = trainer(tmp_path, PredictionWriter(str(path), show=0), precision="bf16-true")
+    half.predict(Parrot(), data, return_predictions=False)
+    assert len(list(read_predictions(path))) == 4
+    with pytest.raises(ValueError, match=r"precision was bf16-true and is 32-true"):
+        ask(path, tmp_path, source=sums)
+
+
 def test_two_runs_at_once_are_refused(sums, tmp_path, path):
     class Meanwhile(Parrot):
         def predict_step(self, batch, batch_idx):

@@ -8,6 +8,8 @@ import lightning as L
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
 
 from dream_lightning.callbacks import Autosave
 from dream_lightning.data import S1KDataModule
@@ -16,18 +18,22 @@ from dream_lightning.saving import SafeCheckpointIO
 
 # In a folder of its own: jsonargparse starts Python there, where our types.py would stand in for the library's
 BASE = Path(__file__).parent / "defaults" / "base.yaml"
+# laid over it
+PREDICT, EVALUATE = BASE.with_name("predict.yaml"), BASE.with_name("evaluate.yaml")
 
 
 class DreamCLI(LightningCLI):
     """`python -m dream_lightning fit|validate|test|predict --config …`; every config is laid over `base.yaml`."""
 
     def __init__(self) -> None:
-        base = {"default_config_files": [str(BASE)]}
+        over = {"fit": [], "validate": [EVALUATE], "test": [EVALUATE], "predict": [PREDICT]}
         super().__init__(
             DreamModule,
             S1KDataModule,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={command: base for command in ("fit", "validate", "test", "predict")},
+            parser_kwargs={
+                c: {"default_config_files": [str(file) for file in (BASE, *files)]} for c, files in over.items()
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -42,6 +48,17 @@ class DreamCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
         return trainer
+
+    def after_validate(self) -> None:
+        """Print the scores once: Lightning's own table has a column for each dataloader, all with the same numbers."""
+        if not self.trainer.is_global_zero:
+            return
+        table = Table("score", "value")
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            table.add_row(name, f"{float(value):.5g}")
+        Console().print(table)
+
+    after_test = after_validate
 
 
 # True elsewhere, not here: batches are made in microseconds from memory-mapped ids, and two of Lightning's own calls.

@@ -99,6 +99,11 @@ def model_from_checkpoint(ckpt_path: str | Path, *, pretrained: str | Path | Non
     return _model(_read_checkpoint(Path(ckpt_path)), ckpt_path, pretrained)
 
 
+def base_of(ckpt_path: str | Path) -> str | None:
+    """The folder or hub id whose adapters a checkpoint holds; None for one of whole weights."""
+    return _read_checkpoint(Path(ckpt_path)).get("base", {}).get("name")
+
+
 def _model(checkpoint: dict[str, Any], ckpt_path: str | Path, pretrained: str | Path | None) -> DreamModel:
     state = {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
     if "lora" in checkpoint:

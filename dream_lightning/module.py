@@ -355,9 +355,7 @@ class DreamModule(L.LightningModule):
             self._score_likelihood(batch)
             return None
         answers = self.answer(batch, with_history=batch_idx == 0)
-        self.val_answers.update(
-            [p.prediction for p in answers.predictions], [p.reference for p in answers.predictions], answers.counted
-        )
+        self.val_answers.update(answers.predictions, answers.counted)
         return answers
 
     def _score_likelihood(self, batch: Batch) -> None:

@@ -20,7 +20,7 @@ class Message(TypedDict):
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: for precisions such as bf16-true Lightning rebuilds every dataclass in a batch
 class Example:
     """One record in words, whatever file it came from."""
 

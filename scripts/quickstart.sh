@@ -15,3 +15,4 @@ python -m dream_lightning predict "${config[@]}" --ckpt_path last "$@"
 
 echo "trained, validated and questioned in $((SECONDS - started)) s"
 echo "watch it:  $(dirname "$(command -v python)")/tensorboard --logdir lightning_logs"
+echo "ask it:    python scripts/chat.py --model lightning_logs/tiny/checkpoints/last.ckpt --tokenizer bytes --params.max_new_tokens 30 --params.steps 15"

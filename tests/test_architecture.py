@@ -26,6 +26,7 @@ MAY_IMPORT = {
     },
     "export": {"types", "model", "adapters", "module"},
     "cli": {"data", "module", "callbacks", "saving"},
+    "watch": {"types", "data", "model", "sampling", "scoring", "building", "export"},
     "__main__": {"cli"},
     "__init__": {"types", *LEAVES, "sampling", "answering", "building", "module"},
 }

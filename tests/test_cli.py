@@ -49,6 +49,7 @@ def test_every_shipped_config_is_understood(at_root, monkeypatch, capsys, config
     assert exit_.value.code in (0, None)
     printed = yaml.safe_load(capsys.readouterr().out)
     assert {"trainer", "model", "data", "checkpoint", "autosave"} <= printed.keys()
+    assert printed.get("return_predictions") == (False if subcommand == "predict" else None)
     for section, options in yaml.safe_load(config.read_text()).items():
         if isinstance(options, dict):
             assert options.keys() <= printed[section].keys()
@@ -74,6 +75,14 @@ def test_an_unknown_option_is_an_error(at_root, monkeypatch, capsys):
         command(monkeypatch, "fit", "--config=configs/tiny.yaml", "--data.max_lenght=3")
     assert exit_.value.code == 2
     assert "max_lenght" in capsys.readouterr().err
+
+
+def test_validate_prints_every_score_once(at_root, monkeypatch, capsys, tmp_path):
+    trainer = ("logger=false", "enable_progress_bar=false", f"default_root_dir={tmp_path}")
+    command(monkeypatch, "validate", *SMALL, *(f"--trainer.{option}" for option in trainer))
+    shown = capsys.readouterr().out
+    assert [shown.count(name) for name in ("val/nll", "val/accuracy", "val/unparsed")] == [1, 1, 1]
+    assert "DataLoader" not in shown
 
 
 def losses(folder: Path) -> dict[int, str]:

@@ -2,107 +2,116 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch.distributed.tensor import DTensor
 
-from dream_lightning.types import Answers
+from dream_lightning.callbacks.answer_file import AnswerFile, read_predictions
+from dream_lightning.types import Answers, PromptBatch
+
+T = TypeVar("T")
 
 
 class PredictionWriter(L.Callback):
-    """Write `predict`'s answers to a JSON Lines file, one question a line, as each batch is done.
+    """Write `predict`'s answers to a JSON Lines file, one question a line, in the order of the questions.
 
-    Started again with the same checkpoint and sampling, it keeps the lines that are there, leaves their questions out
-    and appends the rest. A line torn by a kill is removed.
+    The file grows while `predict` runs, on one process or several. Started again with the same weights, questions and
+    sampling, also after a kill or on another number of processes, it keeps what is there, leaves those questions out
+    and adds the others. The progress bar (Lightning's TQDMProgressBar) shows the tokens a second of all processes.
 
     Args:
         path: the file, by default `predictions.jsonl` in the folder that the logger has for this name, such as
-            `lightning_logs/tiny`; its settings stand beside it in `<path>.settings.json`.
+            `lightning_logs/tiny`; its settings stand beside it in `<path>.settings.json`, and while `predict` runs
+            answers whose turn has not come in `<path>.part-…`. All processes must see it.
         overwrite: start anew although the file is there.
         show: how many predictions to print as a table at the end.
 
     Raises:
-        ValueError: the file is there and comes from other weights, questions, prompting or sampling.
+        ValueError: the file is there and comes from other weights, questions, prompting, sampling or precision; another
+            process is writing it.
     """
 
     def __init__(self, path: str | None = None, overwrite: bool = False, show: int = 10) -> None:
         self.path = None if path is None else Path(path)
         self.overwrite, self.show = overwrite, show
+        self._file: AnswerFile | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out what is already answered, before the questions are put into batches."""
         if stage != "predict":
             return
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"predict runs on {trainer.world_size} processes, but one file is written by one: set trainer.devices=1"
-            )
         if self.path is None:
             self.path = _logger_folder(trainer) / "predictions.jsonl"
+        data = trainer.datamodule
+        self._file = file = AnswerFile(self.path)
+        self._weights, self._written, self._seen, self._tokens = None, 0, 0, 0
         self._settings = {
             "pretrained": pl_module.pretrained,
-            "questions": getattr(trainer.datamodule, "question_source", None),
-            "prompting": getattr(trainer.datamodule, "prompting", None),
             "sampling": asdict(pl_module.sampling),
+            "precision": trainer.precision,
+            **(data.question_settings() if hasattr(data, "question_settings") else {"questions": None}),
         }
-        self._weights = None
-        if self.overwrite or not self.path.exists() or not self.path.stat().st_size:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
-            return
-        self._refuse_others(self._settings)
-        _drop_torn_line(self.path)
-        done = {line["id"] for line in read_predictions(self.path)}
-        if done and not hasattr(trainer.datamodule, "skip_questions"):
-            raise ValueError(
-                f"{self.path} holds {len(done)} answers, but these dataloaders cannot leave questions out: predict "
-                "with an S1KDataModule, or set overwrite to true on the PredictionWriter"
-            )
+        numbers = data.question_numbers() if hasattr(data, "question_numbers") else None
+        done = _on_first(trainer, lambda: file.open(numbers, self._settings, overwrite=self.overwrite))
         if done:
-            trainer.datamodule.skip_questions(done)
+            data.skip_questions(done)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold the weights against the file's; Lightning loads a checkpoint after `setup` only."""
         self._weights = _fingerprint(pl_module)
         settings = {**self._settings, "weights": self._weights}
-        if self.path.stat().st_size:
-            self._refuse_others(settings)
-        else:
-            self._beside.write_text(json.dumps(settings, indent=2) + "\n")
+        self._file.join(_on_first(trainer, lambda: self._file.start_run(settings)))
+        self._since = time.perf_counter()
 
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Answers,
-        batch: Any,
+        batch: PromptBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Append a batch, whole lines only."""
-        lines = [
-            json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
-            for prediction, counted in zip(outputs.predictions, outputs.counted, strict=True)
-            if counted
-        ]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        """Keep a batch; the first process puts into the file what has its turn."""
+        rows = zip(batch.sample_ids.tolist(), outputs.predictions, outputs.counted, strict=True)
+        lines = [(number, json.dumps(asdict(p), ensure_ascii=False)) for number, p, counted in rows if counted]
+        self._file.append(trainer.global_rank, lines)
+        self._written += len(lines)
+        if trainer.is_global_zero:
+            self._advance()
+            bar = trainer.progress_bar_callback
+            if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+                speed = self._tokens / (time.perf_counter() - self._since)
+                bar.predict_progress_bar.set_postfix_str(f"{speed:,.0f} tokens/s")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Complete the file when the last process is done."""
+        written = trainer.strategy.reduce(torch.tensor(self._written, device=pl_module.device), reduce_op="sum")
+        _on_first(trainer, lambda: self._finish(int(written)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Show a few and the score of all, also when all were answered already."""
-        if stage != "predict":
+        if stage != "predict" or not trainer.is_global_zero:
             return
-        if self._weights is None:  # no question was open, so nothing has started
-            self.on_predict_start(trainer, pl_module)
-        predictions = list(read_predictions(self.path))
         console = Console()
+        if self._weights is None:  # no question was open, so nothing has started
+            if any(isinstance(p, DTensor) for p in pl_module.parameters()):  # the processes have parted already
+                console.print("all questions were answered before: sharded weights are not compared with the file's")
+            else:
+                self._file.refuse_others({**self._settings, "weights": _fingerprint(pl_module)})
+            self._file.finish()
+        self._file.close()
+        predictions = list(read_predictions(self.path))
         if self.show and predictions:
             console.print(_table(predictions[: self.show]))
         scored = [p for p in predictions if p["correct"] is not None]
@@ -111,24 +120,38 @@ class PredictionWriter(L.Callback):
         console.print(f"{len(predictions)} questions answered, {right} of {len(scored)} scored are correct{share}")
         console.print(Text(f"predictions: {self.path.resolve()}"), soft_wrap=True)
 
-    @property
-    def _beside(self) -> Path:
-        return self.path.with_name(self.path.name + ".settings.json")
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of the file, for another try from the same process."""
+        if self._file is not None:
+            self._file.close()
 
-    def _refuse_others(self, settings: dict[str, Any]) -> None:
-        earlier = json.loads(self._beside.read_text()) if self._beside.exists() else {}
-        if changed := [name for name, value in settings.items() if earlier.get(name, ...) != value]:
+    def _advance(self) -> None:
+        new = self._file.advance()
+        self._seen += len(new)
+        self._tokens += sum(json.loads(line)["tokens"] for line in new)
+
+    def _finish(self, written: int) -> None:
+        self._advance()
+        if self._seen != written:
             raise ValueError(
-                f"{self.path} was written with other settings ({', '.join(changed)} differ, see {self._beside}): move "
-                "it away, name another path, or set overwrite to true on the PredictionWriter"
+                f"{written} answers were written and {self._seen} are to be seen from here: {self.path} must lie on a "
+                "file system that all machines share; bring the files named .part- together there and start again"
             )
+        self._file.finish()
 
 
-def read_predictions(path: str | Path) -> Iterable[dict[str, Any]]:
-    """The lines of a predictions file."""
-    with Path(path).open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+def _on_first(trainer: L.Trainer, act: Callable[[], T]) -> T:
+    """What `act` gives on the first process, on all; its ValueError too, so that none waits for one that left."""
+    outcome = None
+    if trainer.is_global_zero:
+        try:
+            outcome = act(), None
+        except ValueError as error:
+            outcome = None, str(error)
+    result, complaint = trainer.strategy.broadcast(outcome)
+    if complaint is not None:
+        raise ValueError(complaint)
+    return result
 
 
 def _logger_folder(trainer: L.Trainer) -> Path:
@@ -139,18 +162,15 @@ def _logger_folder(trainer: L.Trainer) -> Path:
     return Path(logger.save_dir) / (logger.name or "")
 
 
-def _drop_torn_line(path: Path) -> None:
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-
-
 def _fingerprint(module: L.LightningModule) -> str:
-    """A hash of about a thousand elements of every weight, whatever file it came from; of all of 7B it takes 10 s."""
+    """A hash of about a thousand elements of every weight, whatever file it came from; of all of 7B it takes 10 s.
+
+    Sharded weights are gathered one by one, so all processes must call it.
+    """
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        flat = tensor.detach().flatten()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        flat = whole.detach().flatten()
         digest.update(name.encode())
         digest.update(flat[:: max(1, len(flat) // 1000)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

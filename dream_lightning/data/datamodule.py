@@ -1,5 +1,7 @@
 """The LightningDataModule: from a source of records to batches of noise-addressed rows and of questions."""
 
+import hashlib
+import json
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dream_lightning.data.by_length import by_length
 from dream_lightning.data.chat import Overflow, Style, encode_prompt
 from dream_lightning.data.order import ResumableLoader, Row, RowSampler
 from dream_lightning.data.packing import DrawnRow, collate, collate_with_cutoff, pack
@@ -17,6 +20,11 @@ from dream_lightning.data.records import Schema, Trace, read_examples
 from dream_lightning.data.subsets import first, fraction_of, split
 from dream_lightning.data.tokenization import TokenizedSet, tokenize
 from dream_lightning.types import Document, Draw, Example, PromptBatch
+
+# Batches a process among which predict sorts by length. Of the prompts' positions in batches of 8, padding is then 13 %
+# for s1K, 5 % for GSM8K and 19 % for MATH-500, instead of 48, 31 and 58 % in the order of the files; with 64 it is 5, 1
+# and 7 %, but the file, which keeps that order, stands still longer. Answers of 256 tokens outweigh either.
+_WINDOW = 16
 
 
 class S1KDataModule(L.LightningDataModule):
@@ -105,7 +113,6 @@ class S1KDataModule(L.LightningDataModule):
                 raise ValueError(f"{name} is {value}, wanted at least {least}")
         self.source, self.tokenizer = source, tokenizer
         self.validation_source, self.validation_fraction = validation_source, validation_fraction
-        self.question_source = predict_source or f"validation part of {validation_source or source}"
         self.predict_source, self.first_n, self.fraction = predict_source, first_n, fraction
         self.reading: dict[str, Any] = {
             "schema": schema,
@@ -135,13 +142,13 @@ class S1KDataModule(L.LightningDataModule):
         self.train_set: TokenizedSet | None = None
         self.validation_set: TokenizedSet | None = None
         self.questions: list[Example] = []
-        self._answered: Collection[str] = ()
+        self._answered: Collection[int] = ()
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def prepare_data(self) -> None:
         """Read and tokenise once, on one process of a machine; the others find the result in the cache."""
-        if self.trainer is not None and self.trainer.world_size > 1:
+        if self.trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn != "predict":
             for examples in self.read():
                 self.tokenized(examples)
 
@@ -179,9 +186,24 @@ class S1KDataModule(L.LightningDataModule):
             self.train_set = self.tokenized(training)
             rank_zero_info(_summary("training", self.train_set))
 
-    def skip_questions(self, ids: Collection[str]) -> None:
+    def question_settings(self) -> dict[str, Any]:
+        """What the prompts of `predict` depend on, in words and as hashes: filters and columns show in the records."""
+        records = [(e.id, e.prompt, e.reference) for e in self.questions]
+        tokenizer = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
+        return {
+            "questions": self.predict_source or f"validation part of {self.validation_source or self.source}",
+            "records": f"{len(records)}, hash {_hash(records)}",
+            "prompting": self.prompting,
+            "tokenizer": f"hash {_hash(tokenizer)}",
+        }
+
+    def question_numbers(self) -> dict[str, int]:
+        """The id of every question of `predict` → its number in their order."""
+        return {example.id: number for number, example in enumerate(self.questions)}
+
+    def skip_questions(self, numbers: Collection[int]) -> None:
         """Leave these out of `predict`: they are answered already."""
-        self._answered = set(ids)
+        self._answered = set(numbers)
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -207,16 +229,24 @@ class S1KDataModule(L.LightningDataModule):
             sampler=sampler,
             collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
         )
-        return [likelihood, self._question_loader(self.questions)] if self.questions else [likelihood]
+        if not self.questions:
+            return [likelihood]
+        prompts = DrawnPrompts(self.questions, self.tokenizer, self.prompting)
+        return [likelihood, self._question_loader(prompts, range(len(prompts)))]
 
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader | list:
-        """The questions that have no answer yet."""
-        open_questions = [e for e in self.questions if e.id not in self._answered]
+        """The questions that have no answer yet, batched by length; an answer does not depend on its batch."""
+        numbers = [n for n in range(len(self.questions)) if n not in self._answered]
         if self._answered:
-            rank_zero_info(f"{len(self.questions) - len(open_questions)} of {len(self.questions)} are answered already")
-        return self._question_loader(open_questions) if open_questions else []
+            rank_zero_info(f"{len(self.questions) - len(numbers)} of {len(self.questions)} are answered already")
+        if not numbers:
+            return []
+        prompts = DrawnPrompts(self.questions, self.tokenizer, self.prompting)
+        world_size = self.trainer.world_size if self.trainer else 1
+        window = _WINDOW * self.batch_size * world_size
+        return self._question_loader(prompts, by_length(numbers, prompts.lengths(numbers), window=window))
 
     def _rows(self, documents: TokenizedSet) -> list[list[int]]:
         if self.packing:
@@ -235,9 +265,8 @@ class S1KDataModule(L.LightningDataModule):
         # Packed rows are nearly full; one length for all keeps compiled code from meeting a new one every batch.
         return partial(collate, pad_token_id=pad, length=self.max_length if self.packing else None)
 
-    def _question_loader(self, questions: list[Example]) -> DataLoader:
-        sampler = self._sampler([[i] for i in range(len(questions))], shuffle=False)
-        prompts = DrawnPrompts(questions, self.tokenizer, self.prompting)
+    def _question_loader(self, prompts: "DrawnPrompts", numbers: Sequence[int]) -> DataLoader:
+        sampler = self._sampler([[n] for n in numbers], shuffle=False)
         return DataLoader(prompts, batch_size=self.batch_size, sampler=sampler, collate_fn=prompts.collate)
 
 
@@ -270,6 +299,10 @@ class DrawnPrompts(Dataset):
         example = self.questions[draw.index]
         return draw, example, encode_prompt(example, self.tokenizer, **self.prompting)
 
+    def lengths(self, numbers: Sequence[int]) -> list[int]:
+        """Tokens of these prompts: 0.7 ms each."""
+        return [len(encode_prompt(self.questions[n], self.tokenizer, **self.prompting)) for n in numbers]
+
     def collate(self, items: Sequence[tuple[Draw, Example, list[int]]]) -> PromptBatch:
         """Pad on the left to the longest prompt."""
         length = max(len(ids) for _, _, ids in items)
@@ -285,6 +318,10 @@ class DrawnPrompts(Dataset):
             counted=torch.tensor([draw.counted for draw, _, _ in items]),
             examples=[example for _, example, _ in items],
         )
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _summary(name: str, documents: TokenizedSet) -> str:

@@ -63,7 +63,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
     263 tokens, so that a model of a few thousand parameters can be trained, sampled and scored on real text.
     """
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -140,7 +140,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from error
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The character that stands for each byte in byte-level BPE (GPT-2's table).
 
     Visible Latin-1 characters stand for themselves; the 68 others take the characters from U+0100 on, in order.

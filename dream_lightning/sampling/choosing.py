@@ -96,6 +96,14 @@ def confidence_of(probs: Tensor, tokens: Tensor, alg: Algorithm) -> Tensor:
     return probs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
+def certainty(confidence: Tensor, alg: Algorithm) -> Tensor:
+    """Confidences of `confidence_of` on a scale from 0 to 1 = certain: of `entropy` the exponential, 1/perplexity.
+
+    Any shape. The order stays as it is.
+    """
+    return (confidence.exp() if alg == "entropy" else confidence).clamp(0, 1)
+
+
 def candidates(
     logits: Tensor,
     uniforms: Tensor | None,

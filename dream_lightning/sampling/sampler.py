@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dream_lightning.diffusion import denoiser
 from dream_lightning.diffusion.noise import uniform
-from dream_lightning.sampling.choosing import candidates, choose_positions, fill_shares, perturb
+from dream_lightning.sampling.choosing import candidates, certainty, choose_positions, fill_shares, perturb
 from dream_lightning.sampling.params import Canvas, SamplingParams, prepare
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x_t [B, L], where [B, L] bool → logits [M, V] for the True positions
@@ -26,6 +26,19 @@ class GenerationOutput:
 
     sequences: Tensor  # [B, P+N] int64
     history: Tensor | None = None  # [S, B, P+N] int64, the state after every step
+    filled_at: Tensor | None = None  # [B, P+N] int64, the step at which a token was filled; -1 = not predicted (prompt)
+    confidence: Tensor | None = None  # [B, P+N] float32 in [0, 1], see `choosing.certainty`; 0 = not predicted
+    forwards: Tensor | None = None  # [B] int64, forwards of the model that filled something in this row
+
+
+@dataclass(frozen=True)
+class State:
+    """The rows between two steps; tensors of a State are never changed."""
+
+    x: Tensor  # [B, L] int64
+    filled_at: Tensor  # [B, L] int64
+    confidence: Tensor  # [B, L] float32
+    forwards: Tensor  # [B] int64
 
 
 def diffusion_generate(
@@ -62,11 +75,13 @@ def diffusion_generate(
     """
     params = params or SamplingParams()
     canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill)
-    x, history = canvas.x, []
-    for x in _denoise(model, canvas, params, infill, run_every_step):
+    history = []
+    for state in _denoise(model, canvas, params, infill, run_every_step):
         if return_history:
-            history.append(x)
-    return GenerationOutput(x, torch.stack(history) if return_history else None)
+            history.append(state.x)
+    return GenerationOutput(
+        state.x, torch.stack(history) if return_history else None, state.filled_at, state.confidence, state.forwards
+    )
 
 
 def denoising_steps(
@@ -85,12 +100,17 @@ def denoising_steps(
     """
     params = params or SamplingParams()
     canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill)
-    return _denoise(model, canvas, params, infill, run_every_step=False)
+    return _tokens(_denoise(model, canvas, params, infill, run_every_step=False))
+
+
+def _tokens(states: Iterator[State]) -> Iterator[Tensor]:
+    for state in states:
+        yield state.x
 
 
 def _denoise(
     model: nn.Module, canvas: Canvas, params: SamplingParams, infill: bool, run_every_step: bool
-) -> Iterator[Tensor]:
+) -> Iterator[State]:
     attention_mask, position_ids = (canvas.real, canvas.positions) if canvas.padded else (None, None)
 
     def predict(x: Tensor, where: Tensor) -> Tensor:
@@ -114,8 +134,8 @@ def reverse_process(
     mask_token_id: int,
     uneven: bool = False,
     run_every_step: bool = False,
-) -> Iterator[Tensor]:
-    """The steps of denoising over any predictor; yields x [B, L] after each.
+) -> Iterator[State]:
+    """The steps of denoising over any predictor; yields the state after each.
 
     Step i fills `fill_shares[i]` of the positions that are still masked. These are looked up again at every step, for
     a model may predict the mask token itself.
@@ -136,6 +156,9 @@ def reverse_process(
         ValueError: a confidence is not finite.
     """
     x, shares = canvas.x, fill_shares(params.steps, params.eps)
+    state = State(
+        x, torch.full_like(x, -1), torch.zeros(x.shape, dtype=torch.float32, device=x.device), x.new_zeros(len(x))
+    )
     as_authors = not (params.forbid_mask or uneven or params.temperature > 0 or params.alg_temp)
     masks = counts = None  # [B] on the host: how many positions are masked, how many of them to fill now
     for step in range(params.steps):
@@ -152,7 +175,7 @@ def reverse_process(
         if idle:
             if run_every_step:
                 predict(x, torch.zeros_like(where))
-            yield x
+            yield state
             continue
 
         logits = predict(x, where)  # [M, V]
@@ -170,14 +193,21 @@ def reverse_process(
                 f"the model's logits are not finite at step {step}: check the weights (a diverged run?), "
                 "and use bfloat16 or float32 rather than float16"
             )
-        chosen = where
+        chosen, sure = where, certainty(confidence, params.alg)
         if params.alg != "origin":
             if params.alg_temp:
                 confidence = perturb(confidence, params.alg_temp, _noise(canvas, params.seed, step, _ORDER)[where])
             chosen = choose_positions(confidence, where, masks, counts)
         proposal = torch.full_like(x, mask_token_id).masked_scatter(where, tokens)  # [B, L]
         x = torch.where(chosen, proposal, x)
-        yield x
+        filled = chosen & (x != mask_token_id)
+        state = State(
+            x,
+            state.filled_at.masked_fill(filled, step),
+            torch.where(filled, torch.zeros_like(state.confidence).masked_scatter(where, sure), state.confidence),
+            state.forwards + filled.any(1),
+        )
+        yield state
 
 
 def _noise(canvas: Canvas, seed: int, step: int, purpose: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dream_lightning.scoring.answers import extract_answer, is_equivalent, reference_answer, split_thinking
+from dream_lightning.types import Prediction
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,6 @@ class Grade:
     thinking: str | None  # None = no thinking tags
     answer: str | None  # None = no answer found
     correct: bool | None  # None = not scored: the record has nothing to compare with
-
-    @property
-    def parsed(self) -> bool:
-        """Whether the response stated an answer that could be found."""
-        return self.answer is not None
 
 
 def grade(prediction: str, reference: str | None) -> Grade:
@@ -57,35 +53,26 @@ class AnswerAccuracy(Metric):
         for name in ("correct", "unparsed", "total"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(
-        self,
-        predictions: Sequence[str],
-        references: Sequence[str | None],
-        counted: Sequence[bool] | Tensor | None = None,
-    ) -> None:
-        """Adds B responses.
+    def update(self, graded: Sequence[Grade | Prediction], counted: Sequence[bool] | Tensor | None = None) -> None:
+        """Adds B graded responses.
 
-        Rows without a usable reference (see `grade`) and rows with `counted` False, the copies that keep ranks in
-        step ([B] bool), are left out of every count.
+        Rows that are not scored (`correct` None) and rows with `counted` False, the copies that keep ranks in step
+        ([B] bool), are left out of every count.
 
         Raises:
-            ValueError: the three have different lengths.
+            ValueError: the two have different lengths.
         """
-        flags = (
-            [True] * len(predictions) if counted is None else [bool(flag) for flag in torch.as_tensor(counted).tolist()]
-        )
-        if not len(predictions) == len(references) == len(flags):
+        flags = [True] * len(graded) if counted is None else [bool(flag) for flag in torch.as_tensor(counted).tolist()]
+        if len(graded) != len(flags):
             raise ValueError(
-                f"got {len(predictions)} predictions, {len(references)} references and {len(flags)} counted flags: "
-                "pass one of each per row"
+                f"got {len(graded)} graded responses and {len(flags)} counted flags: pass one of each per row"
             )
-        for prediction, reference, flag in zip(predictions, references, flags, strict=True):
-            result = grade(prediction, reference) if flag else None
-            if result is None or result.correct is None:
+        for result, flag in zip(graded, flags, strict=True):
+            if not flag or result.correct is None:
                 continue
             self.total += 1
             self.correct += int(result.correct)
-            self.unparsed += int(not result.parsed)
+            self.unparsed += int(result.answer is None)
 
     def compute(self) -> dict[str, Tensor]:
         """{"accuracy", "unparsed": shares in [0, 1]; "scored": number of rows}, each [] float32.

@@ -190,8 +190,8 @@ def test_a_predicted_mask_stays_unless_forbidden():
     for forbid in (False, True):
         params = SamplingParams(max_new_tokens=4, steps=4, forbid_mask=forbid)
         canvas = prepare(config, prompts(2), None, params)
-        *_, x = reverse_process(always(MASK), canvas, params, mask_token_id=MASK)
-        assert (x[:, 7:] == (0 if forbid else MASK)).all()
+        *_, end = reverse_process(always(MASK), canvas, params, mask_token_id=MASK)
+        assert (end.x[:, 7:] == (0 if forbid else MASK)).all()
 
 
 def test_watching_gives_the_same_states(model):
@@ -220,3 +220,15 @@ def test_logits_that_are_not_finite(model):
     canvas = prepare(model.config, prompts(1), None, canvas_params)
     with pytest.raises(ValueError, match="not finite at step 0"):
         list(reverse_process(lambda x, w: always(1)(x, w) * torch.nan, canvas, canvas_params, mask_token_id=MASK))
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_where_and_how_surely_every_token_was_filled(model, alg):
+    out = generate(model, prompts(3), alg=alg, steps=5)
+    before = torch.nn.functional.pad(prompts(3), (0, 12), value=MASK)
+    for step, after in enumerate(out.history):
+        assert torch.equal(out.filled_at == step, before != after)
+        before = after
+    assert (out.filled_at[:, :7] == -1).all() and (out.confidence[:, :7] == 0).all()
+    assert ((out.confidence[:, 7:] > 0) & (out.confidence[:, 7:] <= 1)).all()
+    assert out.forwards.tolist() == [len(row.unique()) - 1 for row in out.filled_at]

@@ -1,0 +1,101 @@
+"""`predict` on one process and two, killed and taken up again: one file, whatever happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import write_jsonl
+
+from dream_lightning.callbacks import read_predictions
+from dream_lightning.cli import main
+from dream_lightning.data.by_length import by_length
+
+ROOT = Path(__file__).parents[1]
+COUNT = 300
+
+
+def arguments(folder: Path, source: Path, *more: str) -> list[str]:
+    # A usual random model is sure of nothing: the rounding of another batch shape tips its scales. This one is sure,
+    # fills places in random order, and gets prompts of one length, so that only last batches differ in shape.
+    sizes = (
+        "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2, initializer_range: 1.0}"
+    )
+    return [
+        "predict",
+        "--config=configs/tiny.yaml",
+        f"--model.new_model={sizes}",
+        "--model.sampling={max_new_tokens: 30, steps: 15, alg: origin, temperature: 0.7, forbid_mask: true}",
+        f"--data.predict_source={source}",
+        "--data.batch_size=4",
+        f"--trainer.logger.init_args.save_dir={folder}",
+        *more,
+    ]
+
+
+def on_one(monkeypatch, *options) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["dream_lightning", *arguments(*options)])
+    main()
+
+
+def on_two(*options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "dream_lightning",
+            *arguments(*options, "--trainer.devices=2", "--trainer.strategy=ddp"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=(options[0].parent / "stderr").open("a"),
+        start_new_session=True,  # so that both can be killed at once
+    )
+
+
+def answers(folder: Path) -> list[dict]:
+    return [{**line, "seconds": None} for line in read_predictions(folder / "tiny" / "predictions.jsonl")]
+
+
+def test_two_processes_killed_and_resumed_on_one_and_on_two_write_the_file_of_one(tmp_path, monkeypatch):
+    questions = [{"question": f"{n:03} + {7 * n % 1000:03} = ?"} for n in range(COUNT)]
+    source = write_jsonl(tmp_path / "questions.jsonl", questions)
+
+    killed = on_two(tmp_path / "killed", source)
+    parts = f"{tmp_path / 'killed' / 'tiny' / 'predictions.jsonl'}.part-"
+    deadline = time.monotonic() + 120
+    known = 0
+    while known < COUNT // 4 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        files = [file for file in (tmp_path / "killed").rglob("*") if str(file).startswith(parts)]
+        known = sum(file.read_bytes().count(b"\n") for file in files)
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()
+    assert len(files) == 2, "both processes had answered something"
+    shutil.copytree(tmp_path / "killed", tmp_path / "resumed on one")
+
+    resumed = on_two(tmp_path / "killed", source)
+    on_one(monkeypatch, tmp_path / "whole", source)
+    on_one(monkeypatch, tmp_path / "resumed on one", source)
+    assert resumed.wait() == 0, (tmp_path / "stderr").read_text()
+
+    whole = answers(tmp_path / "whole")
+    assert [line["prompt"] for line in whole] == [row["question"] for row in questions]
+    assert len({line["prediction"] for line in whole}) > COUNT / 2
+    for name in ("killed", "resumed on one"):
+        assert answers(tmp_path / name) == whole
+        names = sorted(file.name for file in (tmp_path / name / "tiny").iterdir() if file.is_file())
+        assert names == ["predictions.jsonl", "predictions.jsonl.settings.json"]
+        settings = json.loads((tmp_path / name / "tiny" / "predictions.jsonl.settings.json").read_text())
+        assert len(settings["runs"]) == 2, "nothing was answered before the kill"
+
+
+def test_windows_are_sorted_by_length_and_equal_lengths_keep_their_order():
+    assert by_length([0, 2, 3, 5, 7, 8], [1, 4, 4, 9, 2, 3], window=4) == [5, 2, 3, 0, 8, 7]
+    assert by_length(range(3), [1, 2, 3], window=1) == [0, 1, 2]

@@ -3,33 +3,84 @@
 import warnings
 from pathlib import Path
 
+import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from dream_lightning.data import S1KDataModule
+from dream_lightning.errors import readable_errors
 from dream_lightning.module import DreamModule
+from dream_lightning.plan.config import setting_from
+from dream_lightning.plan.report import out_of_memory, report
 
 # In a folder of its own: jsonargparse starts Python there, where our types.py would stand in for the library's
 BASE = Path(__file__).parent / "defaults" / "base.yaml"
 
 
+class _Commands(L.Trainer):
+    """The Trainer, whose methods are the commands, and one that needs no Trainer."""
+
+    @staticmethod
+    def plan(
+        ckpt_path: str | None = None, weights_only: bool | None = None, gpu_memory_gib: float | None = None
+    ) -> None:
+        """Say what fit would need of a GPU and what this machine has, in seconds; loads nothing.
+
+        Args:
+            ckpt_path: understood so that the options can be those of fit; changes nothing.
+            weights_only: the same.
+            gpu_memory_gib: memory of the card to plan for; by default that of this machine.
+        """
+
+
 class DreamCLI(LightningCLI):
-    """`python -m dream_lightning fit|validate|test|predict --config …`; every config is laid over `base.yaml`."""
+    """`python -m dream_lightning fit|validate|test|predict|plan --config …`; every config is laid over `base.yaml`."""
 
     def __init__(self) -> None:
         base = {"default_config_files": [str(BASE)]}
         super().__init__(
             DreamModule,
             S1KDataModule,
+            trainer_class=_Commands,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={command: base for command in ("fit", "validate", "test", "predict")},
+            parser_kwargs={command: base for command in self.subcommands()},
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `plan`."""
+        return LightningCLI.subcommands() | {"plan": set()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The tokenizer is the model's; two checkpoints: the best by a metric, the newest every few steps."""
         parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ModelCheckpoint, "autosave")
+
+    def instantiate_classes(self) -> None:
+        """`plan` builds nothing: its configuration may be for GPUs that this machine lacks."""
+        if self.subcommand == "plan":
+            print(report(setting_from(self.config.plan), self.config.plan.gpu_memory_gib))
+            return
+        _check_gpu(self.config[self.subcommand].trainer.accelerator)
+        super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "plan":
+            return
+        try:
+            super()._run_subcommand(subcommand)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(out_of_memory(setting_from(self.config[subcommand]), error)) from error
+
+
+def _check_gpu(accelerator: object) -> None:
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator is {accelerator} and torch sees no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES, "
+            f"install a CUDA build of torch (this one is {torch.__version__}), or set --trainer.accelerator=cpu"
+        )
 
 
 # True elsewhere, not here: batches are made in microseconds from memory-mapped ids, and two of Lightning's own calls.
@@ -40,4 +91,5 @@ def main() -> None:
     """Entry point of `python -m dream_lightning`."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", f".*{message}")
-    DreamCLI()
+    with readable_errors():
+        DreamCLI()

@@ -218,10 +218,7 @@ def _config(checkpoint: dict[str, Any], path: str | Path, pretrained: str | Path
         return DreamConfig.from_dict(checkpoint["dream_config"])
     if pretrained is None:
         raise ValueError(f"{path} does not say its model's sizes: pass the model it started from as pretrained")
-    try:
-        return DreamConfig.from_pretrained(pretrained)
-    except OSError as error:
-        raise ValueError(f"no config.json at {str(pretrained)!r}: {str(error)[:300]}") from error
+    return DreamConfig.from_pretrained(pretrained)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

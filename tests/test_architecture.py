@@ -17,7 +17,9 @@ MAY_IMPORT = {
     "answering": {"types", "model", "sampling", "scoring"},
     "module": {"types", "answering", "building", "model", "adapters", "diffusion", "sampling", "scoring"},
     "export": {"types", "model", "adapters", "module"},
-    "cli": {"data", "module", "callbacks"},
+    "errors": set(),
+    "plan": {"model", "adapters", "building"},
+    "cli": {"data", "module", "callbacks", "errors", "plan"},
     "__main__": {"cli"},
     "__init__": {"types", *LEAVES, "sampling", "answering", "building", "module"},
 }

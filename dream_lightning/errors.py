@@ -19,7 +19,8 @@ TRACEBACK = "DREAM_TRACEBACK"  # environment variable: 1 shows the traceback alw
 def readable_errors() -> Iterator[None]:
     """End the process with status 1 and the message alone on errors for users; all others go on unchanged.
 
-    Those for users are the `ValueError`s that this package raises on purpose, and Lightning's about its options. DREAM_TRACEBACK=1 in the environment shows the traceback of these too.
+    Those for users are the `ValueError`s that this package raises on purpose, and Lightning's about its options.
+    DREAM_TRACEBACK=1 in the environment shows the traceback of these too.
     """
     try:
         yield

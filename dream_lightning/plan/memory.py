@@ -111,7 +111,8 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
     copies = (layers - recomputed) * copy
     forward_copies = max(copies, 2 * p.cast) if s.mixed and s.gpus == 1 else 0
     # The largest matrix of a layer: taken out of 4 bits, or its gradient before it is added to the others'.
-    matrix = s.config.intermediate_size * s.config.hidden_size * s.compute if s.four_bit or not s.lora else 0
+    matrix = s.config.intermediate_size * s.config.hidden_size * s.compute
+    unpacked, new_gradient = matrix * s.four_bit, 0 if s.lora else matrix
     # FSDP2 gathers a layer and, ahead of time, the next (the embeddings come last); the head stays gathered.
     head, pair, last = (n * s.compute if s.gpus > 1 else 0 for n in (table, 2 * p.layer, p.layer + table))
     return {
@@ -131,15 +132,15 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
         ),
         "backward, last layer": Memory(
             **always,
-            copies=copies + (copy if recomputed else 0) + matrix + head + pair,
-            gradients=max(older, 0 if s.lora else table * s.dtype.itemsize / s.gpus) + unreduced,
+            copies=copies + (copy if recomputed else 0) + unpacked + head + pair,
+            gradients=max(older, 0 if s.lora else table * s.dtype.itemsize / s.gpus) + new_gradient + unreduced,
             activations=kept - top + (layer if recomputed else 0),
             temporaries=temporary,
         ),
         "backward, first layer": Memory(
             **always,
-            copies=copy + matrix + head + last,
-            gradients=gradients + unreduced,
+            copies=copy + unpacked + head + last,
+            gradients=gradients + new_gradient + unreduced,
             activations=layer + (s.tokens * checkpoint_keeps(s) if recomputed else 0),
             temporaries=temporary,
         ),

@@ -51,6 +51,8 @@ def optimizer_memory(
         moments = 2 if any(base.__name__ == "Optimizer2State" for base in bases) else 1
         from_size = optimizer.args.min_8bit_size if optimizer.args.optim_bits == 8 else sys.maxsize
         return _eight_bit(shapes, moments=moments, from_size=from_size, pages=optimizer.is_paged)
+    for group in optimizer.param_groups:
+        group["fused"] = False  # the fused kernels, which keep the same, are for real devices
     for p in shapes:
         p.grad = torch.empty_like(p)
     try:

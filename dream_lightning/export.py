@@ -4,6 +4,7 @@ It holds sharded safetensors, `config.json`, `generation_config.json` and the to
 for fast ones. transformers wants the authors' code (`trust_remote_code`) in the same folder: see `AUTHORS_CODE`.
 """
 
+import errno
 import json
 import pickle
 import shutil
@@ -185,7 +186,7 @@ def new_folder(folder: str | Path, *, size: int) -> Iterator[Path]:
     """A hidden folder beside `folder` to write `size` bytes into; it takes its name at the end, or goes on an error.
 
     Raises:
-        ValueError: `folder` is neither new nor empty, or the disk has less room than `size`.
+        ValueError: `folder` is neither new nor empty, the disk has less room than `size`, or becomes full.
     """
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -200,8 +201,21 @@ def new_folder(folder: str | Path, *, size: int) -> Iterator[Path]:
         for file in partial.iterdir():
             file.chmod(partial.stat().st_mode & 0o666)  # safetensors writes files that others may not read
         partial.rename(folder)  # replaces an empty folder
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        raise ValueError(
+            f"the disk became full while {folder} was written, nothing of it is left: free some space, or name a "
+            "folder on another disk"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """The libraries in Rust (safetensors, tokenizers) tell it in words alone."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def _check_plain(model: DreamModel) -> None:

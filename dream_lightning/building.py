@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
+from dream_lightning.model.sharding import read_shards
 
 _SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
@@ -44,17 +45,35 @@ def four_bit_model(pretrained: str, device: torch.device) -> DreamModel:
     Raises:
         ValueError: as `DreamModel.from_pretrained`.
     """
+    model = empty_model(pretrained)
+    load_4bit(model, weight_files(local_folder(pretrained)), device=device)
+    return model
+
+
+def empty_model(pretrained: str) -> DreamModel:
+    """A checkpoint's model without memory, to be divided over processes and then filled by `fill`.
+
+    Raises:
+        ValueError: as `DreamModel.from_pretrained`.
+    """
     folder = local_folder(pretrained)
     with torch.device("meta"):
         model = DreamModel(DreamConfig.from_pretrained(folder))
     check_weights(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    load_4bit(model, weight_files(folder), device=device)
     return model
 
 
-def adapt(model: DreamModel, lora: LoraParams, *, pretrained: str, seed: int) -> dict[str, str]:
-    """Add adapters; returns the name and content hash of the base they belong to."""
-    add_lora(model, lora, generator=torch.Generator().manual_seed(seed))
+def fill(model: DreamModel, pretrained: str, device: torch.device) -> None:
+    """Read what is still empty in a divided model, each process its own part."""
+    files = weight_files(local_folder(pretrained))
+    read_shards(model, files, device=device, official_name=lambda name: name.replace(".base_layer.", "."))
+
+
+def adapt(
+    model: DreamModel, lora: LoraParams, *, pretrained: str, seed: int, device: torch.device | None = None
+) -> dict[str, str]:
+    """Add adapters; returns the name and content hash of the base they belong to. `device` as in `add_lora`."""
+    add_lora(model, lora, generator=torch.Generator().manual_seed(seed), device=device)
     return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
 
 

@@ -59,10 +59,21 @@ class LoraParams:
     @property
     def target_names(self) -> list[str]:
         """The kinds of layers, `all-linear` written out."""
-        return list(get_args(Target)) if self.targets == "all-linear" else sorted(set(self.targets))
+        return sorted(get_args(Target) if self.targets == "all-linear" else set(self.targets))
+
+    def computes_as(self, other: "LoraParams") -> bool:
+        """Whether weights trained with these serve those: all but the dropout is the same."""
+        ours, theirs = ((p.rank, p.alpha, p.target_names, p.rslora, p.dora) for p in (self, other))
+        return ours == theirs
 
 
-def add_lora(model: nn.Module, params: LoraParams, *, generator: torch.Generator | None = None) -> None:
+def add_lora(
+    model: nn.Module,
+    params: LoraParams,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> None:
     """Put fresh float32 adapters into the model, which computes the same as before, and freeze all else.
 
     Works on float, bfloat16 and 4-bit bases, and on the meta device for counting (DoRA there only unquantised).
@@ -70,9 +81,10 @@ def add_lora(model: nn.Module, params: LoraParams, *, generator: torch.Generator
     Args:
         model: a DreamModel, or any PreTrainedModel with these layer names.
         generator: on the CPU, for A; the same one gives the same adapters on every device, dtype and rank.
+        device: of the adapters, where the base has no memory yet; by default they have none then either.
 
     Raises:
-        ValueError: the model has adapters already, or lacks a target; DoRA on an empty 4-bit model.
+        ValueError: the model has adapters already, or lacks a target; DoRA on an empty 4-bit model, or with `device`.
     """
     if hasattr(model, "peft_config"):
         raise ValueError("the model already has adapters: merge_lora them first, or load the base again")
@@ -83,19 +95,24 @@ def add_lora(model: nn.Module, params: LoraParams, *, generator: torch.Generator
         raise ValueError(
             "DoRA measures the base's rows, an empty 4-bit model has none: load_4bit first, or count unquantised"
         )
+    if params.dora and device is not None:
+        raise ValueError("DoRA measures the base's rows, a base that is read later has none: set dora to false")
     scale = {"r": params.rank, "lora_alpha": params.alpha, "use_rslora": params.rslora}
     kind = {"lora_dropout": params.dropout, "target_modules": params.target_names, "use_dora": params.dora}
     training = model.training
     inject_adapter_in_model(LoraConfig(**scale, **kind), model, _NAME)
     for _, layer in _layers(model):
-        _reset(layer, generator)
+        _reset(layer, generator, device)
     model.train(training)
 
 
-def _reset(layer: LoraLayer, generator: torch.Generator | None) -> None:
+def _reset(layer: LoraLayer, generator: torch.Generator | None, device: torch.device | None) -> None:
     for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-        part.float()  # PEFT takes over the base's dtype
+        part.float()  # PEFT takes over the base's dtype, and its device
+        if device is not None:
+            part.to_empty(device=device)
     a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight  # [rank, in], [out, rank]
+    nn.init.zeros_(b)
     if a.is_meta:
         return
     with torch.no_grad():

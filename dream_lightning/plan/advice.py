@@ -23,8 +23,9 @@ def changes(setting: Setting, gpu_gib: float) -> list[tuple[str, Plan]]:
     if setting.four_bit:
         return found
     unpacked = [setting, *(changed for _, changed in _ladder(setting) if not changed.four_bit)][-1]
+    config = "configs/fsdp_lora.yaml" if setting.lora else "configs/fsdp_full.yaml"
     for gpus in (n for n in _GPUS if n > setting.gpus):
-        found.append((f"FSDP over {gpus} GPUs, without 4 bits", make_plan(replace(unpacked, gpus=gpus))))
+        found.append((f"--config {config} on {gpus} GPUs, without 4 bits", make_plan(replace(unpacked, gpus=gpus))))
         if found[-1][1].needed_gib <= gpu_gib:
             break
     return found

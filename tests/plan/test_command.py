@@ -63,8 +63,7 @@ def config_of(folder, **sections):
 
 def test_the_plan_of_the_qlora_config(command, dream_7b):
     out, _ = command(
-        *("plan", "--config=configs/model/dream_7b_qlora.yaml", "--config=configs/data/s1k_1_1.yaml"),
-        *("--model.pretrained", dream_7b, "--gpu_memory_gib=24"),
+        *("plan", "--config=configs/single_gpu_qlora.yaml", "--model.pretrained", dream_7b, "--gpu_memory_gib=24"),
     )
     for words in ("5,046,272 train (0.0662 %)", "1 × 8,192 tokens", "weights         5.18 GiB", "fits a card of 24.0"):
         assert words in out
@@ -73,14 +72,14 @@ def test_the_plan_of_the_qlora_config(command, dream_7b):
 
 def test_what_to_change_where_it_does_not_fit(command, dream_7b):
     out, _ = command(
-        *("plan", "--config=configs/model/dream_7b.yaml", "--config=configs/data/s1k_1_1.yaml"),
-        *("--model.pretrained", dream_7b, "--gpu_memory_gib=80", "--trainer.devices=1"),
+        *("plan", "--config=configs/fsdp_full.yaml", "--trainer.strategy=auto", "--trainer.devices=1"),
+        *("--model.pretrained", dream_7b, "--gpu_memory_gib=80"),
     )
     assert "does NOT fit" in out
-    assert out.index("max_length=4096") < out.index("quantize=nf4") < out.index("FSDP over 2 GPUs")
+    assert out.index("max_length=4096") < out.index("quantize=nf4") < out.index("fsdp_full.yaml on 2 GPUs")
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}])
+@pytest.mark.parametrize("strategy", ["fsdp2", {"class_path": "dream_lightning.strategy.FSDP2Strategy"}])
 def test_a_plan_for_gpus_that_are_not_here(command, dream_7b, monkeypatch, strategy):
     """No Trainer, module or tokenizer is built: the configuration would not go through here."""
     monkeypatch.setattr(LightningCLI, "instantiate_classes", lambda _: pytest.fail("was built"))

@@ -101,7 +101,7 @@ def test_what_takes_more(setting):
 
 def test_changes_come_in_order_each_with_its_figure():
     found = changes(replace(FULL, length=8192, checkpointed=0.0), gpu_gib=48)
-    words = ["batch_size=1", "max_length=4096", "gradient_checkpointing=true", "quantize=nf4", "over 2", "over 4"]
+    words = ["batch_size=1", "max_length=4096", "gradient_checkpointing=true", "quantize=nf4", "on 2 GPUs", "on 4 GPUs"]
     assert len(found) == len(words) and all(word in options for word, (options, _) in zip(words, found, strict=True))
     batch, length, checkpointing, four_bit, two, four = (plan.needed_gib for _, plan in found)
     assert batch > length > checkpointing > four_bit and checkpointing > two > 48 >= four

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dream_lightning import DreamModule
 from dream_lightning.adapters import LoraParams
+from dream_lightning.model import DreamConfig
+from dream_lightning.plan import Setting, make_plan
 from dream_lightning.types import Batch
 
 PROMPT = 128  # tokens of every row that are never masked
@@ -109,15 +111,29 @@ def main(
         enable_model_summary=False,
     )
     module = DreamModule(pretrained, lr_schedule="constant_with_warmup", **options)
+    plan = make_plan(
+        Setting(
+            DreamConfig.from_pretrained(pretrained),
+            rows,
+            length,
+            module.optimizer,
+            dtype=torch.bfloat16,
+            lora=module.lora,
+            four_bit=work == "qlora",
+            checkpointed=float(checkpointing),
+        )
+    )
     trainer.fit(module, DataLoader(RandomRows(micro_batches, rows, length), batch_size=None))
     seconds = (clock.ends[-1] - clock.ends[2]) / (len(clock.ends) - 3)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else "–"
+    planned = f"plan {plan.peak_gib:.1f} GiB: {plan.peak_moment}"
     how = [work, *([f"adapters on {targets}"] if work != "full" else []), f"{rows} × {length}"]
     how += [name for name, used in (("checkpointing", checkpointing), ("compiled", compiled)) if used]
     print(
         f"{device} · {', '.join(how)}: {rows * length / seconds:,.0f} tok/s, {1000 * seconds:.0f} ms a micro-batch, "
-        f"peak {peak}, first step after {clock.ends[0] - started:.0f} s, losses {clock.losses}"
+        f"peak {peak} ({planned}), first step after {clock.ends[0] - started:.0f} s, "
+        f"losses {clock.losses}"
     )
 
 

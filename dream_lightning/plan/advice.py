@@ -45,6 +45,6 @@ def _ladder(s: Setting) -> Iterator[tuple[str, Setting]]:
         yield "--model.gradient_checkpointing=true (about a third slower)", s
     if not s.four_bit and s.gpus == 1:
         options = (
-            "--model.quantize=nf4 and --model.lora: adapters on a 4-bit base, as in configs/model/dream_7b_qlora.yaml"
+            "--model.quantize=nf4 with --model.lora (adapters on a 4-bit base, as in configs/single_gpu_qlora.yaml)"
         )
         yield options, replace(s, four_bit=True, dtype=torch.bfloat16, mixed=True, lora=s.lora or LoraParams())

@@ -23,6 +23,7 @@ ONE_STEP = [
     "--trainer.logger=false",
     "--trainer.max_steps=1",
     "--trainer.limit_val_batches=0",
+    "--data.first_n=64",
 ]
 
 

@@ -21,10 +21,11 @@ from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting
 from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.sharding import agree, local, shard, whole
+from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.scoring import AnswerAccuracy
 from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
-from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, PromptBatch
+from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
 
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
 # this factor, a power of two (so exact), which keeps them near one.
@@ -43,13 +44,14 @@ class DreamModule(L.LightningModule):
         new_model: sizes of a Dream to train from scratch instead, as in `DreamConfig`; the vocabulary follows the
             tokenizer.
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
-        dtype: element type of the weights. Full fine-tuning in pure bfloat16 loses small updates: keep float32 and
-            compute in bfloat16 with `trainer.precision=bf16-mixed`.
+        dtype: element type of the weights. All weights trained: float32, computing in bfloat16 with
+            `trainer.precision=bf16-mixed`, or bfloat16 with the optimiser `dream_lightning.optim.PagedAdamW8bit`.
         lora: train low-rank adapters beside frozen weights, and keep only them in checkpoints.
         quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation); needs `lora`.
         attention_dropout: probability of zeroing an attention weight in training; by default the checkpoint's own.
-        gradient_checkpointing: recompute each layer in the backward pass; saves memory, costs about a third in time.
-        compile_layers: compile each decoder layer; slow to start, faster on a GPU.
+        gradient_checkpointing: recompute layers in the backward pass, all or so many of the first; saves memory, costs
+            up to a third in time.
+        compile_layers: compile each decoder layer and the loss; slow to start, faster on a GPU.
         weighting: loss weight of a masked token: `original` (1/t, the ELBO), `linear` (1 − t), `cart`, `none`.
         cart_p: the geometric distribution's p for `cart`.
         normalizer: what the summed loss is divided by: `maskable`, `masked`, or `micro_batch` (the authors').
@@ -79,7 +81,7 @@ class DreamModule(L.LightningModule):
         lora: LoraParams | None = None,
         quantize: Literal["nf4"] | None = None,
         attention_dropout: float | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
         compile_layers: bool = False,
         weighting: Weighting = "original",
         cart_p: float = 0.1,
@@ -165,6 +167,8 @@ class DreamModule(L.LightningModule):
                 layer.compile()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if self.gradient_checkpointing is not True:
+                self.model.model.checkpointed_layers = self.gradient_checkpointing
         if self.sharded:
             self._shard(device)
         self.model.train()
@@ -240,7 +244,7 @@ class DreamModule(L.LightningModule):
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
         h = features(self.model, noised.x_t, noised.is_masked, attention_mask(batch), batch.position_ids)
-        return token_nll(h, self.model.lm_head, batch.input_ids[noised.is_masked])
+        return token_nll(h, self.model.lm_head, batch.input_ids[noised.is_masked], compiled=self.compile_layers)
 
     def loss(self, batch: Batch, noised: NoisedBatch, nll: Tensor) -> LossTerms:
         """The objective, weighted and reduced to a sum and a count."""
@@ -323,6 +327,11 @@ class DreamModule(L.LightningModule):
             {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer([group for group in groups if group["params"]])
+        if any(p.dtype == torch.bfloat16 for p in trainable) and not isinstance(optimizer, PagedAdamW8bit):
+            raise ValueError(
+                f"model.optimizer is {type(optimizer).__name__} and bfloat16 weights train, which loses every small "
+                "update: set model.optimizer to dream_lightning.optim.PagedAdamW8bit, or model.dtype to float32"
+            )
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:
@@ -391,9 +400,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def attention_mask(batch: Batch) -> Tensor | None:
-    """Who may attend to whom: None without padding, [B, L] with it, block-diagonal [B, 1, L, L] in packed rows."""
-    real = batch.places >= 0
-    if batch.packed:
-        return ((batch.places[:, :, None] == batch.places[:, None, :]) & real[:, :, None])[:, None]
-    return None if bool(real.all()) else real
+def attention_mask(batch: Batch) -> Tensor | DocumentBounds | None:
+    """Who may attend to whom: everyone, all but the padding [B, L], or each document to itself."""
+    if batch.document_bounds is not None:
+        return DocumentBounds(batch.document_bounds, longest=batch.input_ids.shape[1])
+    return batch.places >= 0 if batch.padded else None

@@ -3,11 +3,13 @@
 import copy
 import math
 import os
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
@@ -103,7 +105,18 @@ def add_lora(
     inject_adapter_in_model(LoraConfig(**scale, **kind), model, _NAME)
     for _, layer in _layers(model):
         _reset(layer, generator, device)
+        if not (params.dropout or params.dora):
+            layer.forward = types.MethodType(_forward, layer)
     model.train(training)
+
+
+def _forward(self: LoraLayer, x: Tensor) -> Tensor:
+    """W x + B (scale · A x) in the dtype of x; PEFT's own goes through a float32 copy of every x and every product."""
+    out = self.base_layer(x)
+    if self.disable_adapters or self.merged:
+        return out
+    low = F.linear(x, self.lora_A[_NAME].weight.to(x.dtype))  # [..., rank]
+    return out + F.linear(low, (self.lora_B[_NAME].weight * self.scaling[_NAME]).to(low.dtype)).to(out.dtype)
 
 
 def _reset(layer: LoraLayer, generator: torch.Generator | None, device: torch.device | None) -> None:

@@ -40,8 +40,8 @@ def _ladder(s: Setting) -> Iterator[tuple[str, Setting]]:
         length = max(s.length // 2, _SHORTEST)
         s = replace(s, length=length)
         yield f"--data.max_length={length} (shortens thinking; the data report counts what is cut)", s
-    if s.checkpointed < 1:
-        s = replace(s, checkpointed=1.0)
+    if s.recomputed < s.config.num_hidden_layers:
+        s = replace(s, checkpointed=True)
         yield "--model.gradient_checkpointing=true (about a third slower)", s
     if not s.four_bit and s.gpus == 1:
         options = (

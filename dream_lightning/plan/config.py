@@ -41,7 +41,8 @@ def setting_from(options: Namespace) -> Setting:
         mixed=precision == "bf16-mixed",
         lora=_instantiate(LoraParams | None, model.lora),
         four_bit=model.quantize is not None,
-        checkpointed=float(model.gradient_checkpointing),
+        checkpointed=model.gradient_checkpointing,
+        compiled=model.compile_layers,
         accumulation=trainer.accumulate_grad_batches,
         gpus=_gpus(trainer) if _is_sharded(trainer.strategy) else 1,
     )

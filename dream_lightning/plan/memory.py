@@ -88,7 +88,7 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
     always = {"weights": p.weights / s.gpus, "optimizer": states.states / s.gpus}
     table = s.config.vocab_size * s.config.hidden_size  # elements of the embeddings, and of the head
 
-    recomputed = round(s.checkpointed * layers)
+    recomputed = s.recomputed
     layer = s.tokens * sum(layer_keeps(s).values())
     top = s.tokens * top_keeps(s)
     kept = recomputed * s.tokens * checkpoint_keeps(s) + (layers - recomputed) * layer + top
@@ -99,8 +99,12 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
     older = gradients if s.accumulation > 1 else 0
     head_gradient = 0 if s.lora else table * s.compute
     # In the head's backward pass: one chunk's gradient and the sum of the others', which autocast then makes float32.
-    at_head = max(
-        head_gradient * min(2, -(-s.tokens // s.head_chunk)), table * (s.compute + 4) * (s.casts and not s.lora)
+    at_head = (
+        0
+        if s.lora
+        else max(
+            head_gradient * min(2, -(-s.tokens // s.head_chunk)), table * (s.compute + 4) * (s.casts and not s.lora)
+        )
     )
     # FSDP2 sums gradients in float32, a copy of the whole layer's; those of head and norm wait for the end.
     unreduced = p.layer_trainable * (s.compute + 4) + head_gradient if s.gpus > 1 else 0
@@ -132,9 +136,16 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
         ),
         "backward, last layer": Memory(
             **always,
-            copies=copies + (copy if recomputed else 0) + unpacked + head + pair,
+            copies=copies + (copy if recomputed == layers else 0) + unpacked + head + pair,
             gradients=max(older, 0 if s.lora else table * s.dtype.itemsize / s.gpus) + new_gradient + unreduced,
-            activations=kept - top + (layer if recomputed else 0),
+            activations=kept - top + (layer if recomputed == layers else 0),
+            temporaries=temporary,
+        ),
+        "backward, last recomputed layer": Memory(
+            **always,
+            copies=(copy if recomputed else 0) + unpacked + head + pair,
+            gradients=max(older, 0 if s.lora else table * s.dtype.itemsize / s.gpus) + new_gradient + unreduced,
+            activations=recomputed * s.tokens * checkpoint_keeps(s) + layer,
             temporaries=temporary,
         ),
         "backward, first layer": Memory(

@@ -11,7 +11,7 @@ _PARTS = {
     "optimizer": "states on the GPU{sharded}",
     "gradients": "{accumulated}{sharded}",
     "activations": "what {layers} layers keep{recomputed}",
-    "logits": "float32, {chunk} masked tokens at a time",
+    "logits": "of {chunk} masked tokens at a time",
     "temporaries": "of one layer's backward pass, or of the optimiser's step",
 }
 
@@ -39,7 +39,7 @@ def report(setting: Setting, gpu_gib: float | None) -> str:
 def describe(plan: Plan) -> list[str]:
     """The plan by part, at its peak."""
     s, p = plan.setting, plan.parameters
-    layers, recomputed = s.config.num_hidden_layers, round(s.checkpointed * s.config.num_hidden_layers)
+    layers, recomputed = s.config.num_hidden_layers, s.recomputed
     words = {
         "copies": "gathered from the other GPUs"
         if s.gpus > 1

@@ -31,8 +31,10 @@ class Setting:
     """bfloat16 arithmetic over float32 or bfloat16 weights (`precision=bf16-mixed`)"""
     lora: LoraParams | None = None
     four_bit: bool = False
-    checkpointed: float = 1.0
-    """share of the layers that are recomputed in the backward pass"""
+    checkpointed: bool | int = True
+    """whether all layers are recomputed in the backward pass, or so many of the first"""
+    compiled: bool = False
+    """layers and loss"""
     accumulation: int = 1
     """micro-batches of a step; with more than one, gradients live through every backward pass but the first"""
     gpus: int = 1
@@ -44,6 +46,12 @@ class Setting:
     def tokens(self) -> int:
         """T."""
         return self.rows * self.length
+
+    @property
+    def recomputed(self) -> int:
+        """Layers that are recomputed in the backward pass: so many of the first."""
+        layers = self.config.num_hidden_layers
+        return layers if self.checkpointed is True else min(int(self.checkpointed), layers)
 
     @property
     def casts(self) -> bool:

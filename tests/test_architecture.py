@@ -24,7 +24,7 @@ MAY_IMPORT = {
     },
     "export": {"types", "model", "adapters", "module", "sharded"},
     "errors": set(),
-    "plan": {"model", "adapters", "building"},
+    "plan": {"model", "adapters", "building", "optim"},
     "cli": {"data", "module", "callbacks", "errors", "plan"},
     "__main__": {"cli"},
     "__init__": {"types", *LEAVES, "sampling", "answering", "building", "module"},

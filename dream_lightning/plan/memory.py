@@ -67,8 +67,9 @@ class Plan:
 
     @property
     def needed_gib(self) -> float:
-        """What the GPU must have."""
-        return self.peak_gib * (1 + GAPS) + RESERVE
+        """What the GPU must have: the peak, and paged states too while the optimiser steps, lest it crawls."""
+        stepping = self.moments["optimiser step"].total + self.optimizer.paged
+        return max(self.peak.total, stepping) / GIB * (1 + GAPS) + RESERVE
 
 
 def make_plan(setting: Setting) -> Plan:

@@ -44,7 +44,7 @@ def describe(plan: Plan) -> list[str]:
         "copies": "gathered from the other GPUs"
         if s.gpus > 1
         else ("of one weight, taken out of 4 bits" if s.four_bit else "in bfloat16, of float32 weights"),
-        "sharded": f", a {s.gpus}th of them" if s.gpus > 1 else "",
+        "sharded": f", 1/{s.gpus} of them on each GPU" if s.gpus > 1 else "",
         "accumulated": "kept between micro-batches" if s.accumulation > 1 else "the last step's, or this one's so far",
         "layers": layers,
         "recomputed": f", {recomputed} of them only their input; and one recomputed layer" if recomputed else "",
@@ -68,8 +68,8 @@ def describe(plan: Plan) -> list[str]:
     ]
     if plan.optimizer.paged:
         lines.append(
-            f"  {'paged':<12} {plan.optimizer.paged / GIB:7.2f} GiB   optimiser states in managed memory: on the GPU "
-            "while there is room, else in host memory, which is slow; not in the sum"
+            f"  {'paged':<12} {plan.optimizer.paged / GIB:7.2f} GiB   optimiser states in managed memory, not in the "
+            "sum: on the GPU while it steps, lent out while activations need the room"
         )
     lines.append("Loading, validation and generation are not counted.")
     return lines

@@ -77,7 +77,7 @@ def test_what_to_change_where_it_does_not_fit(command, dream_7b):
         *("--model.pretrained", dream_7b, "--gpu_memory_gib=80"),
     )
     assert "does NOT fit" in out
-    assert out.index("max_length=4096") < out.index("quantize=nf4") < out.index("fsdp_full.yaml on 2 GPUs")
+    assert out.index("max_length=4096") < out.index("single_gpu_qlora") < out.index("fsdp_full.yaml on 2 GPUs")
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", {"class_path": "dream_lightning.strategy.FSDP2Strategy"}])

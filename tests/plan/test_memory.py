@@ -8,6 +8,7 @@ import torch
 from dream_lightning.adapters import LoraParams, load_4bit
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
+from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.plan import Setting, count_parameters, make_plan
 from dream_lightning.plan.advice import changes
 from dream_lightning.plan.setting import NF4
@@ -60,6 +61,15 @@ def test_bytes_of_packed_weights(tmp_path):
     assert planned == held + linear * (NF4 - 0.5)
 
 
+def test_paged_states_need_room_while_the_optimizer_steps():
+    pytest.importorskip("bitsandbytes")
+    plan = make_plan(replace(FULL, dtype=torch.bfloat16, optimizer=PagedAdamW8bit))
+    total = plan.parameters.total
+    assert plan.optimizer.paged == pytest.approx(2 * total, rel=1e-3)  # moments of a byte each
+    assert plan.optimizer.states == pytest.approx(2.03 * total, rel=1e-2)  # tails of 16 bits, scales
+    assert plan.needed_gib > (2 + 2 + 4) * total / 2**30 > plan.peak_gib
+
+
 def test_float32_masters_take_16_bytes_a_parameter_and_the_copies_that_autocast_caches():
     plan = make_plan(FULL)
     total, table = 7_615_616_512, 152_064 * 3_584
@@ -95,10 +105,12 @@ def test_what_takes_more(setting):
 
 
 def test_changes_come_in_order_each_with_its_figure():
+    pytest.importorskip("bitsandbytes")
     found = changes(replace(FULL, length=8192, checkpointed=False), gpu_gib=48)
-    words = ["batch_size=1", "max_length=4096", "gradient_checkpointing=true", "quantize=nf4", "on 2 GPUs", "on 4 GPUs"]
+    names = ["batch_size=1", "max_length=4096", "gradient_checkpointing=true", "single_gpu_full", "single_gpu_qlora"]
+    words = [*names, "fsdp_full.yaml on 2 GPUs", "fsdp_full.yaml on 4 GPUs"]
     assert len(found) == len(words) and all(word in options for word, (options, _) in zip(words, found, strict=True))
-    batch, length, checkpointing, four_bit, two, four = (plan.needed_gib for _, plan in found)
-    assert batch > length > checkpointing > four_bit and checkpointing > two > 48 >= four
+    batch, length, checkpointing, eight_bit, four_bit, two, four = (plan.needed_gib for _, plan in found)
+    assert batch > length > checkpointing > eight_bit > four_bit and checkpointing > two > 48 >= four
     assert found[0][1].setting.accumulation == 4  # the step stays the same
     assert [options for options, _ in changes(replace(QLORA, rows=1, length=1024), 4)] == []

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.plan.optimizer import optimizer_memory
 
 SHAPES = [(320, 350), (64, 80), (70,), (6000,)]
@@ -14,7 +15,8 @@ def eight_bit(name):
 
 
 def package_s_own(groups):
-    return pytest.importorskip("dream_lightning.optim").PagedAdamW8bit(groups, lr=1e-3)
+    pytest.importorskip("bitsandbytes")
+    return PagedAdamW8bit(groups, lr=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

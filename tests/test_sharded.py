@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +124,14 @@ def test_a_peft_folder_gives_the_same_logits(saved, tmp_path, kind):
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         torch.testing.assert_close(peft.float()(ids).logits, ours.float()(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_script_writes_either(saved, tmp_path, capsys):
+    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "export.py"))["main"]
+    main(str(saved / "adapters.ckpt"), str(tmp_path / "peft"), adapter=True)
+    main(str(saved / "full.ckpt"), str(tmp_path / "official"))
+    assert "adapter_config.json, adapter_model.safetensors" in capsys.readouterr().out
+    assert (tmp_path / "official" / "model.safetensors").exists()
 
 
 def test_only_adapters_become_a_peft_folder(saved, tmp_path):

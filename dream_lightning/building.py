@@ -1,11 +1,12 @@
-"""From options to a network: new or pretrained, whole or in 4 bits, with adapters or without."""
+"""From options to a network: new or pretrained, whole or quantised, with adapters or without."""
 
 from dataclasses import fields
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit
+from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit, load_float8
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
 from dream_lightning.model.sharding import read_shards
@@ -39,14 +40,15 @@ def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBa
     return DreamModel(new_config(sizes, tokenizer))
 
 
-def four_bit_model(pretrained: str, device: torch.device) -> DreamModel:
-    """A checkpoint whose layers go into 4 bits on the device, tensor by tensor.
+def quantized_model(pretrained: str, kind: Literal["nf4", "float8"], device: torch.device) -> DreamModel:
+    """A checkpoint whose layers go into 4 or 8 bits on the device, tensor by tensor.
 
     Raises:
-        ValueError: as `DreamModel.from_pretrained`.
+        ValueError: as `DreamModel.from_pretrained`; as `load_4bit` and `load_float8`.
     """
     model = empty_model(pretrained)
-    load_4bit(model, weight_files(local_folder(pretrained)), device=device)
+    load = load_4bit if kind == "nf4" else load_float8
+    load(model, weight_files(local_folder(pretrained)), device=device)
     return model
 
 

@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 from dream_lightning.adapters import LoraParams, check_base, trainable_summary
 from dream_lightning.answering import answer_questions
-from dream_lightning.building import adapt, check_tokenizer, empty_model, fill, four_bit_model, random_model
+from dream_lightning.building import adapt, check_tokenizer, empty_model, fill, quantized_model, random_model
 from dream_lightning.diffusion import corrupt, independent_t, reduce_nll, stratified_t, token_nll, token_weights
 from dream_lightning.diffusion.denoiser import features
 from dream_lightning.diffusion.noise import uniform
@@ -47,7 +47,8 @@ class DreamModule(L.LightningModule):
         dtype: element type of the weights. All weights trained: float32, computing in bfloat16 with
             `trainer.precision=bf16-mixed`, or bfloat16 with the optimiser `dream_lightning.optim.PagedAdamW8bit`.
         lora: train low-rank adapters beside frozen weights, and keep only them in checkpoints.
-        quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation); needs `lora`.
+        quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation: smallest) or 8
+            (`float8`: as large as bfloat16, fastest on Hopper and later GPUs); needs `lora`.
         attention_dropout: probability of zeroing an attention weight in training; by default the checkpoint's own.
         gradient_checkpointing: recompute layers in the backward pass, all or so many of the first; saves memory, costs
             up to a third in time.
@@ -79,7 +80,7 @@ class DreamModule(L.LightningModule):
         tokenizer: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         lora: LoraParams | None = None,
-        quantize: Literal["nf4"] | None = None,
+        quantize: Literal["nf4", "float8"] | None = None,
         attention_dropout: float | None = None,
         gradient_checkpointing: bool | int = False,
         compile_layers: bool = False,
@@ -109,7 +110,7 @@ class DreamModule(L.LightningModule):
         if tokenizer is None and pretrained is None:
             raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
         if quantize is not None and lora is None:
-            raise ValueError(f"quantize is {quantize}, but 4-bit weights do not train: set model.lora too")
+            raise ValueError(f"quantize is {quantize}, but quantised weights do not train: set model.lora too")
         if lora is not None and pretrained is None:
             raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")
         if attention_dropout is not None and not 0 <= attention_dropout < 1:
@@ -151,7 +152,7 @@ class DreamModule(L.LightningModule):
         if self.pretrained is None:
             self.model = random_model(self.new_model, self.tokenizer).to(self.weights_dtype)
         elif self.quantize is not None:
-            self.model = four_bit_model(self.pretrained, device)
+            self.model = quantized_model(self.pretrained, self.quantize, device)
         elif self.sharded:
             self.model = empty_model(self.pretrained).to(self.weights_dtype)
         else:
@@ -160,6 +161,8 @@ class DreamModule(L.LightningModule):
         if self.lora is not None:
             place = device if self.sharded else None
             self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed, device=place)
+        if self.compile_layers:  # products and norms of a layer are cheap to make again, and a sixth of what it keeps
+            torch._functorch.config.activation_memory_budget = 0.8
         for layer in self.model.model.layers:
             if self.attention_dropout is not None:
                 layer.self_attn.dropout = self.attention_dropout

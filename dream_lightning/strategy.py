@@ -137,7 +137,7 @@ def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, dora:
         instead = _INSTEAD.get(name, "use one device, or set trainer.strategy to ddp or fsdp2 on several")
         raise ValueError(f"trainer.strategy is {name}, which is not tested here: {instead}")
     if sharded and quantized:
-        raise ValueError("trainer.strategy is fsdp2, but 4-bit weights are not divided: set trainer.strategy=ddp")
+        raise ValueError("trainer.strategy is fsdp2, but quantised weights are not divided: set trainer.strategy=ddp")
     if sharded and dora:
         raise ValueError("trainer.strategy is fsdp2, but lora.dora needs whole weights: set trainer.strategy=ddp")
     if adapted and precision == "bf16-true":

@@ -31,7 +31,7 @@ PROMPT = 128  # tokens of a document that are never masked
 class Case:
     """One way to train."""
 
-    work: Literal["full", "lora", "qlora"]
+    work: Literal["full", "lora", "lora_float8", "qlora"]
     rows: int
     length: int
     targets: list[str] | Literal["all-linear"] = "all-linear"
@@ -42,8 +42,10 @@ class Case:
 
 CASES = {
     "full": Case("full", 2, 2048),
+    "full_partly_checkpointed": Case("full", 2, 2048, checkpointed=10),
     "full_checkpointed": Case("full", 4, 2048, checkpointed=True),
     "lora": Case("lora", 4, 2048),
+    "lora_float8": Case("lora_float8", 4, 2048),
     "lora_checkpointed": Case("lora", 4, 2048, checkpointed=True),
     "qlora": Case("qlora", 4, 2048),
     "qlora_checkpointed": Case("qlora", 4, 2048, checkpointed=True),
@@ -119,7 +121,8 @@ def options_of(case: Case) -> dict[str, Any]:
     if case.work == "full":
         return options | {"optimizer": adamw_8bit}
     lora = LoraParams(rank=16, alpha=32, targets=case.targets)
-    return options | {"optimizer": fused_adamw, "lora": lora, "quantize": "nf4" if case.work == "qlora" else None}
+    quantize = {"qlora": "nf4", "lora_float8": "float8"}.get(case.work)
+    return options | {"optimizer": fused_adamw, "lora": lora, "quantize": quantize}
 
 
 def time_ours(case: Case, pretrained: str, steps: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_untested_strategies_are_refused(strategy, instead):
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ((FSDP2Strategy,), {"quantized": True}, "4-bit weights .* trainer.strategy=ddp"),
+        ((FSDP2Strategy,), {"quantized": True}, "quantised weights .* trainer.strategy=ddp"),
         ((FSDP2Strategy,), {"dora": True}, "lora.dora needs whole weights"),
         ((FSDP2Strategy, "bf16-true"), {}, "precision is bf16-true, .* 32-true or bf16-mixed"),
         ((SingleDeviceStrategy, "bf16-true"), {"adapted": True}, "round the adapters: set it to bf16-mixed"),

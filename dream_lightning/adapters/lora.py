@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dream_lightning.adapters.float8 import Float8Linear
 from dream_lightning.adapters.quantization import is_4bit
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -195,11 +196,11 @@ def merge_lora(model: nn.Module) -> None:
     """Add the adapters to the base's weights, in float32 with one rounding to the base's dtype, and remove them.
 
     Raises:
-        ValueError: the base is 4-bit; there are no adapters.
+        ValueError: the base is quantised; there are no adapters.
     """
-    if is_4bit(model):
+    if is_4bit(model) or any(isinstance(layer.get_base_layer(), Float8Linear) for _, layer in _layers(model)):
         raise ValueError(
-            "adapters are not merged into a 4-bit base, its rounding would be kept: load the bfloat16 checkpoint, "
+            "adapters are not merged into a quantised base, its rounding would be kept: load the bfloat16 checkpoint, "
             "add_lora, load_adapter_state, and merge there"
         )
     if not hasattr(model, "peft_config"):

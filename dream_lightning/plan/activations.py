@@ -12,7 +12,8 @@ _SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # la
 def layer_keeps(s: Setting) -> dict[str, int]:
     """Bytes a token that one decoder layer keeps when it is not recomputed.
 
-    Attention is counted as its kernels for a GPU keep it, without an L² term. DoRA's and dropout's extra is not
+    With compiled layers at most: the compiler may choose to keep less. Attention is counted as its kernels for a GPU
+    keep it, without an L² term. DoRA's and dropout's extra is not
     counted.
     """
     c = s.config
@@ -20,14 +21,14 @@ def layer_keeps(s: Setting) -> dict[str, int]:
     keeps = {
         "q, k, v": s.compute * (hidden + 2 * key_value),
         "attention output": s.compute * hidden + 4 * c.num_attention_heads,  # and the softmax's log-sums
-        "inputs of linear layers": _inputs(s),
     }
     if s.lora is not None:
         keeps["A's outputs"] = s.compute * s.lora.rank * len(s.lora.target_names)
-    if s.compiled:  # what is cheap is computed again: norms, silu, the sum after attention
+    if s.compiled:  # what is cheap is computed again: inputs of linear layers, norms, silu, the sum after attention
         keeps["input, o_proj's output, 1/rms"] = s.stream * hidden + s.compute * hidden + 2 * 4
         keeps["gate, up"] = 2 * s.compute * inner
         return keeps
+    keeps["inputs of linear layers"] = _inputs(s)
     # The float32 input of each norm (the residual stream itself, where that is float32) and 1/rms.
     keeps["norms"] = 2 * (4 * hidden + 4)
     keeps["gate, silu(gate), up"] = 3 * s.compute * inner
@@ -39,15 +40,15 @@ def layer_keeps(s: Setting) -> dict[str, int]:
 def _inputs(s: Setting) -> int:
     """Bytes a token of the inputs that trained layers, or adapters, need for their gradients.
 
-    q, k, v share one, gate and up another; o_proj reads the attention output, which is kept anyway. Without the
-    compiler, autocast casts a float32 input for each reader anew, and so does PEFT's own form of adapters.
+    q, k, v share one, gate and up another; o_proj reads the attention output, which is kept anyway. Autocast
+    casts a float32 input for each reader anew, and so does PEFT's own form of adapters.
     """
     hidden, inner = s.config.hidden_size, s.config.intermediate_size
     of_peft = s.lora is not None and (s.lora.dropout > 0 or s.lora.dora)
     targets = ALL_TARGETS if s.lora is None else s.lora.target_names
     if of_peft and s.mixed:
         read = list(targets)
-    elif s.casts and not s.compiled:
+    elif s.casts:
         read = [t for t in targets if t != "o_proj"]
     else:
         read = {_SHARED.get(t, t) for t in targets} - {"o_proj"}

@@ -40,7 +40,7 @@ def setting_from(options: Namespace) -> Setting:
         dtype=torch.bfloat16 if bfloat16 else getattr(torch, model.dtype),
         mixed=precision == "bf16-mixed",
         lora=_instantiate(LoraParams | None, model.lora),
-        four_bit=model.quantize is not None,
+        four_bit=model.quantize == "nf4",
         checkpointed=model.gradient_checkpointing,
         compiled=model.compile_layers,
         accumulation=trainer.accumulate_grad_batches,

@@ -18,6 +18,7 @@ from dream_lightning import export as module
 from dream_lightning.adapters import LoraParams, add_lora, merge_lora
 from dream_lightning.export import AUTHORS_CODE, export_checkpoint, export_model, model_from_checkpoint
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
+from dream_lightning.optim import PagedAdamW8bit
 
 SIZES = {
     "vocab_size": 320,
@@ -68,6 +69,10 @@ def fit(lightning_module, source, path):
 
 def adamw(groups):
     return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def paged_adamw(groups):
+    return PagedAdamW8bit(groups, lr=1e-2)
 
 
 @pytest.fixture
@@ -168,7 +173,7 @@ def test_bfloat16_is_rounded_once(scratch_checkpoint, tmp_path):
 
 def test_full_fine_tuning_takes_sizes_and_tokenizer_from_pretrained(model, sums, tmp_path, capsys):
     base = export_model(model, tmp_path / "base", tokenizer="bytes")
-    training = DreamModule(str(base), dtype="bfloat16", optimizer=adamw, warmup_fraction=0)
+    training = DreamModule(str(base), dtype="bfloat16", optimizer=paged_adamw, warmup_fraction=0)
     weights = fit(training, sums, tmp_path / "last.ckpt")
     assert not torch.equal(weights["lm_head.weight"], model.lm_head.weight)
     with pytest.raises(ValueError, match="pass the model it started from as pretrained"):

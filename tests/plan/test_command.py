@@ -132,7 +132,7 @@ def test_out_of_memory_says_what_to_change(command, monkeypatch):
         (["--model.t_min=2"], "t_min is 2.0, wanted a probability"),
         (["--model.pretrained=x"], "wanted exactly one of them"),
         (["--data.source=no/such/file.jsonl"], "no/such/file.jsonl"),
-        (["--model.quantize=nf4"], "4-bit weights do not train: set model.lora too"),
+        (["--model.quantize=nf4"], "do not train: set model.lora too"),
     ],
 )
 def test_errors_for_users_are_one_message(command, monkeypatch, options, message):

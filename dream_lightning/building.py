@@ -14,8 +14,8 @@ from dream_lightning.model.sharding import read_shards
 _SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
-def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamModel:
-    """A Dream with random weights, its vocabulary and special ids those of the tokenizer.
+def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamConfig:
+    """The shape of a new Dream, its vocabulary and special ids those of the tokenizer.
 
     Args:
         sizes: fields of `DreamConfig`; the four of `_SIZES` are needed, the others have its defaults, but there are as
@@ -32,7 +32,12 @@ def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBa
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")}
     vocab_size = -(-len(tokenizer) // 64) * 64  # whole tiles for the head's matrix product
     heads = {"num_key_value_heads": sizes["num_attention_heads"]}
-    return DreamModel(DreamConfig(**{"vocab_size": vocab_size, **heads, **special, **sizes}))
+    return DreamConfig(**{"vocab_size": vocab_size, **heads, **special, **sizes})
+
+
+def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamModel:
+    """A Dream with random weights; arguments and errors as of `new_config`."""
+    return DreamModel(new_config(sizes, tokenizer))
 
 
 def quantized_model(pretrained: str, kind: Literal["nf4", "float8"], device: torch.device) -> DreamModel:

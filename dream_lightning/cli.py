@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -13,7 +14,10 @@ from rich.table import Table
 
 from dream_lightning.callbacks import Autosave
 from dream_lightning.data import S1KDataModule
+from dream_lightning.errors import readable_errors
 from dream_lightning.module import DreamModule
+from dream_lightning.plan.config import setting_from
+from dream_lightning.plan.report import out_of_memory, report
 from dream_lightning.saving import SafeCheckpointIO
 
 # In a folder of its own: jsonargparse starts Python there, where our types.py would stand in for the library's
@@ -22,19 +26,41 @@ BASE = Path(__file__).parent / "defaults" / "base.yaml"
 PREDICT, EVALUATE = BASE.with_name("predict.yaml"), BASE.with_name("evaluate.yaml")
 
 
+class _Commands(L.Trainer):
+    """The Trainer, whose methods are the commands, and one that needs no Trainer."""
+
+    @staticmethod
+    def plan(
+        ckpt_path: str | None = None, weights_only: bool | None = None, gpu_memory_gib: float | None = None
+    ) -> None:
+        """Say what fit would need of a GPU and what this machine has, in seconds; loads nothing.
+
+        Args:
+            ckpt_path: understood so that the options can be those of fit; changes nothing.
+            weights_only: the same.
+            gpu_memory_gib: memory of the card to plan for; by default that of this machine.
+        """
+
+
 class DreamCLI(LightningCLI):
-    """`python -m dream_lightning fit|validate|test|predict --config …`; every config is laid over `base.yaml`."""
+    """`python -m dream_lightning fit|validate|test|predict|plan --config …`; every config is laid over `base.yaml`."""
 
     def __init__(self) -> None:
-        over = {"fit": [], "validate": [EVALUATE], "test": [EVALUATE], "predict": [PREDICT]}
+        over = {"fit": [], "plan": [], "validate": [EVALUATE], "test": [EVALUATE], "predict": [PREDICT]}
         super().__init__(
             DreamModule,
             S1KDataModule,
+            trainer_class=_Commands,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 c: {"default_config_files": [str(file) for file in (BASE, *files)]} for c, files in over.items()
             },
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `plan`."""
+        return LightningCLI.subcommands() | {"plan": set()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The tokenizer is the model's; two checkpoints: the best by a metric, the newest every few steps."""
@@ -60,6 +86,30 @@ class DreamCLI(LightningCLI):
 
     after_test = after_validate
 
+    def instantiate_classes(self) -> None:
+        """`plan` builds nothing: its configuration may be for GPUs that this machine lacks."""
+        if self.subcommand == "plan":
+            print(report(setting_from(self.config.plan), self.config.plan.gpu_memory_gib))
+            return
+        _check_gpu(self.config[self.subcommand].trainer.accelerator)
+        super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "plan":
+            return
+        try:
+            super()._run_subcommand(subcommand)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(out_of_memory(setting_from(self.config[subcommand]), error)) from error
+
+
+def _check_gpu(accelerator: object) -> None:
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator is {accelerator} and torch sees no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES, "
+            f"install a CUDA build of torch (this one is {torch.__version__}), or set --trainer.accelerator=cpu"
+        )
+
 
 # True elsewhere, not here: batches are made in microseconds from memory-mapped ids, and two of Lightning's own calls.
 _NOISE = ("does not have many workers", "isinstance.treespec, LeafSpec", "exists and is not empty")
@@ -69,4 +119,5 @@ def main() -> None:
     """Entry point of `python -m dream_lightning`."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", f".*{message}")
-    DreamCLI()
+    with readable_errors():
+        DreamCLI()

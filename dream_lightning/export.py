@@ -4,6 +4,7 @@ It holds sharded safetensors, `config.json`, `generation_config.json` and the to
 for fast ones. transformers wants the authors' code (`trust_remote_code`) in the same folder: see `AUTHORS_CODE`.
 """
 
+import errno
 import json
 import pickle
 import shutil
@@ -25,9 +26,11 @@ from dream_lightning.adapters import (
     check_base,
     load_adapter_state,
     merge_lora,
+    save_peft_folder,
 )
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.model.loading import local_folder, weight_files
+from dream_lightning.sharded import read_sharded
 
 AUTHORS_CODE = ("configuration_dream.py", "modeling_dream.py", "generation_utils.py", "tokenization_dream.py")
 
@@ -70,7 +73,8 @@ def export_checkpoint(
     """Write the official folder of the weights in a Lightning checkpoint of `DreamModule`.
 
     Args as in `export_model`, and:
-        ckpt_path: what `trainer.save_checkpoint` wrote. It is mapped, not read: optimiser states cost no memory.
+        ckpt_path: what `trainer.save_checkpoint` wrote. A file is mapped, not read: optimiser states cost no memory.
+            The weights of a sharded checkpoint (a folder) are read into memory.
         pretrained: what training started from, for the tokenizer and, without `dream_config`, for the sizes; a
             checkpoint of adapters knows it.
         dtype: element type to write: as stored, or rounded to bfloat16 like the official weights.
@@ -87,14 +91,39 @@ def export_checkpoint(
     return export_model(model, folder, tokenizer=tokenizer or pretrained, max_shard_size=max_shard_size)
 
 
+def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str | Path | None = None) -> Path:
+    """Write the adapters in a Lightning checkpoint of `DreamModule` as a PEFT folder; the base is not read.
+
+    `PeftModel.from_pretrained(base, folder)` puts them on the official base, in the authors' code or in ours.
+
+    Args:
+        ckpt_path: as in `export_checkpoint`.
+        folder: where to; new or empty. It appears when it is complete, never before.
+        pretrained: name of the base for `adapter_config.json`, such as its hub id; by default as training called it.
+
+    Raises:
+        ValueError: no whole checkpoint, or one without adapters; the folder is not empty, or the disk too full.
+    """
+    checkpoint = _read_checkpoint(Path(ckpt_path))
+    if "lora" not in checkpoint:
+        raise ValueError(f"{ckpt_path} holds no adapters, all its weights were trained: export the official folder")
+    state = _state(checkpoint)
+    with torch.device("meta"):
+        model = DreamModel(_config(checkpoint, ckpt_path, pretrained))
+        add_lora(model, LoraParams(**checkpoint["lora"]))
+    with new_folder(folder, size=sum(tensor.nbytes for tensor in state.values())) as partial:
+        save_peft_folder(model, partial, str(pretrained or checkpoint["base"]["name"]), state)
+    return Path(folder)
+
+
 def model_from_checkpoint(ckpt_path: str | Path, *, pretrained: str | Path | None = None) -> DreamModel:
-    """The network of a Lightning checkpoint, on the CPU, its weights mapped from the file.
+    """The network of a Lightning checkpoint, on the CPU.
 
     Its sizes stand in the checkpoint (`dream_config`) or, if not, in the config.json of `pretrained`.
 
     Raises:
-        ValueError: not a whole checkpoint file, or one with more than tensors and plain values; a sharded checkpoint;
-            adapters of another base; no sizes; tensors that do not fit the sizes.
+        ValueError: not a whole checkpoint, or one with more than tensors and plain values; adapters of another base; no
+            sizes; tensors that do not fit the sizes.
     """
     return _model(_read_checkpoint(Path(ckpt_path)), ckpt_path, pretrained)
 
@@ -105,7 +134,7 @@ def base_of(ckpt_path: str | Path) -> str | None:
 
 
 def _model(checkpoint: dict[str, Any], ckpt_path: str | Path, pretrained: str | Path | None) -> DreamModel:
-    state = {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
+    state = _state(checkpoint)
     if "lora" in checkpoint:
         return _merged(checkpoint, state, pretrained or checkpoint["base"]["name"])
     with torch.device("meta"):
@@ -117,6 +146,11 @@ def _model(checkpoint: dict[str, Any], ckpt_path: str | Path, pretrained: str | 
             f"{ckpt_path} does not fit the model that training started from: {str(error)[:999]}"
         ) from error
     return model
+
+
+def _state(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Of the network, under its own names; the LightningModule calls it `model`."""
+    return {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str | Path) -> None:
@@ -157,7 +191,7 @@ def new_folder(folder: str | Path, *, size: int) -> Iterator[Path]:
     """A hidden folder beside `folder` to write `size` bytes into; it takes its name at the end, or goes on an error.
 
     Raises:
-        ValueError: `folder` is neither new nor empty, or the disk has less room than `size`.
+        ValueError: `folder` is neither new nor empty, the disk has less room than `size`, or becomes full.
     """
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -172,8 +206,21 @@ def new_folder(folder: str | Path, *, size: int) -> Iterator[Path]:
         for file in partial.iterdir():
             file.chmod(partial.stat().st_mode & 0o666)  # safetensors writes files that others may not read
         partial.rename(folder)  # replaces an empty folder
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        raise ValueError(
+            f"the disk became full while {folder} was written, nothing of it is left: free some space, or name a "
+            "folder on another disk"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """The libraries in Rust (safetensors, tokenizers) tell it in words alone."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def _check_plain(model: DreamModel) -> None:
@@ -194,10 +241,7 @@ def _check_plain(model: DreamModel) -> None:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        raise ValueError(
-            f"{path} is sharded: join it with python -m torch.distributed.checkpoint.format_utils dcp_to_torch, "
-            "and export that with pretrained set"
-        )
+        return read_sharded(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["state_dict"].keys()
@@ -223,10 +267,7 @@ def _config(checkpoint: dict[str, Any], path: str | Path, pretrained: str | Path
         return DreamConfig.from_dict(checkpoint["dream_config"])
     if pretrained is None:
         raise ValueError(f"{path} does not say its model's sizes: pass the model it started from as pretrained")
-    try:
-        return DreamConfig.from_pretrained(pretrained)
-    except OSError as error:
-        raise ValueError(f"no config.json at {str(pretrained)!r}: {str(error)[:300]}") from error
+    return DreamConfig.from_pretrained(pretrained)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

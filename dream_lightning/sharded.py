@@ -74,7 +74,8 @@ def read_rest(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(folder / _REST, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder / _REST} is damaged: {str(error)[:300]}. Take an earlier checkpoint") from error
+        why = " ".join(str(error).split())[-300:]
+        raise ValueError(f"{folder / _REST} is damaged: {why}. Take an earlier checkpoint") from error
 
 
 def read_into(state: dict[str, Any], path: str | Path) -> None:

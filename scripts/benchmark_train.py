@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from dream_lightning import DreamModule
 from dream_lightning.adapters import LoraParams
 from dream_lightning.data.packing import collate, pack
+from dream_lightning.model import DreamConfig
+from dream_lightning.plan import Setting, make_plan
 from dream_lightning.types import Batch, Document, Draw
 
 S1K_MEDIAN, S1K_SPREAD, S1K_SHORTEST = 4986, 0.55, 969  # tokens of a document, as a log-normal; FACTS of s1K
@@ -142,7 +144,23 @@ def time_ours(case: Case, pretrained: str, steps: int) -> dict[str, Any]:
     module = DreamModule(pretrained, lr_schedule="constant_with_warmup", **options_of(case))
     trainer.fit(module, DataLoader(rows, batch_size=None, num_workers=2, pin_memory=torch.cuda.is_available()))
     seconds = (clock.ends[-1] - clock.ends[1]) / (len(clock.ends) - 2)
+    plan = make_plan(
+        Setting(
+            DreamConfig.from_pretrained(pretrained),
+            case.rows,
+            case.length,
+            module.optimizer,
+            dtype=torch.bfloat16,
+            lora=module.lora,
+            four_bit=case.work == "qlora",
+            checkpointed=case.checkpointed,
+            compiled=case.compiled,
+            accumulation=case.accumulate,
+        )
+    )
     return {
+        "plan": plan.peak_gib,
+        "plan_moment": plan.peak_moment,
         "tokens_per_second": case.rows * case.length * case.accumulate / seconds,
         "peak": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan"),
         "first_step": clock.ends[0] - started,
@@ -177,8 +195,8 @@ def main(
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     table = [
-        f"| {device} | tok/s | peak GiB | first step after s | reference tok/s | its peak GiB | times |",
-        "|---" * 7 + "|",
+        f"| {device} | tok/s | peak GiB | planned GiB | first step after s | reference tok/s | its peak GiB | times |",
+        "|---" * 8 + "|",
     ]
     for name in cases:
         case = CASES[name]
@@ -214,9 +232,10 @@ def _guarded(measure) -> dict[str, Any] | str:
 def _line(case: Case, ours: dict | str, other: dict | str | None) -> str:
     cells = [describe(case)]
     if isinstance(ours, str):
-        cells += [ours, "–", "–"]
+        cells += [ours, "–", "–", "–"]
     else:
-        cells += [f"{ours['tokens_per_second']:,.0f}", f"{ours['peak']:.1f}", f"{ours['first_step']:.0f}"]
+        cells += [f"{ours['tokens_per_second']:,.0f}", f"{ours['peak']:.1f}", f"{ours['plan']:.1f}"]
+        cells += [f"{ours['first_step']:.0f}"]
     if not isinstance(other, dict):
         return "| " + " | ".join([*cells, other or "–", "–", "–"]) + " |"
     cells += [f"{other['tokens_per_second']:,.0f}", f"{other['peak']:.1f}"]

@@ -24,9 +24,11 @@ MAY_IMPORT = {
         *("types", "answering", "building", "optim", "strategy"),
         *("model", "adapters", "diffusion", "sampling", "scoring"),
     },
-    "export": {"types", "model", "adapters", "module"},
-    "cli": {"data", "module", "callbacks", "saving"},
     "watch": {"types", "data", "model", "sampling", "scoring", "building", "export"},
+    "export": {"types", "model", "adapters", "module", "sharded"},
+    "errors": set(),
+    "plan": {"model", "adapters", "building", "optim"},
+    "cli": {"data", "module", "callbacks", "saving", "errors", "plan"},
     "__main__": {"cli"},
     "__init__": {"types", *LEAVES, "sampling", "answering", "building", "module"},
 }

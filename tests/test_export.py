@@ -1,5 +1,6 @@
 """Official → ours → official keeps everything; checkpoints become official folders; nothing torn looks whole."""
 
+import errno
 import filecmp
 import json
 import runpy
@@ -8,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -215,7 +217,7 @@ def test_broken_checkpoints_are_refused(scratch_checkpoint, tmp_path):
     for name in ("torn", "other", "pickle", "absent"):
         with pytest.raises(ValueError, match=f"{name}.ckpt is not a whole checkpoint"):
             model_from_checkpoint(tmp_path / f"{name}.ckpt")
-    with pytest.raises(ValueError, match="dcp_to_torch"):
+    with pytest.raises(ValueError, match="no sharded checkpoint"):
         model_from_checkpoint(tmp_path)
 
 
@@ -237,6 +239,26 @@ def test_a_failed_export_leaves_nothing(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "save_tokenizer", fail)
     with pytest.raises(OSError, match="No space left"):
+        export_model(model, tmp_path / "out", tokenizer="bytes")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # what tokenizers raises
+    ],
+    ids=str,
+)
+def test_a_disk_that_becomes_full_is_said_so(model, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(module, "save_tokenizer", fail)
+    with pytest.raises(ValueError, match="the disk became full"):
         export_model(model, tmp_path / "out", tokenizer="bytes")
     assert not list(tmp_path.iterdir())
 

@@ -167,17 +167,20 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(model, state, _NAME)
 
 
-def save_peft_folder(model: nn.Module, folder: str | Path, base_name: str) -> None:
+def save_peft_folder(
+    model: nn.Module, folder: str | Path, base_name: str, state_dict: dict[str, Tensor] | None = None
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads.
 
     Each file replaces an older one only once it is whole.
 
     Args:
         base_name: folder or hub id of the base, for the configuration.
+        state_dict: as of `adapter_state`; the model itself may then be on the meta device.
     """
     part = Path(folder) / "part"
     part.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model, state_dict).items()}
     save_file(state, part / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(model.peft_config[_NAME])
     config.base_model_name_or_path, config.target_modules = base_name, sorted(config.target_modules)

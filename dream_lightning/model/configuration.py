@@ -1,5 +1,6 @@
 """The shape of a Dream, as in the official `config.json`."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -76,6 +77,35 @@ class DreamConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "DreamConfig":
+        """The configuration in a folder or of a hub id, as in transformers.
+
+        Raises:
+            ValueError: there is none, it is not JSON, or not a Dream's.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"no config.json can be read at {str(pretrained_model_name_or_path)!r} ({str(error)[:300]}): copy or "
+                "download it again"
+            ) from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DreamConfig":
+        """A configuration from the content of config.json.
+
+        Raises:
+            ValueError: it is another architecture's.
+        """
+        if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"config.json says model_type {model_type!r}, wanted {cls.model_type!r}: another kind of model; "
+                "name a Dream, such as Dream-org/Dream-v0-Instruct-7B"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; a default of `top_k` has the name that it has in config.json."""

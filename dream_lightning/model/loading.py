@@ -1,43 +1,49 @@
 """Where a checkpoint lies and whether it is whole, asked before anything large is read."""
 
 import json
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CHECKPOINT = ("*.json", "*.safetensors", "merges.txt")  # configuration, tokenizer and weights, never code
 
 
-def local_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
+def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOINT, revision: str | None = None) -> Path:
     """The folder of a local checkpoint, or of a hub checkpoint after its download.
 
-    Only configuration, tokenizer and safetensors files are fetched, never code. `HF_ENDPOINT`, `HF_HUB_OFFLINE` and
-    the hub's cache work as everywhere.
+    `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's cache work as everywhere.
+
+    Args:
+        files: names and patterns of what is needed, and all that is fetched.
 
     Raises:
-        ValueError: neither a folder with a config.json nor a reachable hub id.
+        ValueError: neither a folder nor a reachable hub id; a folder without a config.json, where one is needed.
     """
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if path.is_file():
+        raise ValueError(f"{path} is a file: name the folder that holds it")
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=list(files)))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            unnamed = isinstance(error, HFValidationError)  # a path, not an id
+            why = "no such folder" if unnamed else f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             raise ValueError(
-                f"{path} has no config.json: wanted a folder in the official Dream format (config.json, "
-                f"{SINGLE} or {INDEX} with its shards)"
-            )
-        return path
-    try:
-        return Path(
-            snapshot_download(
-                str(path_or_hub_id), revision=revision, allow_patterns=["*.json", "*.safetensors", "merges.txt"]
-            )
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+                f"{str(path_or_hub_id)!r} is neither a folder here nor a hub id that can be fetched "
+                f"({why}). Check the spelling; without network name a local folder, "
+                "with a mirror set HF_ENDPOINT"
+            ) from error
+    if any(fnmatch("config.json", pattern) for pattern in files) and not (path / "config.json").is_file():
         raise ValueError(
-            f"{path_or_hub_id!r} is neither a folder here nor a hub id that can be fetched ({type(error).__name__}: "
-            f"{error}). Check the spelling; offline, pass a local folder"
-        ) from error
+            f"{path} has no config.json: wanted a folder in the official Dream format (config.json, {SINGLE} or "
+            f"{INDEX} with its shards)"
+        )
+    return path
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from dream_lightning.model.loading import local_folder
 
 # Pieces that byte-pair merges never cross, from the authors' tokenization_dream.py (it is Qwen2's): contractions, words
 # with at most one leading other character, single digits, punctuation with its line breaks, line breaks, spaces.
@@ -46,7 +46,10 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerFast:
     """
     if str(path_or_hub_id) == "bytes":
         return bytes_tokenizer()
-    folder = _folder(str(path_or_hub_id))
+    try:
+        folder = local_folder(path_or_hub_id, files=_FILES)
+    except ValueError as error:
+        raise ValueError(f"no tokenizer: {error}. A tokenizer of the package's own is called bytes") from error
     if (folder / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     missing = [name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if not (folder / name).exists()]
@@ -114,23 +117,6 @@ def _dream_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **{token: settings[token] for token in tokens},
     )
-
-
-def _folder(path_or_hub_id: str) -> Path:
-    """The local folder of a path or, by downloading the tokenizer's files, of a hub id."""
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{path} is a file: name the folder that holds the tokenizer's files")
-    try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise ValueError(
-            f"no tokenizer at {path_or_hub_id!r}: there is no such folder, and the hub did not give it either "
-            f"({type(error).__name__}). Name a local folder with vocab.json, merges.txt and tokenizer_config.json, "
-            "a hub id such as Dream-org/Dream-v0-Instruct-7B with the network (or HF_ENDPOINT) reachable, or 'bytes'"
-        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

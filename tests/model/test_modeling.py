@@ -184,3 +184,13 @@ class TestBrokenFolders:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         with pytest.raises(ValueError, match="neither a folder here nor a hub id"):
             DreamModel.from_pretrained("nobody/no-such-model")
+
+    def test_another_architecture(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+        with pytest.raises(ValueError, match="says model_type 'llama', wanted 'Dream'"):
+            DreamModel.from_pretrained(tmp_path)
+
+    def test_a_torn_configuration(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "Dr')
+        with pytest.raises(ValueError, match=r"no config\.json can be read"):
+            DreamModel.from_pretrained(tmp_path)

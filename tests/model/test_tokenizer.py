@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from dream_lightning.model import tokenizer as module
+from dream_lightning.model import loading
 from dream_lightning.model.tokenizer import load_tokenizer
 
 
@@ -109,11 +109,11 @@ def test_bytes_template_has_a_system_turn_only_if_given():
 def test_from_the_hub_only_tokenizer_files_are_fetched(monkeypatch, folder):
     asked = {}
 
-    def snapshot_download(name, *, allow_patterns):
+    def snapshot_download(name, *, allow_patterns, revision):
         asked[name] = allow_patterns
         return str(folder)
 
-    monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
     assert load_tokenizer("Dream-org/Dream-v0-Instruct-7B").mask_token_id == 151666
     (patterns,) = asked.values()
     assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= set(patterns)
@@ -123,7 +123,7 @@ def test_from_the_hub_only_tokenizer_files_are_fetched(monkeypatch, folder):
 def test_errors_say_what_to_do(monkeypatch, tmp_path, folder):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for nothing in ("no/such-model", tmp_path / "nothing"):
-        with pytest.raises(ValueError, match=r"no tokenizer at .* local folder .* hub id"):
+        with pytest.raises(ValueError, match=r"no tokenizer: .* hub id .* local folder, .* bytes"):
             load_tokenizer(nothing)
     with pytest.raises(ValueError, match=r"neither tokenizer.json nor vocab.json, merges.txt, tokenizer_config.json"):
         load_tokenizer(tmp_path)

@@ -1,0 +1,45 @@
+"""What a user sees of an error: one message for what she can mend, the traceback for what only we can."""
+
+import linecache
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+# Whose deliberate ValueErrors are for users: ours, and Lightning's of options that do not go together.
+_SPEAKING = (Path(__file__).parent, Path(L.__file__).parent / "pytorch" / "trainer")
+TRACEBACK = "DREAM_TRACEBACK"  # environment variable: 1 shows the traceback always
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """End the process with status 1 and the message alone on errors for users; all others go on unchanged.
+
+    Those for users are the `ValueError`s that this package raises on purpose, and Lightning's about its options.
+    DREAM_TRACEBACK=1 in the environment shows the traceback of these too.
+    """
+    try:
+        yield
+    except (ValueError, MisconfigurationException) as error:
+        if os.environ.get(TRACEBACK) == "1" or not is_for_users(error):
+            raise
+        print(f"error: {error}\n({TRACEBACK}=1 shows where it was raised)", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def is_for_users(error: Exception) -> bool:
+    """Whether a `raise` of this package, or of Lightning's Trainer over its options, is where the error comes from."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    file = trace.tb_frame.f_code.co_filename
+    raised = linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise ")
+    return raised and any(Path(file).is_relative_to(folder) for folder in _SPEAKING)

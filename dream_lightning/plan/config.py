@@ -1,0 +1,71 @@
+"""From the options of `fit` to a setting, without building anything: no model, no data, no Trainer."""
+
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.cli import OptimizerCallable
+
+from dream_lightning.adapters import LoraParams
+from dream_lightning.building import new_config
+from dream_lightning.model import DreamConfig, load_tokenizer
+from dream_lightning.model.loading import local_folder
+from dream_lightning.plan.setting import Setting
+
+
+def setting_from(options: Namespace) -> Setting:
+    """What `python -m dream_lightning fit` would run, by its parsed options.
+
+    Of a checkpoint only config.json is read, or fetched; of a new model's tokenizer the size.
+
+    Raises:
+        ValueError: no configuration at `model.pretrained`; a precision whose memory is not known.
+    """
+    model, data, trainer = options.model, options.data, options.trainer
+    if (model.pretrained is None) == (model.new_model is None):
+        raise ValueError("wanted one of model.pretrained and model.new_model: add a config, such as configs/tiny.yaml")
+    precision = str(trainer.precision or "32-true")
+    if precision not in ("bf16-mixed", "32-true", "32", "bf16-true", "bf16"):
+        raise ValueError(f"trainer.precision is {precision}: a plan knows bf16-mixed, bf16-true and 32-true")
+    if model.new_model is not None:
+        config = new_config(model.new_model, load_tokenizer(model.tokenizer))
+    else:
+        config = DreamConfig.from_pretrained(local_folder(model.pretrained, files=("config.json",)))
+    bfloat16 = model.quantize is not None or precision in ("bf16-true", "bf16")
+    return Setting(
+        config,
+        rows=data.batch_size,
+        length=data.max_length,
+        optimizer=_instantiate(OptimizerCallable, model.optimizer),
+        dtype=torch.bfloat16 if bfloat16 else getattr(torch, model.dtype),
+        mixed=precision == "bf16-mixed",
+        lora=_instantiate(LoraParams | None, model.lora),
+        four_bit=model.quantize == "nf4",
+        checkpointed=model.gradient_checkpointing,
+        compiled=model.compile_layers,
+        accumulation=trainer.accumulate_grad_batches,
+        gpus=_gpus(trainer) if _is_sharded(trainer.strategy) else 1,
+    )
+
+
+def _instantiate(kind: Any, value: Any) -> Any:
+    parser = ArgumentParser()
+    parser.add_argument("--value", type=kind)
+    return parser.instantiate_classes(parser.parse_object({"value": value})).value
+
+
+def _is_sharded(strategy: Any) -> bool:
+    name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", type(strategy).__name__)
+    return "fsdp" in name.lower() or "ModelParallel" in name
+
+
+def _gpus(trainer: Namespace) -> int:
+    """How many the options ask for; `auto` and −1 are all that this machine has."""
+    devices = trainer.devices
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, list):
+        devices = len(devices)
+    if devices in ("auto", -1):
+        devices = max(torch.cuda.device_count(), 1)
+    return int(devices) * (trainer.num_nodes or 1)

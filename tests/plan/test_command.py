@@ -1,0 +1,156 @@
+"""`python -m dream_lightning plan`, and what users see of errors."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from dream_lightning.cli import main
+from dream_lightning.errors import readable_errors
+from dream_lightning.module import DreamModule
+from dream_lightning.plan import environment
+from dream_lightning.plan.environment import Gpu
+
+ROOT = Path(__file__).parents[2]
+ONE_STEP = [
+    "--config=configs/tiny.yaml",
+    "--trainer.callbacks=[]",
+    "--trainer.logger=false",
+    "--trainer.max_steps=1",
+    "--trainer.limit_val_batches=0",
+    "--data.first_n=64",
+]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Arguments → what was printed on both channels; the process must end well, or with `status`."""
+
+    folders = [f"--trainer.default_root_dir={tmp_path}"]
+    folders += [f"--{kind}.dirpath={tmp_path / 'checkpoints'}" for kind in ("checkpoint", "autosave")]
+
+    def run(*arguments, status=0):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["dream_lightning", *map(str, arguments), *folders])
+        try:
+            main()
+        except SystemExit as end:
+            assert (end.code or 0) == status
+        else:
+            assert status == 0
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def dream_7b(shared, tmp_path):
+    """A folder with the official config.json and nothing else."""
+    shutil.copy(shared("data/dream-v0-instruct-7b") / "config.json", tmp_path)
+    return tmp_path
+
+
+def config_of(folder, **sections):
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def test_the_plan_of_the_qlora_config(command, dream_7b):
+    out, _ = command(
+        *("plan", "--config=configs/single_gpu_qlora.yaml", "--model.pretrained", dream_7b, "--gpu_memory_gib=24"),
+    )
+    for words in ("5,046,272 train (0.0662 %)", "1 × 8,192 tokens", "weights         5.18 GiB", "fits a card of 24.0"):
+        assert words in out
+    assert f"torch {torch.__version__}" in out and "attention:" in out and "4-bit:" in out
+
+
+def test_what_to_change_where_it_does_not_fit(command, dream_7b):
+    out, _ = command(
+        *("plan", "--config=configs/fsdp_full.yaml", "--trainer.strategy=auto", "--trainer.devices=1"),
+        *("--model.pretrained", dream_7b, "--gpu_memory_gib=80"),
+    )
+    assert "does NOT fit" in out
+    assert out.index("max_length=4096") < out.index("single_gpu_qlora") < out.index("fsdp_full.yaml on 2 GPUs")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", {"class_path": "dream_lightning.strategy.FSDP2Strategy"}])
+def test_a_plan_for_gpus_that_are_not_here(command, dream_7b, monkeypatch, strategy):
+    """No Trainer, module or tokenizer is built: the configuration would not go through here."""
+    monkeypatch.setattr(LightningCLI, "instantiate_classes", lambda _: pytest.fail("was built"))
+    trainer = {"accelerator": "gpu", "devices": 4, "num_nodes": 2, "strategy": strategy, "precision": "bf16-mixed"}
+    own = config_of(dream_7b, trainer=trainer, model={"pretrained": str(dream_7b)}, data={"source": "nowhere"})
+    out, _ = command("plan", "--config", own, "--gpu_memory_gib=80")
+    assert "sharded over 8 GPUs" in out and "It fits" in out
+
+
+def test_without_bitsandbytes(command, dream_7b, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(environment, "version", lambda name: _absent() if name == "bitsandbytes" else "1")
+    data = {"source": "nowhere"}
+    own = config_of(dream_7b, model={"pretrained": str(dream_7b), "quantize": "nf4", "lora": {"rank": 8}}, data=data)
+    out, _ = command("plan", "--config", own)
+    assert "missing: pip install bitsandbytes" in out and "(nf4)" in out and "No GPU is visible" in out
+
+
+def _absent():
+    raise environment.PackageNotFoundError("bitsandbytes")
+
+
+def test_a_hub_id_that_cannot_be_reached(command, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _, err = command("plan", "--model.pretrained=no/such-model", "--data.source=x", status=1)
+    assert err.splitlines()[-2].startswith("error: 'no/such-model' is neither a folder here nor a hub id")
+
+
+def test_out_of_memory_says_what_to_change(command, monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(DreamModule, "training_step", too_much)
+    monkeypatch.setattr("dream_lightning.plan.report.gpus", lambda: [Gpu("toy", 1.1, 0.1)])
+    _, err = command("fit", *ONE_STEP, status=1)
+    assert "error: the GPU's memory did not suffice (CUDA out of memory. Tried to allocate 1.00 GiB.)" in err
+    assert "--data.batch_size=1 --trainer.accumulate_grad_batches=32" in err and "Traceback" not in err
+    monkeypatch.setenv("DREAM_TRACEBACK", "1")
+    with pytest.raises(ValueError) as error:
+        command("fit", *ONE_STEP)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.accelerator=gpu"], "trainer.accelerator is gpu and torch sees no GPU"),
+        (["--trainer.strategy=fsdp"], "requires a GPU accelerator"),
+        (["--model.t_min=2"], "t_min is 2.0, wanted a probability"),
+        (["--model.pretrained=x"], "wanted exactly one of them"),
+        (["--data.source=no/such/file.jsonl"], "no/such/file.jsonl"),
+        (["--model.quantize=nf4"], "do not train: set model.lora too"),
+    ],
+)
+def test_errors_for_users_are_one_message(command, monkeypatch, options, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if torch.cuda.is_available():
+        pytest.skip("two of these are about a machine without a GPU")
+    _, err = command("fit", *ONE_STEP, *options, status=1)
+    assert "Traceback" not in err
+    assert "error: " in err.splitlines()[-2] and message in err.splitlines()[-2]
+
+
+def test_other_errors_keep_their_traceback():
+    def unexpected():
+        int("x")
+
+    for error in (unexpected, lambda: torch.zeros(2).reshape(3), lambda: {}["key"]):
+        with pytest.raises((ValueError, RuntimeError, KeyError)), readable_errors():
+            error()
+    with pytest.raises(SystemExit) as end, readable_errors():
+        raise MisconfigurationException("no")
+    assert end.value.code == 1

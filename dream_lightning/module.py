@@ -15,7 +15,15 @@ from transformers import get_scheduler
 from dream_lightning.adapters import LoraParams, check_base, trainable_summary
 from dream_lightning.answering import answer_questions
 from dream_lightning.building import adapt, check_tokenizer, four_bit_model, random_model
-from dream_lightning.diffusion import corrupt, independent_t, reduce_nll, stratified_t, token_nll, token_weights
+from dream_lightning.diffusion import (
+    corrupt,
+    independent_t,
+    reduce_nll,
+    stratified_t,
+    token_nll,
+    token_weights,
+    with_complements,
+)
 from dream_lightning.diffusion.denoiser import features
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
@@ -55,6 +63,8 @@ class DreamModule(L.LightningModule):
         focal_gamma: exponent of the focal reweighting (1 − p)^gamma; 0 switches it off.
         treat_eos_as_one: mask or keep the final run of eos as one unit.
         stratified_t: spread t evenly over consecutive samples instead of drawing it independently; lower variance.
+        complementary_masks: train every row twice in its step, with its mask and with the complement of it (twice the
+            work and memory of a row; t then keeps t_min from 1 too).
         t_min: smallest masking probability.
         optimizer: any torch optimiser; parameters with one dimension get no weight decay.
         lr_schedule: shape of the learning rate after the warm-up.
@@ -85,6 +95,7 @@ class DreamModule(L.LightningModule):
         focal_gamma: float = 0.0,
         treat_eos_as_one: bool = False,
         stratified_t: bool = True,
+        complementary_masks: bool = False,
         t_min: float = 1e-3,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
             params, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01
@@ -117,6 +128,7 @@ class DreamModule(L.LightningModule):
         self.weighting, self.cart_p, self.normalizer = weighting, cart_p, normalizer
         self.focal_alpha, self.focal_gamma, self.treat_eos_as_one = focal_alpha, focal_gamma, treat_eos_as_one
         self.stratified_t, self.t_min, self.seed = stratified_t, t_min, seed
+        self.complementary_masks = complementary_masks
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
         self.sampling = sampling
@@ -181,12 +193,13 @@ class DreamModule(L.LightningModule):
 
     # ── the objective ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def noise(self, batch: Batch) -> NoisedBatch:
+    def noise(self, batch: Batch, *, stratified: bool = True, t_max: float = 1.0) -> NoisedBatch:
         """x_0 → x_t, with the noise that belongs to each document's draw."""
-        if self.stratified_t:
-            t = stratified_t(self.seed, batch.epochs, batch.places, t_min=self.t_min)  # [B, L]
+        bounds = {"t_min": self.t_min, "t_max": t_max}
+        if stratified:
+            t = stratified_t(self.seed, batch.epochs, batch.places, **bounds)  # [B, L]
         else:
-            t = independent_t(self.seed, batch.epochs, batch.sample_ids, t_min=self.t_min)
+            t = independent_t(self.seed, batch.epochs, batch.sample_ids, **bounds)
         return corrupt(
             batch.input_ids,
             batch.maskable,
@@ -196,6 +209,13 @@ class DreamModule(L.LightningModule):
             eos_as_one=self.tokenizer.eos_token_id if self.treat_eos_as_one else None,
             places=batch.places,
         )
+
+    def training_noise(self, batch: Batch) -> tuple[Batch, NoisedBatch]:
+        """The rows to train on and their noise: the batch's own, or these and their complements."""
+        if not self.complementary_masks:
+            return batch, self.noise(batch, stratified=self.stratified_t)
+        noised = self.noise(batch, stratified=self.stratified_t, t_max=1 - self.t_min)
+        return with_complements(batch, noised, mask_token_id=self.tokenizer.mask_token_id)
 
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
@@ -230,7 +250,7 @@ class DreamModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: its share of the optimiser step's loss sum."""
-        noised = self.noise(batch)
+        batch, noised = self.training_noise(batch)
         nll = self.masked_nll(batch, noised)
         terms = self.loss(batch, noised, nll)
         with torch.no_grad():
@@ -307,7 +327,7 @@ class DreamModule(L.LightningModule):
         return answers
 
     def _score_likelihood(self, batch: Batch) -> None:
-        noised = self.noise(batch)
+        noised = self.noise(batch)  # stratified whatever training does, so that runs compare
         nll = self.masked_nll(batch, noised)
         elbo = reduce_nll(nll, 1 / noised.t[noised.is_masked], maskable_count=batch.maskable.sum())
         self.val_nll.update(elbo.mean, elbo.count)

@@ -77,6 +77,11 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def twice(self) -> "Batch":
+        """The rows, and the same rows again below them: [2B, L]."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: torch.cat([x, x]) for name, x in tensors.items()})
+
 
 @dataclass
 class NoisedBatch:

@@ -29,6 +29,7 @@ from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting
 from dream_lightning.model import DreamModel, load_tokenizer
+from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.scoring import AnswerAccuracy
 from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, PromptBatch
@@ -247,6 +248,7 @@ class DreamModule(L.LightningModule):
         """Start the running sums of an optimiser step and of the t quartiles."""
         self._step = torch.zeros(4, device=self.device)  # loss sum, loss count, masked, maskable
         self._quartiles = torch.zeros(2, _QUARTILES, device=self.device)  # nll sum, tokens
+        self._work = torch.zeros(3, dtype=torch.int64, device=self.device)  # tokens, attended pairs, predictions
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: its share of the optimiser step's loss sum."""
@@ -258,6 +260,10 @@ class DreamModule(L.LightningModule):
             quartile = (noised.t[noised.is_masked] * _QUARTILES).long().clamp(max=_QUARTILES - 1)
             self._quartiles[0].index_add_(0, quartile, nll)
             self._quartiles[1].index_add_(0, quartile, torch.ones_like(nll))
+            real = batch.places >= 0
+            # A document of n tokens has positions 0 … n − 1 and n² pairs: the sum of 2p + 1.
+            self._work[:2] += torch.stack([real.sum(), ((2 * batch.position_ids + 1) * real).sum()])
+            self._work[2] += nll.numel()
         # Lightning divides by the number of micro-batches, which one division per step must not.
         return terms.sum * (_GRADIENT_SCALE * self.trainer.accumulate_grad_batches)
 
@@ -275,6 +281,15 @@ class DreamModule(L.LightningModule):
         every = self.trainer.log_every_n_steps
         if every and (self.trainer.global_step + 1) % every == 0:
             self._log_quartiles()
+
+    def training_flops(self) -> int:
+        """Useful FLOPs of this rank since training started, see `model.flops`; makes the device wait."""
+        return training_cost(self.model).of(*self._work.tolist())
+
+    def matmul_ceiling(self) -> float:
+        """FLOP/s of a large matrix product on this rank's device, in the type that the layers compute in."""
+        computes_in = {"bf16": torch.bfloat16, "16": torch.float16}.get(self.trainer.precision.split("-")[0])
+        return matmul_ceiling(self.device, computes_in or self.weights_dtype)
 
     def configure_gradient_clipping(
         self,

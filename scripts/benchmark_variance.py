@@ -205,7 +205,8 @@ def main(
         f"\n{parameters:,} parameters, {rows} rows a step, {seeds} seeds, float32, {where}, torch {torch.__version__}"
     )
     print(
-        f"\n**Variance of a step's gradient, E|g − ḡ|² / |ḡ|², after {warm_up} steps, over {draws} steps (beside independent t)**\n"
+        f"\n**Variance of a step's gradient, E|g − ḡ|² / |ḡ|², after {warm_up} steps, over {draws} steps (and beside "
+        "independent t)**\n"
     )
     table(weightings, [r for r in done if r["kind"] == "variance"], _variance_cell)
     if steps:

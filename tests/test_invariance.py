@@ -1,7 +1,7 @@
 """One matrix: the loss and the gradient of every step are the same however the step is cut.
 
-Micro-batches × accumulation × ranks × workers × packing × kill-and-resume, for each objective, in float32. The first cut
-of a group is what its others must equal. All cells with two ranks (gloo) run in one launch of two processes.
+Micro-batches × accumulation × ranks × workers × packing × kill-and-resume, for each objective, in float32. The first
+cut of a group is what its others must equal. All cells with two ranks (gloo) run in one launch of two processes.
 """
 
 import multiprocessing

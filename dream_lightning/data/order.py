@@ -1,6 +1,7 @@
 """Which documents come when: the epoch's order, cut into rows and over ranks."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,6 +93,7 @@ class ResumableLoader(DataLoader):
     """
 
     consumed = 0
+    waited = 0.0  # seconds in which nothing but the next batch could go on; `callbacks.Throughput` reads it
     resume_at: tuple[int, int] | None = None  # epoch, batches already used
 
     def __iter__(self) -> Iterator[Any]:
@@ -100,9 +102,12 @@ class ResumableLoader(DataLoader):
         self.resume_at = None
         self.consumed = used if epoch == self.sampler.epoch else 0
         self.sampler.start_batch = self.consumed
+        asked = time.perf_counter()
         for batch in super().__iter__():
+            self.waited += time.perf_counter() - asked
             self.consumed += 1
             yield batch
+            asked = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
         """Saved by Lightning into every checkpoint."""

@@ -89,18 +89,24 @@ def _turn(place: int) -> float:
 class ResumableLoader(DataLoader):
     """A DataLoader that goes on in the middle of an epoch after Lightning restored its state.
 
-    The sampler's order is a pure function of the epoch, so the state is two numbers.
+    The sampler's order is a pure function of the epoch, so the state is a few numbers.
     """
 
     consumed = 0
     waited = 0.0  # seconds in which nothing but the next batch could go on; `callbacks.Throughput` reads it
-    resume_at: tuple[int, int] | None = None  # epoch, batches already used
+    resume_at: tuple[int, int, int] | None = None  # epoch, batches already used, rows of such a batch on all ranks
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: what follows runs at the first batch, after Lightning has set the sampler's epoch.
-        epoch, used = self.resume_at or (None, 0)
+        epoch, used, rows = self.resume_at or (None, 0, 0)
         self.resume_at = None
         self.consumed = used if epoch == self.sampler.epoch else 0
+        if self.consumed and rows != self._rows:
+            raise ValueError(
+                f"the checkpoint was saved within an epoch with micro-batches of {rows} rows over all processes, now "
+                f"they have {self._rows}: rows would be left out or repeated. Resume with the same batch_size × "
+                "devices, or from a checkpoint that was saved at the end of an epoch"
+            )
         self.sampler.start_batch = self.consumed
         asked = time.perf_counter()
         for batch in super().__iter__():
@@ -111,8 +117,12 @@ class ResumableLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """Saved by Lightning into every checkpoint."""
-        return {"epoch": self.sampler.epoch, "batches": self.consumed}
+        return {"epoch": self.sampler.epoch, "batches": self.consumed, "rows": self._rows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restored by Lightning before the first batch."""
-        self.resume_at = (state["epoch"], state["batches"])
+        self.resume_at = (state["epoch"], state["batches"], state.get("rows", self._rows))
+
+    @property
+    def _rows(self) -> int:
+        return self.sampler.batch_size * self.sampler.num_replicas

@@ -82,9 +82,9 @@ def as_list(batch):
     return batch
 
 
-def loader(workers):
-    sampler = RowSampler([[i] for i in range(23)], batch_size=4)
-    return ResumableLoader(Indices(), sampler=sampler, batch_size=4, num_workers=workers, collate_fn=as_list)
+def loader(workers, batch_size=4):
+    sampler = RowSampler([[i] for i in range(23)], batch_size=batch_size)
+    return ResumableLoader(Indices(), sampler=sampler, batch_size=batch_size, num_workers=workers, collate_fn=as_list)
 
 
 def read(source, epoch, count=None):
@@ -102,3 +102,17 @@ def test_a_loader_goes_on_where_it_was_saved(workers):
     assert list(resumed) == epochs[0][3:]
     assert read(resumed, 1) == epochs[1]
     assert len(resumed) == 6
+
+
+def test_another_micro_batch_size_cannot_go_on_within_an_epoch():
+    stopped, other = loader(0), loader(0, batch_size=2)
+    iterator = iter(stopped)
+    next(iterator)
+    other.load_state_dict(stopped.state_dict())
+    with pytest.raises(ValueError, match="micro-batches of 4 rows over all processes, now they have 2"):
+        next(iter(other))
+    at_the_end = loader(0)
+    assert len(list(at_the_end)) == 6
+    other.load_state_dict(at_the_end.state_dict())
+    other.sampler.set_epoch(1)  # as Lightning does: the epoch was over
+    assert len(list(other)) == 12

@@ -156,11 +156,6 @@ def steps_to(points: list[tuple[int, float]], target: float) -> float:
     return float("nan")
 
 
-def with_deviation(values: list[float], form: str) -> str:
-    """Mean ± standard deviation."""
-    return f"{mean(values):{form}} ± {stdev(values) if len(values) > 1 else 0:{form}}"
-
-
 def main(
     model: Literal["tiny", "millions"] = "tiny",
     weightings: list[Literal["original", "linear", "cart", "none"]] = ["original", "none"],  # noqa: B006
@@ -181,7 +176,7 @@ def main(
         seeds: repetitions, each with weights, order and noise of its own.
         steps: of every training run; 0 leaves the training runs out.
         warm_up: steps of training before the gradient's variance is measured.
-        draws: steps to measure it over.
+        draws: steps to measure it over; 0 leaves this out.
         device: cpu or cuda.
         jobs: processes at a time; on one GPU they share it.
     """
@@ -191,7 +186,8 @@ def main(
     for weighting in weightings:
         for seed in range(seeds):
             job = common | {"weighting": weighting, "seed": seed}
-            work.append(job | {"kind": "variance", "scheme": "", "warm_up": warm_up, "draws": draws})
+            if draws:
+                work.append(job | {"kind": "variance", "scheme": "", "warm_up": warm_up, "draws": draws})
             if steps:
                 work += [job | {"kind": "curve", "scheme": scheme, "steps": steps} for scheme in SCHEMES]
     done = []
@@ -204,14 +200,13 @@ def main(
     print(
         f"\n{parameters:,} parameters, {rows} rows a step, {seeds} seeds, float32, {where}, torch {torch.__version__}"
     )
-    print(
-        f"\n**Variance of a step's gradient, E|g − ḡ|² / |ḡ|², after {warm_up} steps, over {draws} steps (and beside "
-        "independent t)**\n"
-    )
-    table(weightings, [r for r in done if r["kind"] == "variance"], _variance_cell)
+    if draws:
+        print(f"\n**Variance of a step's gradient, E|g − ḡ|² / |ḡ|², after {warm_up} steps, over {draws} steps**\n")
+        table(weightings, [r for r in done if r["kind"] == "variance"], _variance_cell)
     if steps:
-        print(f"\n**Steps to the validation loss that every run of {steps} reaches (final loss)**\n")
+        print(f"\n**Steps to the validation loss that all runs of a seed reach in {steps}, and the final loss**\n")
         table(weightings, [r for r in done if r["kind"] == "curve"], _curve_cell)
+    print("\nIn brackets: relative to independent t with the same seed, mean ± standard deviation over the seeds.")
 
 
 def table(weightings: list[str], results: list[dict[str, Any]], cell: Any) -> None:
@@ -224,16 +219,29 @@ def table(weightings: list[str], results: list[dict[str, Any]], cell: Any) -> No
 
 def _variance_cell(results: list[dict[str, Any]], scheme: str, weighting: str) -> str:
     found = [r["variances"] for r in results if r["weighting"] == weighting]
-    ratios = [v[scheme] / v["independent t"] for v in found]
-    return f"{mean(v[scheme] for v in found):.3g} ({with_deviation(ratios, '.2f')})"
+    return _beside([v[scheme] for v in found], [v["independent t"] for v in found], ".3g")
 
 
 def _curve_cell(results: list[dict[str, Any]], scheme: str, weighting: str) -> str:
-    same = [r for r in results if r["weighting"] == weighting]
-    target = max(r["points"][-1][1] for r in same)
-    ours = [r["points"] for r in same if r["scheme"] == scheme]
-    reached = with_deviation([steps_to(points, target) for points in ours], ".0f")
-    return f"{reached} ({with_deviation([points[-1][1] for points in ours], '.4f')}; target {target:.4f})"
+    curves: dict[int, dict[str, list[tuple[int, float]]]] = {}  # seed → scheme → points
+    for r in results:
+        if r["weighting"] == weighting:
+            curves.setdefault(r["seed"], {})[r["scheme"]] = r["points"]
+    targets = [max(points[-1][1] for points in of_seed.values()) for of_seed in curves.values()]
+    reached, final = (
+        {
+            name: [value(of_seed[name], target) for of_seed, target in zip(curves.values(), targets, strict=True)]
+            for name in ("independent t", scheme)
+        }
+        for value in (steps_to, lambda points, _: points[-1][1])
+    )
+    return " · ".join(_beside(v[scheme], v["independent t"], form) for v, form in ((reached, ".0f"), (final, ".4f")))
+
+
+def _beside(ours: list[float], baseline: list[float], form: str) -> str:
+    ratios = [a / b for a, b in zip(ours, baseline, strict=True)]
+    spread = stdev(ratios) if len(ratios) > 1 else 0.0
+    return f"{mean(ours):{form}} ({mean(ratios):.2f} ± {spread:.2f})"
 
 
 def _built(model: str) -> DreamModule:

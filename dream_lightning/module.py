@@ -14,12 +14,21 @@ from transformers import get_scheduler
 from dream_lightning.adapters import LoraParams, check_base, trainable_summary
 from dream_lightning.answering import answer_questions
 from dream_lightning.building import adapt, check_tokenizer, empty_model, fill, quantized_model, random_model
-from dream_lightning.diffusion import corrupt, independent_t, reduce_nll, stratified_t, token_nll, token_weights
+from dream_lightning.diffusion import (
+    corrupt,
+    independent_t,
+    reduce_nll,
+    stratified_t,
+    token_nll,
+    token_weights,
+    with_complements,
+)
 from dream_lightning.diffusion.denoiser import features
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting
 from dream_lightning.model import DreamModel, load_tokenizer
+from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.sampling import SamplingParams
@@ -60,6 +69,8 @@ class DreamModule(L.LightningModule):
         focal_gamma: exponent of the focal reweighting (1 − p)^gamma; 0 switches it off.
         treat_eos_as_one: mask or keep the final run of eos as one unit.
         stratified_t: spread t evenly over consecutive samples instead of drawing it independently; lower variance.
+        complementary_masks: train every row twice in its step, with its mask and with the complement of it (twice the
+            work and memory of a row; t then keeps t_min from 1 too).
         t_min: smallest masking probability.
         optimizer: any torch optimiser; parameters with one dimension get no weight decay.
         lr_schedule: shape of the learning rate after the warm-up.
@@ -91,6 +102,7 @@ class DreamModule(L.LightningModule):
         focal_gamma: float = 0.0,
         treat_eos_as_one: bool = False,
         stratified_t: bool = True,
+        complementary_masks: bool = False,
         t_min: float = 1e-3,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
             params, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01
@@ -125,6 +137,7 @@ class DreamModule(L.LightningModule):
         self.weighting, self.cart_p, self.normalizer = weighting, cart_p, normalizer
         self.focal_alpha, self.focal_gamma, self.treat_eos_as_one = focal_alpha, focal_gamma, treat_eos_as_one
         self.stratified_t, self.t_min, self.seed = stratified_t, t_min, seed
+        self.complementary_masks = complementary_masks
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
         self.sampling = sampling
@@ -228,12 +241,13 @@ class DreamModule(L.LightningModule):
 
     # ── the objective ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def noise(self, batch: Batch) -> NoisedBatch:
+    def noise(self, batch: Batch, *, stratified: bool = True, t_max: float = 1.0) -> NoisedBatch:
         """x_0 → x_t, with the noise that belongs to each document's draw."""
-        if self.stratified_t:
-            t = stratified_t(self.seed, batch.epochs, batch.places, t_min=self.t_min)  # [B, L]
+        bounds = {"t_min": self.t_min, "t_max": t_max}
+        if stratified:
+            t = stratified_t(self.seed, batch.epochs, batch.places, **bounds)  # [B, L]
         else:
-            t = independent_t(self.seed, batch.epochs, batch.sample_ids, t_min=self.t_min)
+            t = independent_t(self.seed, batch.epochs, batch.sample_ids, **bounds)
         return corrupt(
             batch.input_ids,
             batch.maskable,
@@ -243,6 +257,13 @@ class DreamModule(L.LightningModule):
             eos_as_one=self.tokenizer.eos_token_id if self.treat_eos_as_one else None,
             places=batch.places,
         )
+
+    def training_noise(self, batch: Batch) -> tuple[Batch, NoisedBatch]:
+        """The rows to train on and their noise: the batch's own, or these and their complements."""
+        if not self.complementary_masks:
+            return batch, self.noise(batch, stratified=self.stratified_t)
+        noised = self.noise(batch, stratified=self.stratified_t, t_max=1 - self.t_min)
+        return with_complements(batch, noised, mask_token_id=self.tokenizer.mask_token_id)
 
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
@@ -277,10 +298,11 @@ class DreamModule(L.LightningModule):
         self.trainer.fit_loop._load_combined_loader_states()
         self._step = torch.zeros(4, device=self.device)  # loss sum, loss count, masked, maskable
         self._quartiles = torch.zeros(2, _QUARTILES, device=self.device)  # nll sum, tokens
+        self._work = torch.zeros(3, dtype=torch.int64, device=self.device)  # tokens, attended pairs, predictions
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: its share of the optimiser step's loss sum."""
-        noised = self.noise(batch)
+        batch, noised = self.training_noise(batch)
         nll = self.masked_nll(batch, noised)
         terms = self.loss(batch, noised, nll)
         with torch.no_grad():
@@ -288,6 +310,10 @@ class DreamModule(L.LightningModule):
             quartile = (noised.t[noised.is_masked] * _QUARTILES).long().clamp(max=_QUARTILES - 1)
             self._quartiles[0].index_add_(0, quartile, nll)
             self._quartiles[1].index_add_(0, quartile, torch.ones_like(nll))
+            real = batch.places >= 0
+            # A document of n tokens has positions 0 … n − 1 and n² pairs: the sum of 2p + 1.
+            self._work[:2] += torch.stack([real.sum(), ((2 * batch.position_ids + 1) * real).sum()])
+            self._work[2] += nll.numel()
         # Lightning divides by the number of micro-batches, which one division per step must not.
         return terms.sum * (_GRADIENT_SCALE * self.trainer.accumulate_grad_batches)
 
@@ -304,6 +330,15 @@ class DreamModule(L.LightningModule):
         every = self.trainer.log_every_n_steps
         if every and (self.trainer.global_step + 1) % every == 0:
             self._log_quartiles()
+
+    def training_flops(self) -> int:
+        """Useful FLOPs of this rank since training started, see `model.flops`; makes the device wait."""
+        return training_cost(self.model).of(*self._work.tolist())
+
+    def matmul_ceiling(self) -> float:
+        """FLOP/s of a large matrix product on this rank's device, in the type that the layers compute in."""
+        computes_in = {"bf16": torch.bfloat16, "16": torch.float16}.get(self.trainer.precision.split("-")[0])
+        return matmul_ceiling(self.device, computes_in or self.weights_dtype)
 
     def configure_gradient_clipping(
         self,
@@ -359,7 +394,7 @@ class DreamModule(L.LightningModule):
         return answers
 
     def _score_likelihood(self, batch: Batch) -> None:
-        noised = self.noise(batch)
+        noised = self.noise(batch)  # stratified whatever training does, so that runs compare
         nll = self.masked_nll(batch, noised)
         elbo = reduce_nll(nll, 1 / noised.t[noised.is_masked], maskable_count=batch.maskable.sum())
         self.val_nll.update(elbo.mean, elbo.count)

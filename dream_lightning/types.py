@@ -78,6 +78,16 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def twice(self) -> "Batch":
+        """The rows, and the same rows again below them: [2B, L]."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        doubled = {name: torch.cat([x, x]) for name, x in tensors.items()}
+        if self.document_bounds is not None:
+            doubled["document_bounds"] = torch.cat(
+                [self.document_bounds, self.document_bounds[1:] + self.input_ids.numel()]
+            )
+        return replace(self, **doubled)
+
 
 @dataclass
 class DocumentBounds:

@@ -1,5 +1,7 @@
 """Which documents come when: the epoch's order, cut into rows and over ranks."""
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from dream_lightning.types import Draw
 
 Row = tuple[Draw, ...]
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class RowSampler(DistributedSampler):
@@ -73,8 +76,17 @@ class RowSampler(DistributedSampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         # A document's place comes from a permutation of documents, so that packing does not change its noise.
         places = torch.randperm(documents, generator=generator).tolist()
-        ordered = sorted(self.rows, key=lambda row: places[row[0]])
+        # Rows come so that the t of their first, longest documents is spread as evenly over any few of them as that of
+        # consecutive places: the k-th row has the t of the rank that the k-th place's has. Single documents: by place.
+        by_t = sorted(self.rows, key=lambda row: _turn(places[row[0]]))
+        by_turn = sorted(range(len(self.rows)), key=_turn)
+        ordered = [row for _, row in sorted(zip(by_turn, by_t, strict=True))]
         return [tuple(Draw(self.epoch, places[document], document) for document in row) for row in ordered]
+
+
+def _turn(place: int) -> float:
+    """Where a place's t lies, but for the epoch's offset: see `diffusion.schedule.stratified_t`."""
+    return place * _GOLDEN_RATIO % 1
 
 
 class ResumableLoader(DataLoader):
@@ -85,6 +97,7 @@ class ResumableLoader(DataLoader):
     """
 
     rows_used = 0
+    waited = 0.0  # seconds in which nothing but the next batch could go on; `callbacks.Throughput` reads it
     resume_at: tuple[int, int] | None = None  # epoch, rows already used
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,9 +106,12 @@ class ResumableLoader(DataLoader):
         self.resume_at = None
         self.rows_used = used if epoch == self.sampler.epoch else 0
         self.sampler.start_row = self.rows_used
+        asked = time.perf_counter()
         for batch in super().__iter__():
+            self.waited += time.perf_counter() - asked
             self.rows_used += self.sampler.block
             yield batch
+            asked = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
         """Saved by Lightning into every checkpoint."""

@@ -29,9 +29,8 @@ class TokenizedSet(Sequence[Document]):
 
     def __init__(self, table: datasets.Dataset) -> None:
         self._table = table
-        counts = table.select_columns(["full_length", "prompt_length", "response_length", "filled"]).with_format(
-            "numpy"
-        )
+        names = ["full_length", "prompt_length", "response_length", "filled"]
+        counts = table.select_columns(names).with_format("numpy")[:]  # whole columns: row by row takes seconds
         self.full_length: np.ndarray = np.asarray(counts["full_length"])  # [examples]
         self.prompt_length: np.ndarray = np.asarray(counts["prompt_length"])  # [examples]
         self.response_length: np.ndarray = np.asarray(counts["response_length"])  # [examples]

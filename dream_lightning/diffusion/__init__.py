@@ -1,6 +1,6 @@
 """The mathematics of masked diffusion: pure functions on tensors."""
 
-from dream_lightning.diffusion.corruption import corrupt
+from dream_lightning.diffusion.corruption import corrupt, with_complements
 from dream_lightning.diffusion.head import token_nll
 from dream_lightning.diffusion.objective import masked_nll_loss, reduce_nll
 from dream_lightning.diffusion.schedule import independent_t, stratified_t
@@ -14,4 +14,5 @@ __all__ = [
     "stratified_t",
     "token_nll",
     "token_weights",
+    "with_complements",
 ]

@@ -10,8 +10,8 @@ from dream_lightning.diffusion.noise import uniform
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-def stratified_t(seed: int, epochs: Tensor, places: Tensor, *, t_min: float = 1e-3) -> Tensor:
-    """t ~ U(t_min, 1) for each sample, so that any run of consecutive samples covers the interval evenly.
+def stratified_t(seed: int, epochs: Tensor, places: Tensor, *, t_min: float = 1e-3, t_max: float = 1.0) -> Tensor:
+    """t ~ U(t_min, t_max) for each sample, so that any run of consecutive samples covers the interval evenly.
 
     The additive recurrence of the golden ratio, t = frac(offset(epoch) + place · φ), has the lowest discrepancy of its
     kind: n consecutive values leave no gap wider than about 2/n, where independent draws leave log(n)/n. The random
@@ -20,18 +20,19 @@ def stratified_t(seed: int, epochs: Tensor, places: Tensor, *, t_min: float = 1e
     Args:
         epochs, places: int64, any shape: the epoch and the sample's place in that epoch's order.
         t_min: lower end; 1/t is the weight of the ELBO, so it bounds a token's weight.
+        t_max: upper end.
 
     Returns:
         float32 in the shape of `places`.
     """
     offset = uniform(seed, epochs, _OFFSET).double()
     fraction = torch.frac(offset + places.clamp(min=0).double() * _GOLDEN_RATIO)
-    return (t_min + (1 - t_min) * fraction).float()
+    return (t_min + (t_max - t_min) * fraction).float()
 
 
-def independent_t(seed: int, epochs: Tensor, sample_ids: Tensor, *, t_min: float = 1e-3) -> Tensor:
-    """t ~ U(t_min, 1) independently for each sample of each epoch (the authors' choice). Shapes as above."""
-    return t_min + (1 - t_min) * uniform(seed, epochs, sample_ids, _INDEPENDENT)
+def independent_t(seed: int, epochs: Tensor, sample_ids: Tensor, *, t_min: float = 1e-3, t_max: float = 1.0) -> Tensor:
+    """t ~ U(t_min, t_max) independently for each sample of each epoch (the authors' choice). Shapes as above."""
+    return t_min + (t_max - t_min) * uniform(seed, epochs, sample_ids, _INDEPENDENT)
 
 
 # Purposes, so that streams with the same keys differ.

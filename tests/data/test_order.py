@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dream_lightning.data.order import ResumableLoader, RowSampler
+from dream_lightning.diffusion import stratified_t
 
 ROWS = [[0, 1], [2], [3], [4, 5, 6], [7], [8], [9]]
 
@@ -46,6 +47,22 @@ def test_places_do_not_depend_on_packing():
     assert packed == unpacked
 
 
+def test_single_documents_come_in_the_order_of_their_places():
+    places = [row[0].place for row in draws(rows=[[i] for i in range(50)], epoch=3)]
+    assert places == list(range(50))
+
+
+def test_consecutive_packed_rows_have_evenly_spread_t():
+    """Of any 8 rows the first, longest documents leave no gap in t that single documents would not nearly leave."""
+    rows = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(300)]
+    for epoch in range(3):
+        first = torch.tensor([row[0].place for row in draws(rows=rows, epoch=epoch)])
+        t = stratified_t(0, torch.full_like(first, epoch), first)
+        circle = torch.stack([t[start : start + 8].sort().values for start in range(len(t) - 8)])
+        gaps = torch.diff(torch.cat([circle, circle[:, :1] + 1], dim=1), dim=1).max(dim=1).values
+        assert gaps.max() < 0.4 and gaps.mean() < 0.25  # independent draws: 0.8 and 0.34
+
+
 def test_validation_draws_are_fixed_and_spread():
     once, twice = draws(shuffle=False), draws(shuffle=False, repeats=2, epoch=3)
     assert [d.index for row in once for d in row] == list(range(10))
@@ -65,9 +82,9 @@ def as_list(batch):
     return batch
 
 
-def loader(workers):
-    sampler = RowSampler([[i] for i in range(23)], batch_size=4)
-    return ResumableLoader(Indices(), sampler=sampler, batch_size=4, num_workers=workers, collate_fn=as_list)
+def loader(workers, batch_size=4):
+    sampler = RowSampler([[i] for i in range(23)], batch_size=batch_size)
+    return ResumableLoader(Indices(), sampler=sampler, batch_size=batch_size, num_workers=workers, collate_fn=as_list)
 
 
 def read(source, epoch, count=None):

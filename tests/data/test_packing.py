@@ -4,11 +4,14 @@ import random
 
 import pytest
 import torch
+from conftest import shared_path
 from safetensors.torch import load_file
 
 from dream_lightning.data.packing import collate, collate_with_cutoff, pack
+from dream_lightning.data.records import read_examples
+from dream_lightning.data.tokenization import tokenize
 from dream_lightning.diffusion.denoiser import logits
-from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.module import attention_mask
 from dream_lightning.types import Document, Draw
 
@@ -28,6 +31,47 @@ def test_packing_keeps_whole_documents_and_fills_rows():
     assert sum(lengths) / (len(rows) * 16_384) > 0.97
     with pytest.raises(ValueError, match="a packed row 8000"):
         pack(lengths, 8_000)
+
+
+def least_rows(lengths: list[int], budget: int) -> int:
+    """No packing of whole documents needs fewer rows (Martello and Toth 1990, the bound L2).
+
+    For each k: documents over budget − k share a row with none of at least k, those over half with none of their own
+    kind; what of the others, down to k, does not fit beside the second kind needs rows of its own.
+    """
+    least = 0
+    for k in {0, *(n for n in lengths if n <= budget // 2)}:
+        alone = sum(n > budget - k for n in lengths)
+        halves = [n for n in lengths if budget / 2 < n <= budget - k]
+        rest = sum(n for n in lengths if k <= n <= budget / 2) - (len(halves) * budget - sum(halves))
+        least = max(least, alone + len(halves) + max(0, -(-rest // budget)))
+    return least
+
+
+@pytest.fixture(scope="module")
+def s1k_lengths(tmp_path_factory):
+    """budget → tokens of 91 real s1K rows, and of 1,000 drawn from them."""
+    examples = read_examples(str(shared_path("data/s1k/s1k_gemini_traces.jsonl")))
+    tokenizer = load_tokenizer(shared_path("data/dream-v0-instruct-7b"))
+    full = tokenize(examples, tokenizer).full_length
+    lengths = {}
+    for budget in (8_192, 16_384):
+        kept = full.clip(max=budget).tolist()  # what truncate_trace leaves
+        lengths[budget] = (kept, random.Random(0).choices(kept, k=1000))
+    return lengths
+
+
+def test_s1k_rows_of_16384_are_over_97_percent_full(s1k_lengths):
+    for lengths in s1k_lengths[16_384]:
+        assert sum(lengths) >= 0.97 * 16_384 * len(pack(lengths, 16_384))
+
+
+def test_s1k_rows_of_8192_are_as_full_as_whole_documents_allow(s1k_lengths):
+    """92 and 93 %: most documents are longer than half a row and too few are short enough to fill the rest."""
+    for lengths in s1k_lengths[8_192]:
+        rows = pack(lengths, 8_192)
+        assert len(rows) <= least_rows(lengths, 8_192) + 1
+        assert 0.91 < sum(lengths) / (8_192 * len(rows)) < 0.94
 
 
 @torch.no_grad()

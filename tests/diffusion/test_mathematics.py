@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dream_lightning.diffusion import corrupt, reduce_nll, token_nll, token_weights
+from dream_lightning.diffusion import corrupt, reduce_nll, token_nll, token_weights, with_complements
 from dream_lightning.diffusion.denoiser import align, features
+from dream_lightning.types import Batch
 
 MASK, EOS = 9, 8
 
@@ -40,6 +41,20 @@ def test_corrupt_refuses_missing_noise_and_wrong_shapes(rows):
         corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(6))
     with pytest.raises(ValueError, match="maskable is"):
         corrupt(x_0, maskable.long(), mask_token_id=MASK, t=torch.ones(6), u=torch.zeros(6, 50))
+
+
+def test_complements_mask_every_response_token_once(rows):
+    x_0, maskable, generator = rows
+    integers = torch.zeros_like(x_0)
+    batch = Batch(x_0, maskable, integers, integers, integers, integers, torch.rand(x_0.shape, generator=generator))
+    noised = corrupt(x_0, maskable, mask_token_id=MASK, t=torch.rand(6, generator=generator), generator=generator)
+    batch, both = with_complements(batch, noised, mask_token_id=MASK)
+    assert torch.equal(both.is_masked[:6], noised.is_masked) and torch.equal(both.x_t[:6], noised.x_t)
+    assert torch.equal(both.is_masked[:6] ^ both.is_masked[6:], maskable)
+    assert torch.equal(both.is_masked, (both.x_t == MASK))
+    assert torch.equal(both.x_t[~both.is_masked], batch.input_ids[~both.is_masked])
+    torch.testing.assert_close(both.t[:6] + both.t[6:], torch.ones(6, 50))
+    assert torch.equal(batch.extra_weight[:6], batch.extra_weight[6:]) and torch.equal(batch.maskable[6:], maskable)
 
 
 def test_final_eos_run_is_one_unit_in_packed_rows():

@@ -1,0 +1,244 @@
+"""One matrix: the loss and the gradient of every step are the same however the step is cut.
+
+Micro-batches × accumulation × ranks × workers × packing × kill-and-resume, for each objective, in float32. The first
+cut of a group is what its others must equal. All cells with two ranks (gloo) run in one launch of two processes.
+"""
+
+import multiprocessing
+import os
+import socket
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import lightning as L
+import pytest
+import torch
+from conftest import addition_rows, write_jsonl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dream_lightning import DreamModule, S1KDataModule
+
+TOLERANCE = 1e-5
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+OBJECTIVES = {
+    "1/t": {"weighting": "original"},
+    "linear": {"weighting": "linear"},
+    "cart": {"weighting": "cart"},
+}
+VARIANTS = {  # in a few cells only
+    "1/t over masked": {"weighting": "original", "normalizer": "masked"},
+    "cart over masked": {"weighting": "cart", "normalizer": "masked"},
+    "1/t, complements": {"weighting": "original", "complementary_masks": True},
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One way to compute the same optimiser steps."""
+
+    ranks: int = 1
+    rows: int = 1  # of a micro-batch and rank
+    accumulate: int = 1
+    workers: int = 0
+    packing: bool = False
+    killed_after: int | None = None  # optimiser steps; then resumed
+
+    def __str__(self) -> str:
+        words = [f"{self.ranks} ranks x {self.rows} rows x {'all' if self.accumulate > 99 else self.accumulate}"]
+        words += ["packed"] * self.packing + [f"{self.workers} workers"] * bool(self.workers)
+        return ", ".join(words + [f"killed after {self.killed_after}"] * bool(self.killed_after))
+
+
+TO_THE_END = 1000  # micro-batches accumulated: all of an epoch
+GROUPS = {
+    # 36 documents are 4.5 steps of 8: an epoch ends in a half step, and the seventh step lies inside the second epoch.
+    "8 documents a step": (
+        7,
+        [
+            Cut(rows=8),
+            Cut(rows=1, accumulate=8),
+            Cut(rows=2, accumulate=4, workers=2),
+            Cut(rows=8, killed_after=3),
+            Cut(rows=8, killed_after=5),
+            Cut(rows=8, workers=2, killed_after=6),
+            Cut(rows=2, accumulate=4, killed_after=3),
+            Cut(ranks=2, rows=4),
+            Cut(ranks=2, rows=1, accumulate=4),
+            Cut(ranks=2, rows=2, accumulate=2, workers=1, killed_after=3),
+        ],
+    ),
+    # Packing decides which documents share a row, so packed and unpacked steps hold the same ones when they hold all.
+    "an epoch a step": (
+        2,
+        [
+            Cut(rows=36),
+            Cut(rows=36, packing=True),
+            Cut(rows=1, accumulate=TO_THE_END, packing=True),
+            Cut(rows=3, accumulate=TO_THE_END, packing=True, workers=2, killed_after=1),
+            Cut(ranks=2, rows=1, accumulate=TO_THE_END, packing=True),
+            Cut(ranks=2, rows=2, accumulate=TO_THE_END, packing=True, killed_after=1),
+        ],
+    ),
+    "4 packed rows a step": (
+        5,
+        [
+            Cut(rows=4, packing=True),
+            Cut(rows=1, accumulate=4, packing=True),
+            Cut(rows=2, accumulate=2, packing=True, workers=2, killed_after=2),
+            Cut(ranks=2, rows=1, accumulate=2, packing=True, killed_after=2),
+        ],
+    ),
+}
+CELLS = [(o, group, cut) for o in OBJECTIVES for group, (_, cuts) in GROUPS.items() for cut in cuts[1:]]
+FEW = [("8 documents a step", Cut(ranks=2, rows=1, accumulate=4)), ("an epoch a step", Cut(rows=36, packing=True))]
+CELLS += [(variant, *cell) for variant in VARIANTS for cell in FEW]
+
+
+class Killed(Exception):
+    """The end of a process, for a test that has to live on."""
+
+
+class Recorder(L.Callback):
+    """Keeps the loss and the gradient of every optimiser step; dies after some of them."""
+
+    def __init__(self, killed_after: int | None = None) -> None:
+        self.losses: list[float] = []
+        self.gradients: list[torch.Tensor] = []
+        self.killed_after = killed_after
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step > len(self.losses):  # not in the middle of accumulation
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
+            gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+            self.gradients.append(torch.cat(gradients))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.killed_after:
+            raise Killed
+
+
+def compute(folder: Path, objective: str, group: str, cut: Cut) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and gradients of the steps, by a training run that is cut like this."""
+    steps, _ = GROUPS[group]
+    checkpoints = folder / f"{objective} {group} {cut}".replace("/", "")
+
+    def fit(recorder: Recorder, *, resume: bool = False) -> Recorder:
+        L.seed_everything(0, verbose=False)
+        model = DreamModule(
+            new_model=SIZES,
+            tokenizer="bytes",
+            # Not Adam: it blows up the rounding of gradients near zero into whole steps.
+            optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
+            **(OBJECTIVES | VARIANTS)[objective],
+        )
+        data = S1KDataModule(
+            str(folder / "sums.jsonl"),
+            tokenizer=model.tokenizer,
+            batch_size=cut.rows,
+            num_workers=cut.workers,
+            packing=cut.packing,
+            max_length=256,
+            cache_dir=str(folder / "cache"),
+        )
+        every_step = ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        L.Trainer(
+            accelerator="cpu",
+            devices=cut.ranks,
+            strategy="ddp" if cut.ranks > 1 else "auto",
+            max_steps=steps,
+            accumulate_grad_batches=cut.accumulate,
+            callbacks=[recorder, *([every_step] if recorder.killed_after else [])],
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=recorder.killed_after is not None,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        ).fit(
+            model, data, ckpt_path=checkpoints / f"step={cut.killed_after}.ckpt" if resume else None, weights_only=True
+        )
+        return recorder
+
+    if cut.killed_after is None:
+        recorder = fit(Recorder())
+        return recorder.losses, recorder.gradients
+    before, after = Recorder(cut.killed_after), Recorder()
+    with pytest.raises(Killed):
+        fit(before)
+    after.losses = list(before.losses)  # so that it does not record what was resumed as a step of its own
+    fit(after, resume=True)
+    return after.losses, before.gradients + after.gradients
+
+
+def rank_main(rank: int, folder: Path, port: int) -> None:
+    """One of the two processes: every cell with two ranks, as torchrun would start it."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # data workers would each import torch again
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "invariance",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+    }
+    results = {str(cell): compute(folder, *cell) for cell in CELLS if cell[2].ranks == 2}
+    if rank == 0:
+        torch.save(results, folder / "two ranks.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("invariance")
+    write_jsonl(folder / "sums.jsonl", addition_rows(40))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(rank_main, args=(folder, port), nprocs=2)
+    return torch.load(folder / "two ranks.pt", weights_only=True)
+
+
+@cache
+def reference(folder: Path, objective: str, group: str) -> tuple[list[float], list[torch.Tensor]]:
+    return compute(folder, objective, group, GROUPS[group][1][0])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("objective", "group", "cut"), CELLS, ids=lambda part: str(part))
+def test_a_step_does_not_depend_on_how_it_is_cut(request, folder, objective, group, cut):
+    losses, gradients = reference(folder, objective, group)
+    if cut.ranks == 2:
+        others, other_gradients = request.getfixturevalue("two_ranks")[str((objective, group, cut))]
+    else:
+        others, other_gradients = compute(folder, objective, group, cut)
+    assert len(losses) == len(others) == len(gradients) == len(other_gradients) == GROUPS[group][0]
+    assert others == pytest.approx(losses, rel=TOLERANCE)
+    for mine, other in zip(gradients, other_gradients, strict=True):
+        assert torch.linalg.vector_norm(other - mine) <= TOLERANCE * torch.linalg.vector_norm(mine)
+        assert (other - mine).abs().max() <= TOLERANCE * mine.abs().max()
+
+
+def test_the_matrix_would_notice(folder):
+    """Steps differ from each other by far more than the tolerance, and so does a step with other noise."""
+    losses, gradients = reference(folder, "1/t", "8 documents a step")
+    with mock.patch.dict(OBJECTIVES, {"other seed": {"weighting": "original", "seed": 1}}):
+        others, other_gradients = compute(folder, "other seed", "8 documents a step", Cut(rows=8))
+    for a, b in ((losses[0], losses[1]), (losses[0], others[0])):
+        assert abs(a - b) > 100 * TOLERANCE * a
+    assert (gradients[0] - other_gradients[0]).norm() > 100 * TOLERANCE * gradients[0].norm()

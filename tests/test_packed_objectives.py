@@ -1,0 +1,75 @@
+"""Every objective on packed rows: the loss and the gradient of the same documents in rows of their own, to 1e-6."""
+
+import pytest
+import torch
+
+from dream_lightning import DreamModule, S1KDataModule
+from dream_lightning.types import Batch
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def whole_epoch(source, tmp_path, module, packing: bool) -> Batch:
+    data = S1KDataModule(
+        str(source),
+        tokenizer=module.tokenizer,
+        batch_size=1000,
+        packing=packing,
+        max_length=256,
+        eos_fill_to=60,
+        extra_weight={"carry": 2.0},
+        cache_dir=str(tmp_path / "cache"),
+    )
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"weighting": "original"},
+        {"weighting": "original", "normalizer": "masked"},
+        {"weighting": "original", "normalizer": "micro_batch"},
+        {"weighting": "linear"},
+        {"weighting": "cart"},
+        {"weighting": "cart", "cart_p": 0.8, "focal_gamma": 2.0},
+        {"weighting": "none", "treat_eos_as_one": True},
+        {"weighting": "cart", "treat_eos_as_one": True, "stratified_t": False},
+        {"weighting": "original", "complementary_masks": True},
+    ],
+    ids=str,
+)
+def test_packed_equals_unpacked(sums, tmp_path, objective):
+    torch.manual_seed(0)
+    module = DreamModule(new_model=SIZES, tokenizer="bytes", **objective)
+    module.configure_model()
+    results = []
+    for packing in (False, True):
+        batch = whole_epoch(sums, tmp_path, module, packing)
+        assert batch.packed == packing
+        batch, noised = module.training_noise(batch)
+        loss = module.loss(batch, noised, module.masked_nll(batch, noised)).mean
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.model.parameters()))])
+        results.append((loss.detach(), gradient, int(noised.is_masked.sum())))
+    (loss, gradient, masked), (packed_loss, packed_gradient, packed_masked) = results
+    assert masked == packed_masked > 100
+    assert abs(packed_loss - loss) <= 1e-6 * loss
+    assert (packed_gradient - gradient).norm() <= 1e-6 * gradient.norm()
+
+
+def test_documents_stay_whole_in_their_rows(sums, tmp_path):
+    """Positions restart, the first token is never masked, and eos filling is the document's, not the row's."""
+    module = DreamModule(new_model=SIZES, tokenizer="bytes", complementary_masks=True)
+    alone, packed = (whole_epoch(sums, tmp_path, module, packing) for packing in (False, True))
+    assert len(packed.input_ids) <= len(alone.input_ids) / 2
+    starts = (packed.position_ids == 0) & (packed.places >= 0)
+    assert starts.sum() == len(alone.input_ids)
+    _, noised = module.training_noise(packed)
+    assert not noised.is_masked[starts.repeat(2, 1)].any()
+    for row in range(len(alone.input_ids)):
+        real = alone.places[row] >= 0
+        where = packed.places == alone.places[row, 0]
+        for name in ("input_ids", "maskable", "position_ids", "sample_ids", "epochs", "extra_weight"):
+            assert torch.equal(getattr(alone, name)[row, real], getattr(packed, name)[where]), name
+        assert alone.maskable[row].sum() == 60  # filled with eos to eos_fill_to, in the loss
+    assert not packed.maskable[packed.places < 0].any()

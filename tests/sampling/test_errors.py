@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dream_lightning.sampling import SamplingParams
-from dream_lightning.sampling.params import prepare
+from dream_lightning.sampling.canvas import prepare
 
 CONFIG = SimpleNamespace(mask_token_id=7, vocab_size=10, max_position_embeddings=32)
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 8, 9]])

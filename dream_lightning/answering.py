@@ -39,7 +39,8 @@ def answer_questions(
     rows = out.sequences[:, prompt_length:].tolist()
     seconds = (time.perf_counter() - start) / len(rows)
     predictions = []
-    for example, ids in zip(batch.examples, rows, strict=True):
+    filled, forwards = (out.filled_at >= 0).sum(1).tolist(), out.forwards.tolist()
+    for b, (example, ids) in enumerate(zip(batch.examples, rows, strict=True)):
         if tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(tokenizer.eos_token_id)]
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -55,6 +56,8 @@ def answer_questions(
                 correct=graded.correct,
                 tokens=len(ids),
                 seconds=round(seconds, 4),
+                forwards=forwards[b],
+                filled=filled[b],
             )
         )
     return Answers(predictions, batch.counted.tolist(), out.history, prompt_length)

@@ -22,7 +22,7 @@ from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting
 from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.sampling import SamplingParams
-from dream_lightning.scoring import AnswerAccuracy
+from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
 from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, PromptBatch
 
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
@@ -122,6 +122,7 @@ class DreamModule(L.LightningModule):
         self.sampling = sampling
         self.model: DreamModel | None = None  # built in configure_model
         self.val_nll, self.val_answers = MeanMetric(), AnswerAccuracy()
+        self.val_speed = TokensPerForward()
 
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the one division of a step is not tested."""
@@ -304,6 +305,9 @@ class DreamModule(L.LightningModule):
         self.val_answers.update(
             [p.prediction for p in answers.predictions], [p.reference for p in answers.predictions], answers.counted
         )
+        self.val_speed.update(
+            [p.filled for p in answers.predictions], [p.forwards for p in answers.predictions], answers.counted
+        )
         return answers
 
     def _score_likelihood(self, batch: Batch) -> None:
@@ -313,7 +317,9 @@ class DreamModule(L.LightningModule):
         self.val_nll.update(elbo.mean, elbo.count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/nll` (upper bound of −log p in nats a token), `val/accuracy`, `val/unparsed`."""
+        """Log `val/nll` (upper bound of −log p in nats a token), `val/accuracy`, `val/unparsed`, and the speed at
+        which these were had, `val/tokens_per_forward`.
+        """
         self._log_scores("val")
 
     def _log_scores(self, stage: str) -> None:
@@ -323,8 +329,10 @@ class DreamModule(L.LightningModule):
             scores = self.val_answers.compute()
             self.log(f"{stage}/accuracy", scores["accuracy"], prog_bar=True)
             self.log(f"{stage}/unparsed", scores["unparsed"])
+            self.log(f"{stage}/tokens_per_forward", self.val_speed.compute())
         self.val_nll.reset()
         self.val_answers.reset()
+        self.val_speed.reset()
 
     test_step = validation_step
 

@@ -217,6 +217,7 @@ def test_everything_is_logged(sums, tmp_path):
         "val/nll",
         "val/accuracy",
         "val/unparsed",
+        "val/tokens_per_forward",
     } <= logged
 
 

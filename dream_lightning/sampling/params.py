@@ -184,12 +184,12 @@ class SamplingParams:
             raise ValueError(f"eos_penalty is {self.eos_penalty}, it must be finite: min_new_tokens forbids eos")
         forced = len(self.forced_prefix or []) + len(self.forced_suffix or [])
         required = len(self.required_tokens or [])
-        if forced and forced >= self.max_new_tokens:
+        if forced and forced >= self.max_new_tokens > 0:
             raise ValueError(
                 f"forced_prefix and forced_suffix are {forced} of {self.max_new_tokens} new tokens, which leaves "
                 "nothing to fill: raise max_new_tokens"
             )
-        if required and required > self.max_new_tokens - forced:
+        if required > self.max_new_tokens - forced and self.max_new_tokens > 0:
             raise ValueError(
                 f"required_tokens are {required}, but only {self.max_new_tokens - forced} positions are free: raise "
                 "max_new_tokens"

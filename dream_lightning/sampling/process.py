@@ -151,8 +151,9 @@ def reverse_process(
             if run_every_step:
                 nowhere = left_there.new_zeros(0)
                 predict(x, nowhere, nowhere, i)
-            if params.stop_at_eos:
-                whole = rows if alive is None else whole.put(alive, rows)
+            if tokens_hook is not None:
+                rows = replace(rows, x=hooked_tokens(tokens_hook, step, rows.x))
+            whole = rows if alive is None else whole.put(alive, rows)
             if step == params.steps - 1:
                 _check_finite(int(trouble))
             yield whole

@@ -5,7 +5,7 @@ caches as in Fast-dLLM (arXiv:2505.22618).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,37 +20,14 @@ from dream_lightning.sampling.accepting import (
     scheduled,
 )
 from dream_lightning.sampling.canvas import Canvas
-from dream_lightning.sampling.choosing import best_tokens, candidates, certainty
+from dream_lightning.sampling.choosing import Rules, best_tokens, candidates, certainty
 from dream_lightning.sampling.control import LogitsHook, TokensHook, hooked_tokens, rules_for
 from dream_lightning.sampling.network import Predictor
 from dream_lightning.sampling.params import SamplingParams
+from dream_lightning.sampling.rows import Rows, State, locate
 
 _TOKEN, _ORDER = 0, 1  # the last key of a random number's address: what it is used for
 _NEVER = 2**62
-
-
-@dataclass(frozen=True)
-class State:
-    """The rows between two steps; tensors of a State are never changed."""
-
-    x: Tensor  # [B, L] int64
-    filled_at: Tensor  # [B, L] int64
-    confidence: Tensor  # [B, L] float32
-    forwards: Tensor  # [B] int64
-
-    def select(self, rows: Tensor) -> "State":
-        """These rows [b] int64 only."""
-        return State(*(getattr(self, f.name)[rows] for f in fields(self)))
-
-    def put(self, rows: Tensor, other: "State") -> "State":
-        """The same with `other` in these rows."""
-        return State(*(getattr(self, f.name).index_copy(0, rows, getattr(other, f.name)) for f in fields(self)))
-
-
-def first_state(x: Tensor, forwards: int = 0) -> State:
-    """Nothing filled yet."""
-    nothing = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    return State(x, torch.full_like(x, -1), nothing, x.new_full((len(x),), forwards))
 
 
 @torch.no_grad()
@@ -106,122 +83,106 @@ def reverse_process(
     shares = fill_shares(steps, params.eps).tolist()
     noisy = params.temperature > 0 or bool(params.alg_temp)
     as_authors = not (params.forbid_mask or uneven or noisy or tokens_hook)
-    asks = params.threshold is not None or params.factor is not None or params.stop_at_eos
-    foreseen = params.forbid_mask and params.alg != "origin" and not asks and tokens_hook is None
-    rows, alive = first_state(canvas.x, forwards), None  # the rows at work, and which of the batch these are
-    whole = rows
+    stops = params.threshold is not None or params.factor is not None or params.stop_at_eos  # rows end when they end
+    foreseen = params.forbid_mask and params.alg != "origin" and not stops and tokens_hook is None
+    lasting = params.forbid_mask and params.alg != "origin" and tokens_hook is None  # what is full stays full
+    rows = Rows(canvas, forwards)
     trouble = torch.full((), _NEVER, device=canvas.x.device)  # [] the first step with confidences that are not finite
-    left: Tensor  # [b] int64 on the host, masks of the rows inside the block
 
     for step in range(params.steps):
         block, i = divmod(step, steps)
-        share, x = shares[i], rows.x
         if i == 0:
-            inside = _start_block(predict, canvas, params, block)  # [L] bool
-        masked = x == mask_token_id  # [b, L]
-        if params.stop_at_eos:
-            ended = has_ended(x[:, canvas.prompt_length :], mask_token_id, eos_token_id)  # [b]
-            x = torch.where(ended[:, None] & masked, eos_token_id, x)
-            rows, masked = replace(rows, x=x), masked & ~ended[:, None]
-        where = masked & inside  # [b, L], what to predict
-        if params.alg == "origin":
-            where &= _noise(canvas, params.seed, step, _ORDER) < share
-        left_there = where.sum(1)  # [b] on the device
-        if not (foreseen and i > 0):
-            counted = torch.cat([left_there, masked.any(1), trouble[None]]).cpu()
-            left, is_open = counted[: len(x)], counted[len(x) : -1].bool()
-            _check_finite(int(counted[-1]))
-            size = _rows_for(int(is_open.sum()))
-            if asks and size < len(x) and (params.cache == "none" or i == 0):
-                whole = rows if alive is None else whole.put(alive, rows)
-                some = is_open.long().argsort(descending=True, stable=True)[:size].sort().values
-                left, there = left[some], some.to(x.device)
-                rows, where, left_there, canvas = (
-                    rows.select(there),
-                    where[there],
-                    left_there[there],
-                    canvas.select(there),
-                )
-                alive = there if alive is None else alive[there]
-                x = rows.x
-                predict.keep(canvas)
-        # On the host for the host, on the device for the device: copying would wait.
-        counts = scheduled(left, share, averaged=as_authors) if not params.adaptive else left
-        if not (counts if params.alg != "origin" else left).any():
-            if run_every_step:
-                nowhere = left_there.new_zeros(0)
-                predict(x, nowhere, nowhere, i)
-            if tokens_hook is not None:
-                rows = replace(rows, x=hooked_tokens(tokens_hook, step, rows.x))
-            whole = rows if alive is None else whole.put(alive, rows)
-            if step == params.steps - 1:
-                _check_finite(int(trouble))
-            yield whole
-            continue
+            inside, full = _start_block(predict, canvas, params, block), False  # [L] bool, whether the block is full
+        if params.stop_at_eos and not full:
+            rows.end_answers(mask_token_id, eos_token_id)
+        if i == 0 or not (foreseen or full):
+            masked = rows.state.x == mask_token_id  # [b, L]
+            where = _where(masked & inside, rows.canvas, params, step, shares[i])
+            # The one wait: how many positions of every row to predict, whether a row has any left, whether all is well.
+            answer = torch.cat([where.sum(1), masked.any(1), trouble[None]]).cpu()
+            left, is_open, first = answer.tensor_split([len(where), 2 * len(where)])
+            _check_finite(int(first))
+            if stops and (params.cache == "none" or i == 0):
+                left = left[_let_go(rows, predict, is_open)]
+        full = full or (lasting and not left.any())
+        counts = left if params.adaptive or params.alg == "origin" else scheduled(left, shares[i], averaged=as_authors)
 
-        number = int(left.sum())  # M
-        row, column = locate(where, number, bucket(number))  # [≥ M], [≥ M]
-        logits = predict(x, row, column, i)  # [≥ M, V]
-        token, confidence = candidates(
-            logits,
-            _noise(canvas, params.seed, step, _TOKEN)[row, column] if params.temperature > 0 else None,
-            alg=params.alg,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            forbidden=mask_token_id if params.forbid_mask else None,
-            rules=rules_for(params, canvas, eos_token_id, hook=logits_hook, step=step, x=x),
-            places=(row, column),
-            best=best,
-        )  # [≥ M], [≥ M]
-        row, column, token, confidence = (v[:number] for v in (row, column, token, confidence))
-        trouble = torch.where(confidence.isfinite().all(), trouble, trouble.clamp(max=step))
-        sure = certainty(confidence, params.alg)
-        if params.alg_temp and params.alg != "origin":
-            confidence = perturb(confidence, params.alg_temp, _noise(canvas, params.seed, step, _ORDER)[row, column])
-        grid = torch.full(x.shape, -torch.inf, dtype=confidence.dtype, device=x.device)  # [b, L]
-        grid[row, column] = confidence
-        if params.alg == "origin" or (params.adaptive and i == steps - 1):
-            chosen = where
-        elif as_authors and (counts > left).any():
-            chosen = choose_too_many(grid, int(counts[0]))
-        elif params.adaptive:
-            chosen = choose_positions(grid, adaptive_counts(grid, left_there, params)) & where
-        elif as_authors:
-            chosen = choose_positions(grid, counts.to(x.device))
-        else:
-            chosen = choose_positions(grid, scheduled(left_there, share)) & where
-        rows = _fill(rows, chosen, row, column, token, sure, step, mask_token_id)
-        if foreseen:
-            left = left - (left.clamp(max=params.tokens_per_step) if params.adaptive else counts)
+        if counts.any():
+            where = _where((rows.state.x == mask_token_id) & inside, rows.canvas, params, step, shares[i])  # [b, L]
+            number = int(left.sum())  # M
+            row, column = locate(where, bucket(number))  # [≥ M], [≥ M]
+            logits = predict(rows.state.x, row, column, i)  # [≥ M, V]
+            rules = rules_for(params, rows.canvas, eos_token_id, hook=logits_hook, step=step, x=rows.state.x)
+            proposal = _propose(logits, row, column, number, rows, params, step, mask_token_id, rules, best)
+            trouble = torch.where(proposal.finite, trouble, trouble.clamp(max=step))
+            if params.alg == "origin" or (params.adaptive and i == steps - 1):
+                chosen = where
+            elif params.adaptive:
+                chosen = choose_positions(proposal.order, adaptive_counts(proposal.order, where.sum(1), params))
+            elif (counts > left).any():
+                chosen = choose_too_many(proposal.order, int(counts[0]))
+            else:  # on the device the same counts again: copying them there would wait
+                there = counts.to(where.device) if as_authors else scheduled(where.sum(1), shares[i])
+                chosen = choose_positions(proposal.order, there)
+            rows.state = rows.state.fill(
+                chosen, proposal.tokens, proposal.certainty, step=step, mask_token_id=mask_token_id
+            )
+            if foreseen:
+                left = left - (left.clamp(max=params.tokens_per_step) if params.adaptive else counts)
+        elif run_every_step:
+            nowhere = canvas.x.new_zeros(0)
+            predict(rows.state.x, nowhere, nowhere, i)
         if tokens_hook is not None:
-            rows = replace(rows, x=hooked_tokens(tokens_hook, step, rows.x))
-        whole = rows if alive is None else whole.put(alive, rows)
+            rows.state = replace(rows.state, x=hooked_tokens(tokens_hook, step, rows.state.x))
         if step == params.steps - 1:
             _check_finite(int(trouble))
-        yield whole
+        yield rows.batch
 
 
-def locate(where: Tensor, number: int, at_least: int) -> tuple[Tensor, Tensor]:
-    """Row and column of the True positions in reading order, without waiting for the device as `nonzero` does.
+@dataclass(frozen=True)
+class _Proposal:
+    """What the model would fill in at a step, on the grid of the rows at work."""
 
-    Args:
-        where: [B, L] bool with `number` True positions.
-        at_least: length of the result; what is over is (0, 0).
-    """
-    flat = where.flatten()
-    target = torch.where(flat, flat.long().cumsum(0) - 1, at_least)  # [B · L], the others go behind the end
-    places = flat.new_zeros(at_least + 1, dtype=torch.int64)
-    places = places.scatter(0, target, torch.arange(len(flat), device=flat.device))[:at_least]
-    if number < at_least:
-        places[number:] = 0
-    return places // where.shape[1], places % where.shape[1]
+    tokens: Tensor  # [b, L] int64, the mask token where nothing is predicted
+    certainty: Tensor  # [b, L] float32
+    order: Tensor  # [b, L], the larger the earlier; −inf where nothing is predicted
+    finite: Tensor  # [] bool
 
 
-def has_ended(new: Tensor, mask_token_id: int, eos_token_id: int) -> Tensor:
-    """Rows whose text up to the first eos is decided: no mask stands left of it. [B, N] → [B] bool."""
-    ends = (new == eos_token_id).long().cumsum(1) > 0  # [B, N], from the first eos on
-    return ends[:, -1] & ~((new == mask_token_id) & ~ends).any(1)
+def _propose(
+    logits: Tensor,
+    row: Tensor,
+    column: Tensor,
+    number: int,
+    rows: Rows,
+    params: SamplingParams,
+    step: int,
+    mask_token_id: int,
+    rules: Rules | None,
+    best: Callable,
+) -> _Proposal:
+    """Tokens for the first `number` of the positions (row, column), from their logits [≥ M, V]."""
+    token, confidence = candidates(
+        logits,
+        _noise(rows.canvas, params.seed, step, _TOKEN)[row, column] if params.temperature > 0 else None,
+        alg=params.alg,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        forbidden=mask_token_id if params.forbid_mask else None,
+        rules=rules,
+        places=(row, column),
+        best=best,
+    )  # [≥ M], [≥ M]
+    row, column, token, confidence = (v[:number] for v in (row, column, token, confidence))
+    finite, sure = confidence.isfinite().all(), certainty(confidence, params.alg)
+    if params.alg_temp:
+        confidence = perturb(confidence, params.alg_temp, _noise(rows.canvas, params.seed, step, _ORDER)[row, column])
+    x = rows.state.x
+    tokens, on_grid = torch.full_like(x, mask_token_id), torch.zeros_like(rows.state.confidence)
+    order = torch.full(x.shape, -torch.inf, dtype=confidence.dtype, device=x.device)
+    tokens[row, column], on_grid[row, column], order[row, column] = token, sure, confidence
+    return _Proposal(tokens, on_grid, order, finite)
 
 
 def _start_block(predict: Predictor, canvas: Canvas, params: SamplingParams, block: int) -> Tensor:
@@ -236,25 +197,26 @@ def _start_block(predict: Predictor, canvas: Canvas, params: SamplingParams, blo
     return (columns >= first) & (columns < last)
 
 
-def _fill(
-    rows: State, chosen: Tensor, row: Tensor, column: Tensor, token: Tensor, sure: Tensor, step: int, mask: int
-) -> State:
-    """The state with the tokens [M] of (row, column) where `chosen` [B, L]."""
-    proposal, certainties = torch.full_like(rows.x, mask), torch.zeros_like(rows.confidence)
-    proposal[row, column], certainties[row, column] = token, sure
-    x = torch.where(chosen, proposal, rows.x)
-    filled = chosen & (x != mask)
-    return State(
-        x,
-        rows.filled_at.masked_fill(filled, step),
-        torch.where(filled, certainties, rows.confidence),
-        rows.forwards + filled.any(1),
-    )
+def _where(masked: Tensor, canvas: Canvas, params: SamplingParams, step: int, share: float) -> Tensor:
+    """What to predict: all that is masked, or those that `origin` has drawn. [b, L] bool."""
+    if params.alg == "origin":
+        return masked & (_noise(canvas, params.seed, step, _ORDER) < share)
+    return masked
 
 
-def _rows_for(number: int) -> int:
-    """The smallest power of two that holds so many rows, so that batches have few shapes."""
-    return 1 << max(0, number - 1).bit_length()
+def _let_go(rows: Rows, predict: Predictor, is_open: Tensor) -> Tensor:
+    """Let rows leave that have no masks, so that a power of two is left; returns which stay [b], on the host.
+
+    Args:
+        is_open: [b] on the host, nonzero where a row has masks.
+    """
+    size = 1 << max(0, int((is_open > 0).sum()) - 1).bit_length()
+    if size >= len(is_open):
+        return torch.arange(len(is_open))
+    stay = is_open.argsort(descending=True, stable=True)[:size].sort().values
+    rows.keep(stay.to(rows.state.x.device))
+    predict.keep(rows.canvas)
+    return stay
 
 
 def _check_finite(first: int) -> None:

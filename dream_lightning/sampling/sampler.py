@@ -13,7 +13,8 @@ from dream_lightning.sampling.compiled import CompiledDenoiser, compiled
 from dream_lightning.sampling.control import LogitsHook, TokensHook, place_required
 from dream_lightning.sampling.network import Network
 from dream_lightning.sampling.params import SamplingParams
-from dream_lightning.sampling.process import State, locate, reverse_process
+from dream_lightning.sampling.process import reverse_process
+from dream_lightning.sampling.rows import State, locate
 
 
 @dataclass
@@ -154,8 +155,7 @@ def _with_required(network: Network, canvas: Canvas, params: SamplingParams, con
             f"required_tokens are {len(params.required_tokens)}, and a row has {int(where.sum(1).min())} masks: leave "
             "room for them"
         )
-    number = int(where.sum())
-    row, column = locate(where, number, number)
+    row, column = locate(where, int(where.sum()))
     logits = network(canvas.x, row, column, 0)
     x, last = place_required(logits, row, column, canvas.x, params.required_tokens)
     canvas = replace(canvas, x=x, eos_from=torch.maximum(canvas.eos_from, last + 1))

@@ -6,7 +6,7 @@ import torch
 from dream_lightning.sampling.accepting import adaptive_counts, by_factor
 from dream_lightning.sampling.choosing import certainty
 from dream_lightning.sampling.params import SamplingParams
-from dream_lightning.sampling.process import locate
+from dream_lightning.sampling.rows import locate
 
 MASK, INF = 57, torch.inf
 ADAPTIVE = [{"threshold": 0.4}, {"factor": 1.5}, {"tokens_per_step": 3}]
@@ -104,7 +104,7 @@ def test_locating_is_nonzero():
     where = torch.rand(5, 9, generator=torch.Generator().manual_seed(0)) < 0.4
     number = int(where.sum())
     for at_least in (number, number + 6):
-        row, column = locate(where, number, at_least)
+        row, column = locate(where, at_least)
         assert torch.equal(torch.stack([row, column], 1)[:number], where.nonzero())
         assert len(row) == at_least and not row[number:].any() and not column[number:].any()
-    assert [len(part) for part in locate(torch.zeros(2, 3).bool(), 0, 0)] == [0, 0]
+    assert [len(part) for part in locate(torch.zeros(2, 3).bool(), 0)] == [0, 0]

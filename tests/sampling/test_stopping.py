@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from dream_lightning.sampling.process import has_ended
+from dream_lightning.sampling.rows import has_ended
 
 MASK = 57
 CACHES = [{}, {"block_length": 8}, {"block_length": 8, "cache": "prefix"}, {"block_length": 8, "cache": "dual"}]

@@ -173,6 +173,8 @@ class SamplingParams:
             )
 
     def _check_control(self) -> None:
+        if self.compile:
+            self._needs_forbid_mask("compile")
         if self.stop_at_eos:
             self._needs_forbid_mask("stop_at_eos")
             if self.forced_suffix:
@@ -200,8 +202,8 @@ class SamplingParams:
     def _needs_forbid_mask(self, name: str) -> None:
         if not self.forbid_mask:
             raise ValueError(
-                f"{name} is set and forbid_mask is False: set it to True, because a model that predicts the mask token "
-                "would leave positions unfilled for ever"
+                f"{name} is set and forbid_mask is False: set it to True, because it counts on every chosen position "
+                "being filled, and a model that predicts the mask token would leave some unfilled"
             )
 
 

@@ -122,6 +122,8 @@ def _denoise(
         params = replace(params, top_k=getattr(config, "default_top_k", None))
     fast = {}
     if params.compile or isinstance(model, CompiledDenoiser):
+        if not params.forbid_mask:
+            raise ValueError("a compiled model pads the batch, which must not count: set forbid_mask to True")
         model = compiled(model)
         canvas = model.into_bucket(canvas)
         fast = {"bucket": model.positions, "best": model.best}

@@ -9,6 +9,7 @@ one token a forward.
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -50,6 +51,7 @@ class Bench:
         self.device, self.prompt, self.new_tokens, self.block = device, prompt, new_tokens, block
         self.steps_lines: list[str] = []
         self.speed_lines: list[str] = []
+        self.notes: list[str] = []
 
     def milliseconds(self, run: Callable[[], Iterator[Tensor]]) -> tuple[list[float], float]:
         """Time of every step of the second run, and seconds of the first one, compilation included."""
@@ -66,6 +68,20 @@ class Bench:
         if self.device == "cuda":
             return [a.elapsed_time(b) for a, b in pairs], first
         return [1000 * (b - a) for a, b in pairs], first
+
+    def waits(self, name: str, run: Callable[[], Iterator[Tensor]]) -> None:
+        """How often the host waited for the device in a run, as torch counts it."""
+        if self.device != "cuda":
+            return
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                steps = sum(1 for _ in run())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        number = sum("synchroniz" in str(w.message) for w in caught)
+        self.notes.append(f"{name}: the host waited {number} times in {steps} steps")
 
     def steps(self, name: str, rows: int, run: Callable, *, target: float | None = None, block_steps: int = 0) -> float:
         """One line of the table of steps: the median, with a cache that of the steps which use it."""
@@ -119,6 +135,7 @@ class Bench:
         print(f"\n{name} · torch {torch.__version__} · medians of the second run\n")
         print("| a step | rows × tokens | ms | target | first run s | |\n|---|---|---|---|---|---|")
         print("\n".join(self.steps_lines))
+        print("", *self.notes, sep="\n")
         if self.speed_lines:
             print(f"\n| {self.new_tokens} new tokens | rows | tokens a forward | tokens/s | s | first run s |")
             print("|---|---|---|---|---|---|\n" + "\n".join(self.speed_lines))
@@ -165,6 +182,10 @@ def main(
     bench.steps("dual cache, eager", 1, partial(denoising_steps, model, ids, params=cached), block_steps=block)
     run = partial(denoising_steps, fast, ids, params=cached)
     bench.steps("dual cache, compiled", 1, run, target=6.5, block_steps=block)
+    bench.waits("dual cache, compiled", run)
+    bench.waits("uncached, compiled", partial(denoising_steps, fast, ids, params=bench.params(steps=few)))
+    certain = bench.params(block_length=block, cache="dual", threshold=0.9)
+    bench.waits("threshold, dual cache, compiled", partial(denoising_steps, fast, ids, params=certain))
     ends, prefix = bench.ids(1, short), bench.params(short, block_length=block, cache="prefix", tokens_per_step=1)
     run = partial(denoising_steps, fast, ends, params=prefix)
     bench.steps(f"prefix cache, the last {short} tokens, compiled", 1, run, target=6.5, block_steps=block)

@@ -69,7 +69,7 @@ def main(
     points = []
     for options in settings(tokens_per_step, thresholds, factors, new_tokens, block):
         points.append(measure(model, tokenizer, data, options, new_tokens, block))
-        print(row(points[-1]), flush=True)
+        print(points[-1], flush=True)
     text = table(points, questions=len(data.questions), source=source, new_tokens=new_tokens, block=block)
     Path(f"{out}.md").write_text(text)
     Path(f"{out}.svg").write_text(plot(points))
@@ -80,7 +80,11 @@ def settings(tokens_per_step, thresholds, factors, new_tokens: int, block: int) 
     """(alg, cache, way, value) of every point."""
     ways = [("tokens_per_step", k) for k in tokens_per_step]
     ways += [("threshold", v) for v in thresholds] + [("factor", v) for v in factors]
-    found = [(alg, cache, *way) for cache, alg, way in product(CACHES, list(COLOURS)[:3], ways)]
+    found = [
+        (alg, cache, way, value)
+        for cache, alg, (way, value) in product(CACHES, list(COLOURS)[:3], ways)
+        if cache == "no blocks" or way != "tokens_per_step" or value <= block
+    ]
     steps = [new_tokens // k for k in tokens_per_step]
     found += [("origin", "no blocks", "steps", s) for s in steps]
     return found + [("origin", c, "steps", s) for c, s in product(CACHES[1:], steps) if s % (new_tokens // block) == 0]
@@ -102,21 +106,35 @@ def measure(model, tokenizer, data, options: tuple[str, str, str, float], new_to
     return Point(alg, cache, way, value, accuracy.compute()["accuracy"].item(), speed.compute().item(), seconds)
 
 
-def row(p: Point) -> str:
-    setting = f"{p.alg} | {p.cache} | {p.way} {p.value:g}"
-    return f"| {setting} | {p.tokens_per_forward:.2f} | {p.accuracy:.1%} | {p.seconds:.1f} |"
-
-
 def table(points: list[Point], *, questions: int, source: str, new_tokens: int, block: int) -> str:
-    head = f"{questions} questions of {source}, {new_tokens} new tokens, blocks of {block}.\n\n"
-    head += "| algorithm | cache | way | tokens per forward | accuracy | s |\n|---|---|---|---|---|---|\n"
-    return head + "\n".join(map(row, points)) + "\n"
+    """Tokens per forward and accuracy; a table for each cache, a column for each algorithm."""
+    lines = [f"{questions} questions of {source}, {new_tokens} new tokens, blocks of {block}."]
+    lines += ["In every cell: tokens per forward · accuracy.", ""]
+    for cache in CACHES:
+        lines += [
+            f"| {_title(cache)} | " + " | ".join(COLOURS) + " |",
+            "|---|" + "---|" * len(COLOURS),
+        ]
+        for way, value in dict.fromkeys((p.way, p.value) for p in points if p.cache == cache):
+            cells = [f"{way} {value:g}"]
+            for alg in COLOURS:
+                key = (alg, cache, way, value)
+                found = [p for p in points if (p.alg, p.cache, p.way, p.value) == key]
+                cells += [f"{p.tokens_per_forward:.2f} · {p.accuracy:.1%}" for p in found] or ["–"]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _title(cache: str) -> str:
+    return cache if cache == "no blocks" else f"blocks, cache {cache}"
 
 
 def plot(points: list[Point], width: int = 300, height: int = 220) -> str:
     """Four panels, one a cache; a line joins the points of one algorithm with a fixed number of tokens a step."""
-    most = max(p.tokens_per_forward for p in points)
-    top = max(most, 2.0)
+    top = max(2.0, *(p.tokens_per_forward for p in points))
+    floor = int(min(p.accuracy for p in points) * 10 - 0.5) / 10  # of the vertical axis
+    floor = max(0.0, floor)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * width}" height="{2 * height + 50}" '
         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
@@ -127,12 +145,11 @@ def plot(points: list[Point], width: int = 300, height: int = 220) -> str:
 
         def at(p: Point, left=left, upper=upper, wide=wide, high=high) -> tuple[float, float]:
             across = torch.tensor(max(p.tokens_per_forward, 1.0)).log2() / torch.tensor(top).log2()
-            return left + wide * float(across), upper + high * (1 - p.accuracy)
+            return left + wide * float(across), upper + high * (1 - p.accuracy) / (1 - floor)
 
-        title = cache if cache == "no blocks" else f"blocks, cache {cache}"
-        lines.append(f'<text x="{left}" y="{upper - 10}" font-weight="bold">{title}</text>')
-        for share in (0, 0.5, 1):
-            y = upper + high * (1 - share)
+        lines.append(f'<text x="{left}" y="{upper - 10}" font-weight="bold">{_title(cache)}: accuracy</text>')
+        for share in (floor, (1 + floor) / 2, 1):
+            y = upper + high * (1 - share) / (1 - floor)
             lines.append(f'<line x1="{left}" x2="{left + wide}" y1="{y}" y2="{y}" stroke="#ddd"/>')
             lines.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{share:.0%}</text>')
         tick = 1

@@ -94,7 +94,8 @@ class GraphedTrunk:
     def new_cache(self, rows: int, length: int) -> Any:
         """The cache of this shape; there is one, because graphs know its address."""
         if (rows, length) not in self._caches:
-            self._caches[rows, length] = self._trunk().new_cache(rows, length)
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
+                self._caches[rows, length] = self._trunk().new_cache(rows, length)
         return self._caches[rows, length]
 
     def __call__(
@@ -109,7 +110,8 @@ class GraphedTrunk:
         inputs = [input_ids, attention_mask, position_ids, columns]
         key = (*(None if t is None else t.shape for t in inputs), id(cache), *_autocast(input_ids.device.type))
         if key not in self._graphs:
-            self._graphs[key] = self._new_graph(inputs, cache)
+            with torch.inference_mode(False), torch.no_grad():
+                self._graphs[key] = self._new_graph(inputs, cache)
         return self._graphs[key](inputs)
 
     def _new_graph(self, inputs: list[Tensor | None], cache: Any) -> "_Graph":

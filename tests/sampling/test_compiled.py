@@ -48,6 +48,14 @@ def test_one_for_a_model_and_new_graphs_for_moved_weights(deep, prompts, run, mo
     assert compiled(fast) is fast and not fast.model._graphs
 
 
+def test_buffers_serve_inside_and_outside_of_inference_mode(deep, prompts, run):
+    """Lightning validates in inference mode; a script after it need not."""
+    fast, way = CompiledDenoiser(deep, capture=False), {"block_length": 8, "cache": "dual"}
+    with torch.inference_mode():
+        inside = run(fast, prompts(2), **way).sequences
+    assert torch.equal(run(fast, prompts(2), **way).sequences, inside)
+
+
 def test_a_cpu_is_refused(deep, prompts, run):
     with pytest.raises(ValueError, match="the model is on cpu, CUDA graphs need a GPU"):
         run(deep, prompts(1), compile=True)

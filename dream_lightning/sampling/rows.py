@@ -74,8 +74,7 @@ class Rows:
         """Fill the masks of rows whose text is decided with eos."""
         x = self.state.x
         ended = has_ended(x[:, self.canvas.prompt_length :], mask_token_id, eos_token_id)  # [b]
-        x = torch.where(ended[:, None] & (x == mask_token_id), eos_token_id, x)
-        self.state = replace(self.state, x=x)
+        self.state = replace(self.state, x=x.masked_fill(ended[:, None] & (x == mask_token_id), eos_token_id))
 
 
 def has_ended(new: Tensor, mask_token_id: int, eos_token_id: int) -> Tensor:
@@ -92,7 +91,8 @@ def locate(where: Tensor, number: int) -> tuple[Tensor, Tensor]:
         number: length of the result, at least the number of True positions; what is over is (0, 0).
     """
     flat = where.flatten()
-    target = torch.where(flat, flat.long().cumsum(0) - 1, number)  # [B · L], the others go behind the end
+    # masked_fill, because torch.where copies a number to the device, and waits.
+    target = (flat.long().cumsum(0) - 1).masked_fill(~flat, number)  # [B · L], the others go behind the end
     places = flat.new_zeros(number + 1, dtype=torch.int64)
     places = places.scatter(0, target, torch.arange(len(flat), device=flat.device))[:number]
     return places // where.shape[1], places % where.shape[1]

@@ -133,8 +133,7 @@ def _title(cache: str) -> str:
 def plot(points: list[Point], width: int = 300, height: int = 220) -> str:
     """Four panels, one a cache; a line joins the points of one algorithm with a fixed number of tokens a step."""
     top = max(2.0, *(p.tokens_per_forward for p in points))
-    floor = int(min(p.accuracy for p in points) * 10 - 0.5) / 10  # of the vertical axis
-    floor = max(0.0, floor)
+    floor = min(0.9, int(min(p.accuracy for p in points) * 10) / 10)  # of the vertical axis
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * width}" height="{2 * height + 50}" '
         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'

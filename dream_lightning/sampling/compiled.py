@@ -132,7 +132,8 @@ class GraphedTrunk:
                     forward()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # thread_local: a data loader's thread may pin memory meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = forward()
         self._pool = self._pool or graph.pool()
         return _Graph(static, graph.replay, output)

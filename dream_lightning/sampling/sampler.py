@@ -49,7 +49,8 @@ def diffusion_generate(
     rounding of the model's own arithmetic, which may differ with the batch's shape).
 
     Args:
-        model: a DreamModel, on the device of `input_ids`. It runs in eval mode and gets its modes back.
+        model: a DreamModel or its CompiledDenoiser, on the device of `input_ids`. It runs in eval mode and gets its
+            modes back.
         input_ids: [B, P] int64, left-padded if the prompts differ in length.
         attention_mask: [B, P] bool or 0/1, 0 = left padding. None: no padding.
         params: see SamplingParams; None takes its defaults.

@@ -2,7 +2,8 @@
 
 A forward of one row is bound by launches: at 7B shapes reading all weights takes 5 ms, and launching the kernels one
 by one from Python 20. A graph has fixed shapes and addresses, so rows go into batches of powers of two, prompts are
-padded on the left to multiples of 64 columns, and predicted positions to multiples of 32.
+padded on the left to multiples of 64 columns (of an eighth of the length beyond 1,024, so that shapes stay few), and
+predicted positions to multiples of 32.
 """
 
 import weakref
@@ -58,7 +59,8 @@ class CompiledDenoiser:
     def into_bucket(self, canvas: Canvas) -> Canvas:
         """The canvas in one of few shapes, its own rows first and its own columns last."""
         rows, length = canvas.x.shape
-        columns = -(-length // _COLUMNS) * _COLUMNS
+        grain = max(_COLUMNS, (1 << length.bit_length() - 1) // 8)
+        columns = -(-length // grain) * grain
         pad = self.config.pad_token_id or 0
         return canvas.padded_to(1 << (rows - 1).bit_length(), columns, pad)
 
@@ -176,7 +178,8 @@ def _compiled_layers(trunk: nn.Module, mode: str | None) -> Iterator[None]:
         layer.compile(dynamic=False, mode=mode)
     try:
         # All layers share one compilation a shape. Beyond the limit torch would run them uncompiled, so raise instead.
-        with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096}
+        with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
             yield
     finally:
         for layer, impl in zip(trunk.layers, before, strict=True):

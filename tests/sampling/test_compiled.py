@@ -1,9 +1,12 @@
 """Fixed shapes and buffers, as CUDA graphs need them, run eagerly; on a GPU the graphs themselves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dream_lightning.sampling import CompiledDenoiser
+from dream_lightning.sampling import CompiledDenoiser, SamplingParams
+from dream_lightning.sampling.canvas import prepare
 from dream_lightning.sampling.compiled import compiled
 
 WAYS = [
@@ -35,6 +38,15 @@ def test_shapes_are_few(deep, prompts, run):
     # rows 8, 4, 2, 1; at each all columns or a block, unless a batch began there
     assert len(fast.model._graphs) <= 8
     assert {key[0][1] for key in fast.model._graphs} == {64, 9}
+
+
+@pytest.mark.parametrize(
+    ("length", "columns"), [(2, 64), (64, 64), (65, 128), (1000, 1024), (1025, 1152), (3000, 3072)]
+)
+def test_columns_come_in_few_lengths(deep, length, columns):
+    config = SimpleNamespace(mask_token_id=57, vocab_size=60, max_position_embeddings=4096)
+    canvas = prepare(config, torch.zeros(3, length - 1, dtype=torch.int64), None, SamplingParams(max_new_tokens=1))
+    assert CompiledDenoiser(deep, capture=False).into_bucket(canvas).x.shape == (4, columns)
 
 
 def test_one_for_a_model_and_new_graphs_for_moved_weights(deep, prompts, run, monkeypatch):

@@ -97,9 +97,8 @@ def load_4bit(model: nn.Module, files: dict[str, Path], *, device: torch.device 
 def held_in_bfloat16(model: nn.Module) -> Iterator[None]:
     """Inside, 4-bit layers are bfloat16 ones of the same values, so that a forward need not unpack them.
 
-    Costs 2 bytes a weight, 13 GB for Dream 7B, and 10 s at 7B. For generation where there is room: bitsandbytes unpacks
-    every weight at every forward of more than one token, which takes as long as a step on one row of 512. Do not train
-    inside. Adapters stay as they are.
+    Costs 2 bytes a weight, 13 GB for Dream 7B. For generation where there is room: bitsandbytes unpacks every weight at
+    every forward of more than one token. Do not train inside. Adapters stay as they are.
 
     Raises:
         ValueError: the model has no 4-bit layers.

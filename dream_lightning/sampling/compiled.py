@@ -1,9 +1,9 @@
-"""The network as compiled CUDA graphs: one launch a forward instead of about 700.
+"""The network as compiled CUDA graphs: one launch a forward instead of one for every kernel.
 
-A forward of one row is bound by launches: at 7B shapes reading all weights takes 5 ms, and launching the kernels one
-by one from Python 20. A graph has fixed shapes and addresses, so rows go into batches of powers of two, prompts are
-padded on the left to multiples of 64 columns (of an eighth of the length beyond 1,024, so that shapes stay few), and
-predicted positions to multiples of 32.
+A forward of one row is bound by launches: at 7B shapes an H100 needs about 10 ms for 512 tokens and 5 ms for reading
+the weights, and the eager loop takes 26. A graph has fixed shapes and addresses, so rows go into batches of powers of
+two, prompts are padded on the left to multiples of 64 columns (of an eighth of the length beyond 1,024, so that shapes
+stay few), and predicted positions to multiples of 32.
 """
 
 import weakref

@@ -1,13 +1,15 @@
-"""From options to a network: new or pretrained, whole or in 4 bits, with adapters or without."""
+"""From options to a network: new or pretrained, whole or quantised, with adapters or without."""
 
 from dataclasses import fields
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit
+from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit, load_float8
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
+from dream_lightning.model.sharding import read_shards
 
 _SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
@@ -33,8 +35,20 @@ def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBa
     return DreamModel(DreamConfig(**{"vocab_size": vocab_size, **heads, **special, **sizes}))
 
 
-def four_bit_model(pretrained: str, device: torch.device) -> DreamModel:
-    """A checkpoint whose layers go into 4 bits on the device, tensor by tensor.
+def quantized_model(pretrained: str, kind: Literal["nf4", "float8"], device: torch.device) -> DreamModel:
+    """A checkpoint whose layers go into 4 or 8 bits on the device, tensor by tensor.
+
+    Raises:
+        ValueError: as `DreamModel.from_pretrained`; as `load_4bit` and `load_float8`.
+    """
+    model = empty_model(pretrained)
+    load = load_4bit if kind == "nf4" else load_float8
+    load(model, weight_files(local_folder(pretrained)), device=device)
+    return model
+
+
+def empty_model(pretrained: str) -> DreamModel:
+    """A checkpoint's model without memory, to be divided over processes and then filled by `fill`.
 
     Raises:
         ValueError: as `DreamModel.from_pretrained`.
@@ -43,13 +57,20 @@ def four_bit_model(pretrained: str, device: torch.device) -> DreamModel:
     with torch.device("meta"):
         model = DreamModel(DreamConfig.from_pretrained(folder))
     check_weights(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    load_4bit(model, weight_files(folder), device=device)
     return model
 
 
-def adapt(model: DreamModel, lora: LoraParams, *, pretrained: str, seed: int) -> dict[str, str]:
-    """Add adapters; returns the name and content hash of the base they belong to."""
-    add_lora(model, lora, generator=torch.Generator().manual_seed(seed))
+def fill(model: DreamModel, pretrained: str, device: torch.device) -> None:
+    """Read what is still empty in a divided model, each process its own part."""
+    files = weight_files(local_folder(pretrained))
+    read_shards(model, files, device=device, official_name=lambda name: name.replace(".base_layer.", "."))
+
+
+def adapt(
+    model: DreamModel, lora: LoraParams, *, pretrained: str, seed: int, device: torch.device | None = None
+) -> dict[str, str]:
+    """Add adapters; returns the name and content hash of the base they belong to. `device` as in `add_lora`."""
+    add_lora(model, lora, generator=torch.Generator().manual_seed(seed), device=device)
     return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
 
 

@@ -6,7 +6,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -14,16 +13,19 @@ from transformers import get_scheduler
 
 from dream_lightning.adapters import LoraParams, check_base, trainable_summary
 from dream_lightning.answering import answer_questions
-from dream_lightning.building import adapt, check_tokenizer, four_bit_model, random_model
+from dream_lightning.building import adapt, check_tokenizer, empty_model, fill, quantized_model, random_model
 from dream_lightning.diffusion import corrupt, independent_t, reduce_nll, stratified_t, token_nll, token_weights
 from dream_lightning.diffusion.denoiser import features
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting
 from dream_lightning.model import DreamModel, load_tokenizer
+from dream_lightning.model.sharding import agree, local, shard, whole
+from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
-from dream_lightning.types import Answers, Batch, LossTerms, NoisedBatch, PromptBatch
+from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
+from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
 
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
 # this factor, a power of two (so exact), which keeps them near one.
@@ -42,12 +44,15 @@ class DreamModule(L.LightningModule):
         new_model: sizes of a Dream to train from scratch instead, as in `DreamConfig`; the vocabulary follows the
             tokenizer.
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
-        dtype: element type of the weights. Full fine-tuning in pure bfloat16 loses small updates: keep float32 and
-            compute in bfloat16 with `trainer.precision=bf16-mixed`.
+        dtype: element type of the weights. All weights trained: float32, computing in bfloat16 with
+            `trainer.precision=bf16-mixed`, or bfloat16 with the optimiser `dream_lightning.optim.PagedAdamW8bit`.
         lora: train low-rank adapters beside frozen weights, and keep only them in checkpoints.
-        quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation); needs `lora`.
-        gradient_checkpointing: recompute each layer in the backward pass; saves memory, costs about a third in time.
-        compile_layers: compile each decoder layer; slow to start, faster on a GPU.
+        quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation: smallest) or 8
+            (`float8`: as large as bfloat16, fastest on Hopper and later GPUs); needs `lora`.
+        attention_dropout: probability of zeroing an attention weight in training; by default the checkpoint's own.
+        gradient_checkpointing: recompute layers in the backward pass, all or so many of the first; saves memory, costs
+            up to a third in time.
+        compile_layers: compile each decoder layer and the loss; slow to start, faster on a GPU.
         weighting: loss weight of a masked token: `original` (1/t, the ELBO), `linear` (1 − t), `cart`, `none`.
         cart_p: the geometric distribution's p for `cart`.
         normalizer: what the summed loss is divided by: `maskable`, `masked`, or `micro_batch` (the authors').
@@ -75,8 +80,9 @@ class DreamModule(L.LightningModule):
         tokenizer: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         lora: LoraParams | None = None,
-        quantize: Literal["nf4"] | None = None,
-        gradient_checkpointing: bool = False,
+        quantize: Literal["nf4", "float8"] | None = None,
+        attention_dropout: float | None = None,
+        gradient_checkpointing: bool | int = False,
         compile_layers: bool = False,
         weighting: Weighting = "original",
         cart_p: float = 0.1,
@@ -104,16 +110,18 @@ class DreamModule(L.LightningModule):
         if tokenizer is None and pretrained is None:
             raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
         if quantize is not None and lora is None:
-            raise ValueError(f"quantize is {quantize}, but 4-bit weights do not train: set model.lora too")
+            raise ValueError(f"quantize is {quantize}, but quantised weights do not train: set model.lora too")
         if lora is not None and pretrained is None:
             raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")
+        if attention_dropout is not None and not 0 <= attention_dropout < 1:
+            raise ValueError(f"attention_dropout is {attention_dropout}, wanted at least 0 and below 1")
         if not 0 < t_min < 1:
             raise ValueError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
         self.pretrained, self.new_model = pretrained, new_model
         self.tokenizer = load_tokenizer(tokenizer or pretrained)
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
         self.weights_dtype, self.gradient_checkpointing = getattr(torch, dtype), gradient_checkpointing
-        self.compile_layers = compile_layers
+        self.attention_dropout, self.compile_layers = attention_dropout, compile_layers
         self.weighting, self.cart_p, self.normalizer = weighting, cart_p, normalizer
         self.focal_alpha, self.focal_gamma, self.treat_eos_as_one = focal_alpha, focal_gamma, treat_eos_as_one
         self.stratified_t, self.t_min, self.seed = stratified_t, t_min, seed
@@ -125,38 +133,67 @@ class DreamModule(L.LightningModule):
         self.val_speed = TokensPerForward()
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies under which the one division of a step is not tested."""
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise ValueError(
-                f"trainer.strategy is {type(self.trainer.strategy).__name__}, which is not tested here: use one "
-                "device, or ddp on several"
-            )
+        """Refuse what is not tested together, before anything is loaded."""
+        dora = self.lora is not None and self.lora.dora
+        refuse_untested(self.trainer, adapted=self.lora is not None, quantized=self.quantize is not None, dora=dora)
+        if self.sharded:  # what is gathered in inference mode could not be trained on afterwards
+            for loop in (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop):
+                loop.inference_mode = False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are divided over processes."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy)
 
     def configure_model(self) -> None:
         """Build or load the network; Lightning calls this on every rank, once the strategy is known."""
         if self.model is not None:
             return
+        device = None if self._trainer is None else self.trainer.strategy.root_device
         if self.pretrained is None:
             self.model = random_model(self.new_model, self.tokenizer).to(self.weights_dtype)
-        elif self.quantize is None:
-            self.model = DreamModel.from_pretrained(self.pretrained, dtype=self.weights_dtype)
+        elif self.quantize is not None:
+            self.model = quantized_model(self.pretrained, self.quantize, device)
+        elif self.sharded:
+            self.model = empty_model(self.pretrained).to(self.weights_dtype)
         else:
-            self.model = four_bit_model(self.pretrained, self.trainer.strategy.root_device)
+            self.model = DreamModel.from_pretrained(self.pretrained, dtype=self.weights_dtype)
         check_tokenizer(self.tokenizer, self.model.config)
         if self.lora is not None:
-            if self.trainer.precision == "bf16-true":
-                raise ValueError("trainer.precision bf16-true would round the adapters: set it to bf16-mixed")
-            self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed)
+            place = device if self.sharded else None
+            self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed, device=place)
+        if self.compile_layers:  # products and norms of a layer are cheap to make again, and a sixth of what it keeps
+            torch._functorch.config.activation_memory_budget = 0.8
+        for layer in self.model.model.layers:
+            if self.attention_dropout is not None:
+                layer.self_attn.dropout = self.attention_dropout
+            if self.compile_layers:
+                layer.compile()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.compile_layers:
-            for layer in self.model.model.layers:
-                layer.compile()
+            if self.gradient_checkpointing is not True:
+                self.model.model.checkpointed_layers = self.gradient_checkpointing
+        if self.sharded:
+            self._shard(device)
         self.model.train()
         rank_zero_info(str(trainable_summary(self.model)))
 
+    def _shard(self, device: torch.device) -> None:
+        if self.pretrained is None:
+            agree(self.model.to(device))
+        shard(
+            self.model,
+            self,
+            mesh=self.device_mesh["data_parallel"],
+            compute_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
+            steps=("training_step", "validation_step", "test_step", "predict_step"),
+        )
+        if self.pretrained is not None:
+            fill(self.model, self.pretrained, device)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the network's sizes, for export; of an adapted model only the adapters and what they belong to."""
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["dream_config"] = self.model.config.to_dict()
         if self.lora is not None:
             kept = self._adapter_names()
@@ -164,7 +201,17 @@ class DreamModule(L.LightningModule):
             checkpoint["lora"], checkpoint["base"] = asdict(self.lora), self.base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that does not belong to this model."""
+        """Refuse a checkpoint that does not belong to this model; go on also where a step is cut otherwise."""
+        self.check_checkpoint(checkpoint)
+        recount(checkpoint, self.trainer.accumulate_grad_batches)
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint with other adapters, or of another base; looks at no tensor.
+
+        Raises:
+            ValueError: with adapters where the model has none, or the other way round, or other ones; the contents of
+                the bases differ.
+        """
         if (self.lora is None) != ("lora" not in checkpoint):
             raise ValueError(
                 f"the checkpoint was saved {'with' if 'lora' in checkpoint else 'without'} adapters and model.lora is "
@@ -174,7 +221,7 @@ class DreamModule(L.LightningModule):
             return
         saved = checkpoint["base"]
         check_base(saved["hash"], self.base["hash"], saved_base=saved["name"], loaded_base=self.base["name"])
-        if checkpoint["state_dict"].keys() != self._adapter_names():
+        if not self.lora.computes_as(LoraParams(**checkpoint["lora"])):
             raise ValueError(f"the checkpoint's adapters are {checkpoint['lora']}, model.lora is {asdict(self.lora)}")
 
     def _adapter_names(self) -> set[str]:
@@ -201,7 +248,7 @@ class DreamModule(L.LightningModule):
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
         h = features(self.model, noised.x_t, noised.is_masked, attention_mask(batch), batch.position_ids)
-        return token_nll(h, self.model.lm_head, batch.input_ids[noised.is_masked])
+        return token_nll(h, self.model.lm_head, batch.input_ids[noised.is_masked], compiled=self.compile_layers)
 
     def loss(self, batch: Batch, noised: NoisedBatch, nll: Tensor) -> LossTerms:
         """The objective, weighted and reduced to a sum and a count."""
@@ -248,8 +295,7 @@ class DreamModule(L.LightningModule):
         self._step = torch.zeros_like(self._step)
         # The strategies average gradients over ranks; the objective wants their sum.
         factor = self.trainer.world_size / (_GRADIENT_SCALE * count.clamp(min=1))
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_([local(p.grad) for p in _parameters(optimizer) if p.grad is not None], factor)
         self.log("train/loss", loss_sum / count.clamp(min=1), prog_bar=True)
         self.log("train/masked_fraction", masked / maskable.clamp(min=1))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
@@ -264,10 +310,10 @@ class DreamModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm, which is logged as it was before."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm is {gradient_clip_algorithm!r}, wanted norm")
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+        parameters = _parameters(optimizer)
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         self.log("train/gradient_norm", norm)
 
     def _log_quartiles(self) -> None:
@@ -285,6 +331,11 @@ class DreamModule(L.LightningModule):
             {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer([group for group in groups if group["params"]])
+        if any(p.dtype == torch.bfloat16 for p in trainable) and not isinstance(optimizer, PagedAdamW8bit):
+            raise ValueError(
+                f"model.optimizer is {type(optimizer).__name__} and bfloat16 weights train, which loses every small "
+                "update: set model.optimizer to dream_lightning.optim.PagedAdamW8bit, or model.dtype to float32"
+            )
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:
@@ -356,9 +407,12 @@ class DreamModule(L.LightningModule):
         )
 
 
-def attention_mask(batch: Batch) -> Tensor | None:
-    """Who may attend to whom: None without padding, [B, L] with it, block-diagonal [B, 1, L, L] in packed rows."""
-    real = batch.places >= 0
-    if batch.packed:
-        return ((batch.places[:, :, None] == batch.places[:, None, :]) & real[:, :, None])[:, None]
-    return None if bool(real.all()) else real
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def attention_mask(batch: Batch) -> Tensor | DocumentBounds | None:
+    """Who may attend to whom: everyone, all but the padding [B, L], or each document to itself."""
+    if batch.document_bounds is not None:
+        return DocumentBounds(batch.document_bounds, longest=batch.input_ids.shape[1])
+    return batch.places >= 0 if batch.padded else None

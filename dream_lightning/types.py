@@ -66,7 +66,8 @@ class Batch:
     sample_ids: Tensor  # [B, L] int64, Draw.index
     epochs: Tensor  # [B, L] int64, Draw.epoch
     extra_weight: Tensor  # [B, L] float32, Document.response_weight, 1.0 elsewhere
-    packed: bool = False  # several documents in a row: attention is block-diagonal
+    padded: bool = False  # some position is padding; said here because asking a tensor would make the GPU wait
+    document_bounds: Tensor | None = None  # see DocumentBounds; None = at most one document a row
 
     def to(self, *args: Any, **kwargs: Any) -> "Batch":
         """Lightning moves a batch to its device through this."""
@@ -76,6 +77,23 @@ class Batch:
             if isinstance(getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
+
+
+@dataclass
+class DocumentBounds:
+    """Rows of several documents, for attention that stays inside each; padding at a row's end is one more document.
+
+    Stands where an attention mask may stand. The varlen kernel takes it as it is; elsewhere it becomes a mask.
+    """
+
+    starts: Tensor  # [C+1] int32, where documents begin in all rows laid end to end, then B·L; the last may repeat
+    longest: int  # no document is longer
+
+    def to_mask(self, batch: int, length: int) -> Tensor:
+        """Bool [B, 1, L, L], True = may attend."""
+        place = torch.arange(batch * length, device=self.starts.device)
+        document = torch.bucketize(place, self.starts, right=True).view(batch, length)
+        return (document[:, :, None] == document[:, None, :])[:, None]
 
 
 @dataclass

@@ -116,7 +116,7 @@ def test_export_merges_into_the_bfloat16_base(base, tmp_path):
 
 
 def test_what_cannot_work_is_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="4-bit weights do not train"):
+    with pytest.raises(ValueError, match="quantised weights do not train"):
         DreamModule(base, quantize="nf4")
     model = module(base)
     trainer = L.Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False)

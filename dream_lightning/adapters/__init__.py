@@ -1,5 +1,6 @@
-"""Adapters on a frozen base: LoRA through PEFT, the base in 4 bits through bitsandbytes."""
+"""Adapters on a frozen base: LoRA through PEFT, the base in 4 bits through bitsandbytes or in 8-bit floats."""
 
+from dream_lightning.adapters.float8 import load_float8
 from dream_lightning.adapters.lora import (
     LoraParams,
     adapter_state,
@@ -30,6 +31,7 @@ __all__ = [
     "is_4bit",
     "load_4bit",
     "load_adapter_state",
+    "load_float8",
     "merge_lora",
     "quantize_layers",
     "save_peft_folder",

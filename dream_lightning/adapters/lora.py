@@ -3,16 +3,19 @@
 import copy
 import math
 import os
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dream_lightning.adapters.float8 import Float8Linear
 from dream_lightning.adapters.quantization import is_4bit
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -59,10 +62,21 @@ class LoraParams:
     @property
     def target_names(self) -> list[str]:
         """The kinds of layers, `all-linear` written out."""
-        return list(get_args(Target)) if self.targets == "all-linear" else sorted(set(self.targets))
+        return sorted(get_args(Target) if self.targets == "all-linear" else set(self.targets))
+
+    def computes_as(self, other: "LoraParams") -> bool:
+        """Whether weights trained with these serve those: all but the dropout is the same."""
+        ours, theirs = ((p.rank, p.alpha, p.target_names, p.rslora, p.dora) for p in (self, other))
+        return ours == theirs
 
 
-def add_lora(model: nn.Module, params: LoraParams, *, generator: torch.Generator | None = None) -> None:
+def add_lora(
+    model: nn.Module,
+    params: LoraParams,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> None:
     """Put fresh float32 adapters into the model, which computes the same as before, and freeze all else.
 
     Works on float, bfloat16 and 4-bit bases, and on the meta device for counting (DoRA there only unquantised).
@@ -70,9 +84,10 @@ def add_lora(model: nn.Module, params: LoraParams, *, generator: torch.Generator
     Args:
         model: a DreamModel, or any PreTrainedModel with these layer names.
         generator: on the CPU, for A; the same one gives the same adapters on every device, dtype and rank.
+        device: of the adapters, where the base has no memory yet; by default they have none then either.
 
     Raises:
-        ValueError: the model has adapters already, or lacks a target; DoRA on an empty 4-bit model.
+        ValueError: the model has adapters already, or lacks a target; DoRA on an empty 4-bit model, or with `device`.
     """
     if hasattr(model, "peft_config"):
         raise ValueError("the model already has adapters: merge_lora them first, or load the base again")
@@ -83,19 +98,35 @@ def add_lora(model: nn.Module, params: LoraParams, *, generator: torch.Generator
         raise ValueError(
             "DoRA measures the base's rows, an empty 4-bit model has none: load_4bit first, or count unquantised"
         )
+    if params.dora and device is not None:
+        raise ValueError("DoRA measures the base's rows, a base that is read later has none: set dora to false")
     scale = {"r": params.rank, "lora_alpha": params.alpha, "use_rslora": params.rslora}
     kind = {"lora_dropout": params.dropout, "target_modules": params.target_names, "use_dora": params.dora}
     training = model.training
     inject_adapter_in_model(LoraConfig(**scale, **kind), model, _NAME)
     for _, layer in _layers(model):
-        _reset(layer, generator)
+        _reset(layer, generator, device)
+        if not (params.dropout or params.dora):
+            layer.forward = types.MethodType(_forward, layer)
     model.train(training)
 
 
-def _reset(layer: LoraLayer, generator: torch.Generator | None) -> None:
+def _forward(self: LoraLayer, x: Tensor) -> Tensor:
+    """W x + B (scale · A x) in the dtype of x; PEFT's own goes through a float32 copy of every x and every product."""
+    out = self.base_layer(x)
+    if self.disable_adapters or self.merged:
+        return out
+    low = F.linear(x, self.lora_A[_NAME].weight.to(x.dtype))  # [..., rank]
+    return out + F.linear(low, (self.lora_B[_NAME].weight * self.scaling[_NAME]).to(low.dtype)).to(out.dtype)
+
+
+def _reset(layer: LoraLayer, generator: torch.Generator | None, device: torch.device | None) -> None:
     for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-        part.float()  # PEFT takes over the base's dtype
+        part.float()  # PEFT takes over the base's dtype, and its device
+        if device is not None:
+            part.to_empty(device=device)
     a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight  # [rank, in], [out, rank]
+    nn.init.zeros_(b)
     if a.is_meta:
         return
     with torch.no_grad():
@@ -162,11 +193,11 @@ def merge_lora(model: nn.Module) -> None:
     """Add the adapters to the base's weights, in float32 with one rounding to the base's dtype, and remove them.
 
     Raises:
-        ValueError: the base is 4-bit; there are no adapters.
+        ValueError: the base is quantised; there are no adapters.
     """
-    if is_4bit(model):
+    if is_4bit(model) or any(isinstance(layer.get_base_layer(), Float8Linear) for _, layer in _layers(model)):
         raise ValueError(
-            "adapters are not merged into a 4-bit base, its rounding would be kept: load the bfloat16 checkpoint, "
+            "adapters are not merged into a quantised base, its rounding would be kept: load the bfloat16 checkpoint, "
             "add_lora, load_adapter_state, and merge there"
         )
     if not hasattr(model, "peft_config"):

@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from dream_lightning.adapters.dequantization import compile_with_layer
+
 _BLOCK, _SAMPLES = 4096, 16  # bytes of one sample and samples of one tensor, in `base_hash`
 
 
@@ -87,6 +89,7 @@ def load_4bit(model: nn.Module, files: dict[str, Path], *, device: torch.device 
         if name in packed:
             weight = bnb.nn.Params4bit(tensor, quant_type="nf4", compress_statistics=True, module=module)
             setattr(module, attribute, weight.to(device))
+            compile_with_layer(module)
         else:
             if device.type == "cpu":
                 tensor = tensor.clone()  # otherwise it may be the mapped file itself

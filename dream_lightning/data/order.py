@@ -37,7 +37,12 @@ class RowSampler(DistributedSampler):
         self.batch_size, self.seed, self.shuffle, self.repeats = batch_size, seed, shuffle, repeats
         self.rank, self.num_replicas = rank, world_size
         self.epoch = 0
-        self.start_batch = 0
+        self.start_row = 0  # of the epoch, over all ranks: where this pass begins
+
+    @property
+    def block(self) -> int:
+        """Rows of one micro-batch over all ranks."""
+        return self.batch_size * self.num_replicas
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this at the start of every epoch."""
@@ -49,15 +54,13 @@ class RowSampler(DistributedSampler):
     def __iter__(self) -> Iterator[Row]:
         rows = self._rows_in_order()
         uncounted = [tuple(Draw(d.epoch, d.place, d.index, counted=False) for d in row) for row in rows[:1]]
-        rows += uncounted * (-len(rows) % self.num_replicas)
-        block = self.batch_size * self.num_replicas
-        full = len(rows) // block * block
-        for start in range(self.start_batch * block, full, block):
-            first = start + self.rank * self.batch_size
+        start = min(self.start_row, len(rows))
+        rows += uncounted * ((start - len(rows)) % self.num_replicas)
+        full = start + (len(rows) - start) // self.block * self.block
+        for first in range(start + self.rank * self.batch_size, full, self.block):
             yield from rows[first : first + self.batch_size]
-        last = rows[max(full, self.start_batch * block) :]
-        share = len(last) // self.num_replicas
-        yield from last[self.rank * share : (self.rank + 1) * share]
+        share = (len(rows) - full) // self.num_replicas
+        yield from rows[full + self.rank * share : full + (self.rank + 1) * share]
 
     def _rows_in_order(self) -> list[Row]:
         documents = sum(map(len, self.rows))
@@ -77,26 +80,27 @@ class RowSampler(DistributedSampler):
 class ResumableLoader(DataLoader):
     """A DataLoader that goes on in the middle of an epoch after Lightning restored its state.
 
-    The sampler's order is a pure function of the epoch, so the state is two numbers.
+    The sampler's order is a pure function of the epoch, so the state is two numbers. It counts rows over all ranks, so
+    that another number of ranks, or another batch size, goes on at the same row.
     """
 
-    consumed = 0
-    resume_at: tuple[int, int] | None = None  # epoch, batches already used
+    rows_used = 0
+    resume_at: tuple[int, int] | None = None  # epoch, rows already used
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: what follows runs at the first batch, after Lightning has set the sampler's epoch.
         epoch, used = self.resume_at or (None, 0)
         self.resume_at = None
-        self.consumed = used if epoch == self.sampler.epoch else 0
-        self.sampler.start_batch = self.consumed
+        self.rows_used = used if epoch == self.sampler.epoch else 0
+        self.sampler.start_row = self.rows_used
         for batch in super().__iter__():
-            self.consumed += 1
+            self.rows_used += self.sampler.block
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Saved by Lightning into every checkpoint."""
-        return {"epoch": self.sampler.epoch, "batches": self.consumed}
+        return {"epoch": self.sampler.epoch, "rows": self.rows_used}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restored by Lightning before the first batch."""
-        self.resume_at = (state["epoch"], state["batches"])
+        self.resume_at = (state["epoch"], state["rows"])

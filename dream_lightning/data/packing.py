@@ -7,6 +7,8 @@ import torch
 
 from dream_lightning.types import Batch, Document, Draw
 
+_BOUNDS = 32  # the number of documents in a batch is filled up to a multiple of this with empty ones
+
 DrawnRow = Sequence[tuple[Draw, Document]]  # the documents of one row
 
 
@@ -38,14 +40,18 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return rows
 
 
-def collate(rows: Sequence[DrawnRow], *, pad_token_id: int) -> Batch:
-    """Lay documents out in rows, each row padded on the right to the longest.
+def collate(rows: Sequence[DrawnRow], *, pad_token_id: int, length: int | None = None) -> Batch:
+    """Lay documents out in rows, each row padded on the right to `length`, by default that of the longest.
 
     The padding is not attended, not maskable and in no loss; eos that a response is to be filled with belongs to the
     document (`eos_fill_to`). Draws that are not counted have nothing maskable.
     """
-    length = max(sum(len(document) for _, document in row) for row in rows)
-    batch = _empty(len(rows), length, pad_token_id, packed=any(len(row) > 1 for row in rows))
+    filled = [sum(len(document) for _, document in row) for row in rows]
+    length = length or max(filled)
+    batch = _empty(len(rows), length, pad_token_id)
+    batch.padded = min(filled) < length
+    if any(len(row) > 1 for row in rows):
+        batch.document_bounds = _bounds([[len(document) for _, document in row] for row in rows], length)
     for b, row in enumerate(rows):
         start = 0
         for draw, document in row:
@@ -71,7 +77,8 @@ def collate_with_cutoff(
         first = drawn[0][0]
         kept = max(1, len(random.Random(f"cutoff {seed} {first.epoch} {first.place}").choice(bare)))
     longest_prompt = max(len(document.prompt_ids) for _, document in drawn)
-    batch = _empty(len(rows), longest_prompt + kept, pad_token_id, packed=False)
+    batch = _empty(len(rows), longest_prompt + kept, pad_token_id)
+    batch.padded = any(len(document.prompt_ids) < longest_prompt for _, document in drawn)
     batch.position_ids.fill_(1)  # the authors' position of left padding; nothing attends to it
     for b, (draw, document) in enumerate(drawn):
         fill = max(0, kept - len(bare[b]))
@@ -85,7 +92,19 @@ def collate_with_cutoff(
     return batch
 
 
-def _empty(rows: int, length: int, pad_token_id: int, *, packed: bool) -> Batch:
+def _bounds(rows: list[list[int]], length: int) -> torch.Tensor:
+    """Where documents begin, for DocumentBounds; in dozens of one size, so that compiled code meets few shapes."""
+    starts = [0]
+    for b, lengths in enumerate(rows):
+        for n in lengths:
+            starts.append(starts[-1] + n)
+        if starts[-1] < (b + 1) * length:
+            starts.append((b + 1) * length)
+    starts += [starts[-1]] * (-(len(starts) - 1) % _BOUNDS)
+    return torch.tensor(starts, dtype=torch.int32)
+
+
+def _empty(rows: int, length: int, pad_token_id: int) -> Batch:
     def integers(value: int) -> torch.Tensor:
         return torch.full((rows, length), value, dtype=torch.int64)
 
@@ -97,7 +116,6 @@ def _empty(rows: int, length: int, pad_token_id: int, *, packed: bool) -> Batch:
         sample_ids=integers(-1),
         epochs=integers(0),
         extra_weight=torch.ones(rows, length),
-        packed=packed,
     )
 
 

@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dream_lightning.types import DocumentBounds
+
 
 class Denoiser(Protocol):
     """What the mathematics needs of a model; DreamModel is one."""
@@ -17,7 +19,7 @@ def features(
     denoiser: Denoiser,
     x_t: Tensor,
     where: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | DocumentBounds | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """Hidden states from which `lm_head` predicts the tokens at `where`.
@@ -45,7 +47,7 @@ def logits(
     denoiser: Denoiser,
     x_t: Tensor,
     where: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | DocumentBounds | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """Float32 logits [M, V] for the tokens at `where`; arguments as in `features`."""

@@ -1,12 +1,10 @@
 """The loss of a noised row: a sum and a count, divided once an optimiser step."""
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dream_lightning.types import LossTerms
 
@@ -77,22 +75,3 @@ def reduce_nll(
     if maskable_count is None:
         raise ValueError("the normaliser 'maskable' needs maskable_count, the number of maskable positions")
     return LossTerms(total, torch.as_tensor(maskable_count, dtype=torch.float32, device=nll.device))
-
-
-def token_nll(features: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = 512) -> Tensor:
-    """Cross-entropy [M] float32 from hidden states [M, D], without ever holding [M, V] logits.
-
-    The head and the softmax run on `chunk` rows at a time and again in the backward pass, so the peak is one chunk of
-    logits: 512 × 152,064 in float32 are 0.3 GB.
-    """
-    if features.shape[0] <= chunk:
-        return _nll(features, head, targets)
-    pieces = [
-        checkpoint(_nll, f, head, y, use_reentrant=False)
-        for f, y in zip(features.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.cat(pieces)
-
-
-def _nll(features: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(features).float(), targets, reduction="none")

@@ -3,6 +3,7 @@
 Axis letters as in `dream_lightning/types.py`; K = key/value heads, E = size of a head.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from dream_lightning.model.cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.configuration import DreamConfig
 from dream_lightning.model.loading import check_weights, local_folder
+from dream_lightning.types import DocumentBounds
+
+# On an H100 cuDNN takes 1.75 ms for 4 × 2,048 positions forward and back, flash attention 2 takes 3.20; torch itself
+# would take the slower one.
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does it unasked
 
 
 class DreamRMSNorm(nn.Module):
@@ -75,17 +89,36 @@ class DreamAttention(nn.Module):
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = store(cache, k, v)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if mask is None else mask.may_attend,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # [B, H, L, E]
-        if mask is not None:
-            out = out * mask.sees_something
+        packed = isinstance(mask, DocumentBounds)
+        out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask)  # [B, H, L, E]
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None") -> Tensor:
+        with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if mask is None else mask.may_attend,
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        return out if mask is None else out * mask.sees_something
+
+
+def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:
+    """Attention that stays inside each document, in time that grows with the documents' lengths, not the rows'.
+
+    Shapes [B, H or K, L, E]; on CUDA in bfloat16 or float16.
+    """
+    batch, _, length, _ = q.shape
+    # Laid end to end [B·L, H or K, E]. Under autocast the rotation makes q and k float32, which the kernel has not.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))
+    options = {"enable_gqa": True} if _ASKS_FOR_GQA else {}
+    out = varlen_attn(
+        q, k, v, documents.starts, documents.starts, documents.longest, documents.longest, **options
+    )  # [B·L, H, E]
+    return out.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 class DreamDecoderLayer(nn.Module):
@@ -170,12 +203,13 @@ class DreamBaseModel(DreamPreTrainedModel):
         self.layers = nn.ModuleList(DreamDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.checkpointed_layers = config.num_hidden_layers  # under gradient checkpointing: so many of the first
         self.post_init()
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | DocumentBounds | None = None,
         position_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
         columns: Tensor | None = None,
@@ -186,15 +220,15 @@ class DreamBaseModel(DreamPreTrainedModel):
         result is [B, W, D], and `attention_mask` is None or [B, L]: keys and values of the columns are computed and
         stored, those of all others come from the cache. Without gradients only.
         """
-        mask = None if attention_mask is None else AttentionMask(attention_mask, input_ids, columns)
+        mask = self._mask(attention_mask, input_ids, columns)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)  # [B, L, D]
         rotation = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for number, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers):
             if cache is not None:
-                x = layer(x, rotation, mask, cache.of_layer(number, columns))
-            elif self.gradient_checkpointing and self.training:
+                x = layer(x, rotation, mask, cache.of_layer(i, columns))
+            elif self.gradient_checkpointing and self.training and i < self.checkpointed_layers:
                 x = self._gradient_checkpointing_func(layer.__call__, x, rotation, mask)
             else:
                 x = layer(x, rotation, mask)
@@ -205,6 +239,19 @@ class DreamBaseModel(DreamPreTrainedModel):
         c, weight = self.config, self.embed_tokens.weight
         shape = (rows, c.num_key_value_heads, length, c.head_dim)
         return KeyValueCache(len(self.layers), shape, dtype=weight.dtype, device=weight.device)
+
+    def _mask(
+        self, attention_mask: Tensor | DocumentBounds | None, input_ids: Tensor, columns: Tensor | None = None
+    ) -> "AttentionMask | DocumentBounds | None":
+        if attention_mask is None:
+            return None
+        if isinstance(attention_mask, DocumentBounds):
+            half = torch.is_autocast_enabled(input_ids.device.type) or self.embed_tokens.weight.dtype.itemsize == 2
+            drops = self.training and self.layers[0].self_attn.dropout > 0
+            if input_ids.is_cuda and half and not drops:  # what the varlen kernel can do
+                return attention_mask
+            attention_mask = attention_mask.to_mask(*input_ids.shape)
+        return AttentionMask(attention_mask, input_ids, columns)
 
 
 class DreamModel(DreamPreTrainedModel):
@@ -222,7 +269,7 @@ class DreamModel(DreamPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | DocumentBounds | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool = True,
@@ -231,8 +278,8 @@ class DreamModel(DreamPreTrainedModel):
 
         Args:
             input_ids: [B, L] int64.
-            attention_mask: None (everything is attended); bool or int [B, L], nonzero = a real token; or bool
-                [B, 1, L, L], True = may attend.
+            attention_mask: None (everything is attended); bool or int [B, L], nonzero = a real token; bool
+                [B, 1, L, L], True = may attend; or the DocumentBounds of packed rows.
             position_ids: [B, L] or [1, L] int64; 0 … L − 1 by default.
             labels: refused, see Raises.
 

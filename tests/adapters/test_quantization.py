@@ -167,7 +167,7 @@ class TestFourBits:
             for p in model.parameters():
                 if p.requires_grad:
                     p.add_(0.02)
-        with pytest.raises(ValueError, match="not merged into a 4-bit base"):
+        with pytest.raises(ValueError, match="not merged into a quantised base"):
             merge_lora(model)
         exact = DreamModel.from_pretrained(folder).eval()
         add_lora(exact, LoraParams(rank=4))

@@ -38,7 +38,7 @@ def test_a_packed_document_gets_the_logits_it_gets_alone():
     documents = [document(range(i, i + 3 + i), range(20, 30 + 2 * i)) for i in range(4)]
     drawn = [(Draw(0, i, i), d) for i, d in enumerate(documents)]
     packed = collate([drawn[:3], drawn[3:]], pad_token_id=61)
-    assert packed.packed and packed.maskable.sum() == sum(len(d.response_ids) for d in documents)
+    assert packed.document_bounds is not None and packed.maskable.sum() == sum(len(d.response_ids) for d in documents)
     together = logits(model, packed.input_ids, packed.maskable, attention_mask(packed), packed.position_ids)
     alone = []
     for one in drawn:

@@ -1,0 +1,88 @@
+"""nf4 weights → bfloat16 in plain torch operations, which compile into the one kernel before a matrix product.
+
+Bit for bit what bitsandbytes' own kernels give. Those are custom operations: closed to the compiler, three launches a
+weight, and 1.0 TB/s on an H100.
+"""
+
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_BLOCK, _SUPERBLOCK = 64, 256  # weights that share a scale, scales that share a scale of theirs
+
+
+def compile_with_layer(linear: nn.Module) -> None:
+    """Let a filled bitsandbytes `Linear4bit` (nf4, double quantisation) compute in the open where it is compiled."""
+    state = linear.weight.quant_state
+    if linear.weight.numel() * 2 % _BLOCK:
+        raise ValueError(
+            f"a 4-bit layer of shape {list(state.shape)} does not fill blocks of {_BLOCK}: use compile_layers false"
+        )
+    # As buffers they are inputs of the compiled code, which all layers then share.
+    for name, tensor in (
+        ("levels", state.code),  # [16] float32
+        ("scale_codes", state.absmax),  # [C] uint8, one a block
+        ("scale_levels", state.state2.code),  # [256] float32
+        ("superscales", state.state2.absmax),  # [C / 256] float32
+        ("offset", state.offset),  # [] float32, the mean of the scales
+    ):
+        linear.register_buffer(name, tensor, persistent=False)
+    linear.forward = types.MethodType(_forward, linear)
+
+
+def dequantize(
+    packed: Tensor,
+    levels: Tensor,
+    scale_codes: Tensor,
+    scale_levels: Tensor,
+    superscales: Tensor,
+    offset: Tensor,
+    *,
+    again: bool = False,
+) -> Tensor:
+    """Two weights a byte, the first in the high half → all weights, [2 · len(packed)] bfloat16.
+
+    Every byte becomes one 32-bit word of two weights, so that its scale is looked up once.
+
+    Args:
+        again: for the second time in a compiled graph: the same numbers by products written the other way round. If
+            they were written alike, the compiler would find them equal and keep 16-bit weights until the backward pass.
+    """
+    superblock = torch.arange(len(scale_codes), device=packed.device) // _SUPERBLOCK
+    scales = (scale_levels[scale_codes.int()] * superscales[superblock] + offset)[:, None]  # [C, 1]
+    packed = packed.view(-1, _BLOCK // 2)  # [C, 32]
+
+    def bits(code: Tensor) -> Tensor:
+        level = levels[code.int()]
+        weight = (scales * level if again else level * scales).to(torch.bfloat16)
+        return weight.view(torch.int16).int()
+
+    first, second = bits(packed >> 4), bits(packed & 15)
+    words = (first & 0xFFFF) | (second << 16)  # little-endian: the first weight is the low half
+    return words.view(-1).view(torch.bfloat16)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ with W built for the product and again for the gradient, never kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, out_features: int, *quantized: Tensor) -> Tensor:
+        ctx.save_for_backward(*quantized)
+        ctx.out_features = out_features
+        return F.linear(x, dequantize(*quantized).view(out_features, -1))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight = dequantize(*ctx.saved_tensors, again=True).view(ctx.out_features, -1)
+        return gradient @ weight, *(None,) * (1 + len(ctx.saved_tensors))
+
+
+def _forward(self, x: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return type(self).forward(self, x)
+    statistics = (self.levels, self.scale_codes, self.scale_levels, self.superscales, self.offset)
+    with torch.autocast(x.device.type, enabled=False):
+        out = _Product.apply(x.to(torch.bfloat16), self.out_features, self.weight.data.view(-1), *statistics)
+    return (out if self.bias is None else out + self.bias).to(x.dtype)

@@ -1,0 +1,259 @@
+"""Two processes equal one: DDP and FSDP2 over gloo on the CPU, full and LoRA, in float32.
+
+This file is also the program that the processes run: `main` trains all cases of a launch and leaves what it saw.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import addition_rows, write_jsonl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer
+from dream_lightning.adapters import LoraParams
+from dream_lightning.model.sharding import local, whole
+from dream_lightning.types import Batch
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = dict(os.environ)
+ROWS, STEPS, SAVED = 8, 3, 2  # rows a step, steps of a run, step of its checkpoint
+# The gradient of a key's bias vanishes but for rounding errors, which Adam's own 1e-8 would make full-sized updates of
+EPSILON = 1e-4
+# 45 and 5 rows do not go round two processes evenly
+SIZES = {"hidden_size": 40, "intermediate_size": 45, "num_hidden_layers": 2, "num_attention_heads": 4}
+LORA = LoraParams(rank=5, alpha=10, targets="all-linear")
+
+
+class Recorder(L.Callback):
+    """What the optimiser steps and the validation of a run gave."""
+
+    def __init__(self):
+        self.losses, self.norms, self.answers, self.parts = [], [], {}, 1.0
+
+    def on_train_start(self, trainer, pl_module):
+        parameters = list(pl_module.parameters())
+        self.parts = sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not trainer.fit_loop._should_accumulate():
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
+            self.norms.append(trainer.callback_metrics["train/gradient_norm"].item())
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if outputs is not None:
+            pairs = zip(outputs.predictions, outputs.counted, strict=True)
+            self.answers |= {p.id: p.prediction for p, counted in pairs if counted}
+
+
+def module(kind, folder, **options):
+    options = {
+        "optimizer": lambda groups: torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.1, eps=EPSILON),
+        "lr_schedule": "linear",
+        "sampling": SamplingParams(max_new_tokens=12, steps=6, forbid_mask=True),
+    } | options
+    if kind == "new":
+        return DreamModule(new_model=SIZES, tokenizer="bytes", **options)
+    return DreamModule(str(folder / "base"), lora=LORA if kind == "lora" else None, **options)
+
+
+def nothing_masked_on_rank_1(model):
+    """As if the rows of the second of two processes, at two rows a micro-batch, were all prompt."""
+
+    def noise(batch: Batch):
+        masked_out = batch.maskable & (batch.places // 2 % 2 == 0)
+        return DreamModule.noise(model, Batch(**{**vars(batch), "maskable": masked_out}))
+
+    model.noise = noise
+
+
+def fit(folder, name, kind, strategy, *, batch_size, resume=None, hollow=False, trainer_options=None, **options):
+    """Train a case; what it gave is kept by process 0 as `{name}.pt`, its checkpoint as `{name}.ckpt`."""
+    os.environ.update(ENVIRONMENT)  # Lightning removes its part at the end of a run
+    world_size = int(os.environ["WORLD_SIZE"])
+    L.seed_everything(0, verbose=False)
+    recorder, model = Recorder(), module(kind, folder, **options)
+    if hollow:
+        nothing_masked_on_rank_1(model)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategy,
+        max_steps=STEPS,
+        accumulate_grad_batches=ROWS // batch_size // world_size,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        callbacks=[
+            recorder,
+            ModelCheckpoint(folder, filename=name, every_n_train_steps=SAVED, enable_version_counter=False),
+        ],
+        default_root_dir=folder,
+        logger=False,
+        num_sanity_val_steps=0,
+        val_check_interval=SAVED * ROWS // batch_size // world_size,  # validation in the middle of training
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **(trainer_options or {}),
+    )
+    data = S1KDataModule(
+        str(folder / "sums.jsonl"),
+        tokenizer=model.tokenizer,
+        batch_size=batch_size,
+        validation_questions=5,
+        cache_dir=str(folder / "cache"),
+    )
+    trainer.fit(model, data, ckpt_path=resume and folder / f"{resume}.ckpt", weights_only=True)
+    if world_size > 1:
+        everyone = [None] * world_size
+        torch.distributed.all_gather_object(everyone, recorder.answers)
+        recorder.answers = {id_: answer for answers in everyone for id_, answer in answers.items()}
+    seen = {
+        "losses": recorder.losses,
+        "norms": recorder.norms,
+        "answers": recorder.answers,
+        "part": recorder.parts,
+        "val_nll": trainer.callback_metrics.get("val/nll", torch.tensor(0.0)).item(),
+        "weights": {n: whole(p).detach().clone() for n, p in model.named_parameters() if p.requires_grad},
+    }
+    if trainer.is_global_zero:
+        torch.save(seen, folder / f"{name}.pt")
+
+
+KINDS = ("full", "lora", "new")
+
+
+def main(launch: str, folder: Path) -> None:
+    """The cases of one launch; `launch` is one, two, or back."""
+    if launch == "one":
+        for kind in KINDS:
+            fit(folder, f"{kind}-one", kind, "auto", batch_size=8)
+        fit(folder, "full-one-accumulated", "full", "auto", batch_size=1)
+        fit(folder, "full-one-hollow", "full", "auto", batch_size=8, hollow=True)
+        fit(folder, "lora-one-hollow", "lora", "auto", batch_size=8, hollow=True)
+        fit(folder, "full-fsdp2-from-1", "full", "fsdp2", batch_size=4)
+    if launch == "two":
+        for kind in KINDS:
+            fit(folder, f"{kind}-ddp", kind, "ddp", batch_size=4)
+            fit(folder, f"{kind}-fsdp2", kind, "fsdp2", batch_size=2)
+            if kind != "new":
+                fit(folder, f"{kind}-fsdp2-to-2", kind, "fsdp2", batch_size=2, resume=f"{kind}-fsdp2")
+                fit(folder, f"{kind}-fsdp2-hollow", kind, "fsdp2", batch_size=2, hollow=True)
+        fit(folder, "full-1-to-2", "full", "fsdp2", batch_size=2, resume="full-fsdp2-from-1")
+        fit(folder, "full-fsdp2-checkpointing", "full", "fsdp2", batch_size=4, gradient_checkpointing=True)
+        mixed = {"precision": "bf16-mixed"}
+        fit(folder, "full-fsdp2-mixed", "full", "fsdp2", batch_size=4, trainer_options=mixed)
+        fit(folder, "lora-fsdp2-mixed", "lora", "fsdp2", batch_size=4, trainer_options=mixed, dtype="bfloat16")
+    if launch == "back":
+        for kind in ("full", "lora"):
+            fit(folder, f"{kind}-fsdp2-to-1", kind, "fsdp2", batch_size=2, resume=f"{kind}-fsdp2")
+            fit(folder, f"{kind}-ddp-to-1", kind, "auto", batch_size=8, resume=f"{kind}-ddp")
+
+
+def launch(name: str, folder: Path, processes: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(processes)}
+        with (folder / f"{name}-{rank}.txt").open("w") as log:
+            command = [sys.executable, __file__, name, str(folder)]
+            started.append(
+                subprocess.Popen(command, env=os.environ | ours | ranks, stdout=log, stderr=subprocess.STDOUT)
+            )
+    try:
+        codes = [process.wait(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0] * processes, (folder / f"{name}-0.txt").read_text()[-6000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """name of a case → what it gave."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_jsonl(folder / "sums.jsonl", addition_rows(50))
+    tokenizer = load_tokenizer("bytes")
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("mask", "pad", "bos", "eos")}
+    torch.manual_seed(0)
+    # Weights large enough that no answer hangs on the last bit
+    DreamModel(
+        DreamConfig(vocab_size=321, num_key_value_heads=2, initializer_range=0.1, **SIZES, **ids)
+    ).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    launch("one", folder, 1)
+    launch("two", folder, 2)
+    launch("back", folder, 1)
+    return lambda name: torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def assert_same(ours, theirs):
+    assert len(ours["losses"]) == len(theirs["losses"])
+    torch.testing.assert_close(torch.tensor(ours["losses"]), torch.tensor(theirs["losses"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(ours["norms"]), torch.tensor(theirs["norms"]), rtol=1e-4, atol=1e-6)
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    for name, weight in ours["weights"].items():
+        torch.testing.assert_close(weight, theirs["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(runs, kind, strategy):
+    one, two = runs(f"{kind}-one"), runs(f"{kind}-{strategy}")
+    assert_same(two, one)
+    assert len(one["losses"]) == STEPS and max(one["norms"]) > 1  # the norm is clipped at 1
+    assert len(two["answers"]) == 5 and two["answers"] == one["answers"]
+    assert two["val_nll"] == pytest.approx(one["val_nll"], rel=2e-5)
+
+
+def test_accumulation_does_not_matter(runs):
+    assert_same(runs("full-one-accumulated"), runs("full-one"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_process_with_nothing_masked_keeps_in_step(runs, kind):
+    one, two = runs(f"{kind}-one-hollow"), runs(f"{kind}-fsdp2-hollow")
+    assert_same(two, one)
+    assert one["losses"] != runs(f"{kind}-one")["losses"]
+
+
+def test_layers_recomputed_in_the_backward_pass_give_the_same(runs):
+    assert_same(runs("full-fsdp2-checkpointing"), runs("full-one"))
+
+
+@pytest.mark.parametrize("resumed", ["fsdp2-to-2", "fsdp2-to-1", "ddp-to-1"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_checkpoint_goes_on_on_any_number_of_processes(runs, kind, resumed):
+    """Also where a step of as many rows takes another number of micro-batches."""
+    whole_run, later = runs(f"{kind}-{resumed.split('-')[0]}"), runs(f"{kind}-{resumed}")
+    rest = {**whole_run, "losses": whole_run["losses"][SAVED:], "norms": whole_run["norms"][SAVED:]}
+    assert_same(later, rest)
+
+
+def test_a_checkpoint_of_one_process_goes_on_on_two(runs):
+    later, one = runs("full-1-to-2"), runs("full-fsdp2-from-1")
+    assert_same(later, {**one, "losses": one["losses"][SAVED:], "norms": one["norms"][SAVED:]})
+
+
+def test_a_process_holds_its_part_only(runs):
+    assert 0.5 <= runs("full-fsdp2")["part"] < 0.51
+    assert runs("full-ddp")["part"] == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_mixed_precision_computes_in_bfloat16_and_keeps_float32(runs, kind):
+    exact, mixed = runs(f"{kind}-one"), runs(f"{kind}-fsdp2-mixed")
+    assert mixed["losses"] != exact["losses"]
+    assert mixed["losses"] == pytest.approx(exact["losses"], rel=1e-2)
+    assert {w.dtype for w in mixed["weights"].values()} == {torch.float32}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,219 @@
+"""AdamW with 8-bit moments over exact float32 master weights in bfloat16 parameters."""
+
+import sys
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dream_lightning import DreamModule, S1KDataModule, optim
+
+pytest.importorskip("bitsandbytes")
+LR, STEPS, SIZE = 2e-6, 50, 8192
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+def weights(size=SIZE, seed=0):
+    """bfloat16 numbers of the size that a 7B model's weights have."""
+    return (torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16()
+
+
+def train(parameter, optimizer, *, steps=STEPS, first=0, gradient_scale=1.0):
+    for i in range(first, first + steps):
+        g = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) + 0.5
+        parameter.grad = (g * gradient_scale).bfloat16().to(parameter)
+        optimizer.step()
+
+
+def float32_training(size=SIZE, device="cpu", weight_decay=0.01, **options):
+    """bitsandbytes' own 8-bit AdamW on float32 weights."""
+    import bitsandbytes
+
+    parameter = torch.nn.Parameter(weights(size).float().to(device))
+    settings = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": weight_decay}
+    train(parameter, bitsandbytes.optim.PagedAdamW8bit([parameter], **settings), **options)
+    return parameter.detach()
+
+
+def master(optimizer, parameter):
+    return optim.join(parameter.detach().view(-1), optimizer.state[parameter]["tail"])
+
+
+class TestHalves:
+    """float32 as bfloat16 and a tail."""
+
+    numbers = torch.cat(
+        [
+            torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-20, 20).repeat(250),
+            torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-40, -1e-45, 1.00390625, 3.4e38, torch.inf, -torch.inf]),
+        ]
+    )
+
+    def halves(self, numbers):
+        weight, tail = torch.empty(len(numbers), dtype=torch.bfloat16), torch.empty(len(numbers), dtype=torch.int16)
+        optim.split(numbers.clone(), weight, tail)
+        return weight, tail
+
+    def test_together_they_are_the_number(self):
+        both = optim.join(*self.halves(self.numbers))
+        assert torch.equal(both.view(torch.int32), self.numbers.view(torch.int32))
+
+    def test_the_weight_is_the_nearest_bfloat16(self):
+        weight, _ = self.halves(self.numbers)
+        finite = self.numbers.isfinite() & (self.numbers.abs() < 3e38)
+        torchs = self.numbers.bfloat16()
+        error, least = (weight.double() - self.numbers.double()).abs(), (torchs.double() - self.numbers.double()).abs()
+        assert torch.equal(error[finite], least[finite])
+        assert torch.equal(weight[~finite].float(), torchs[~finite].float())
+
+    def test_a_bfloat16_number_has_the_tail_of_a_new_state(self):
+        _, tail = self.halves(weights().float())
+        assert (tail == optim._NO_TAIL).all()
+
+
+def test_small_updates_are_lost_by_bfloat16_alone_and_kept_here():
+    """lr 2e-6: torch's AdamW leaves the weights where they are, ours are float32 training's to the bit."""
+    lost = torch.nn.Parameter(weights())
+    train(lost, torch.optim.AdamW([lost], lr=LR, betas=(0.9, 0.95), weight_decay=0.01))
+    far = weights().abs() > 2e-3  # nearer to zero bfloat16 numbers lie so close that updates do count
+    assert far.float().mean() > 0.9
+    assert torch.equal(lost[far], weights()[far])
+
+    kept = torch.nn.Parameter(weights())
+    optimizer = optim.PagedAdamW8bit([kept], lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
+    train(kept, optimizer)
+    expected = float32_training()
+    assert torch.equal(master(optimizer, kept), expected)
+    moved = (expected - weights().float())[far]
+    assert moved.mean() < -0.4 * LR * STEPS  # gradients of mean 0.5 and deviation 1 push downwards
+    assert 0.1 < (kept != weights())[far].float().mean() < 0.9  # whose tail ran over so far
+
+
+def test_weight_decay_too_small_for_bfloat16_is_kept():
+    """Without a gradient a step multiplies by 1 − 2e-8, which not even float32 sees every time; 1 − 2e-6 it does."""
+    parameter = torch.nn.Parameter(weights())
+    optimizer = optim.PagedAdamW8bit([parameter], lr=LR, weight_decay=1.0)
+    train(parameter, optimizer, gradient_scale=0.0)
+    ratio = master(optimizer, parameter).double() / weights().double()
+    assert torch.equal(parameter[:10], weights()[:10])
+    assert ratio.nanmean().item() == pytest.approx((1 - LR) ** STEPS, abs=2e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [SIZE, 5 * 256 + 4096, 300_001, 1000], ids=["even", "three slices", "torn", "small"])
+def test_slices_equal_the_whole(monkeypatch, device, size):
+    monkeypatch.setattr(optim, "_SLICE", 2048)
+    parameter = torch.nn.Parameter(weights(size).to(device))
+    optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
+    train(parameter, optimizer, steps=5)
+    assert torch.equal(master(optimizer, parameter), float32_training(size, device, steps=5))
+
+
+def test_float32_parameters_are_updated_as_they_are():
+    parameter = torch.nn.Parameter(weights().float())
+    optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
+    train(parameter, optimizer)
+    assert torch.equal(parameter.detach(), float32_training())
+    assert "tail" not in optimizer.state[parameter]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(tmp_path, device):
+    def start():
+        big, small = (torch.nn.Parameter(weights(n).to(device)) for n in (200_000, 100))
+        unused = torch.nn.Parameter(weights(10))
+        return big, small, optim.PagedAdamW8bit([{"params": [unused, big]}, {"params": [small]}], lr=LR)
+
+    def steps(big, small, optimizer, first):
+        for p in (big, small):
+            p.grad = None
+        for i in range(first, first + 5):
+            for p in (big, small):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)
+            optimizer.step()
+
+    big, small, optimizer = start()
+    steps(big, small, optimizer, 0)
+    torch.save({"optimizer": optimizer.state_dict(), "weights": [big, small]}, tmp_path / "five.pt")
+    steps(big, small, optimizer, 5)
+
+    saved = torch.load(tmp_path / "five.pt", weights_only=True, map_location="cpu")
+    big_again, small_again, resumed = start()
+    for p, value in zip((big_again, small_again), saved["weights"], strict=True):
+        p.data.copy_(value)
+    resumed.load_state_dict(saved["optimizer"])
+    again = resumed.state_dict()["state"]  # before a step: nothing may be lost
+    assert {i: s["step"] for i, s in again.items()} == {1: 5, 2: 5}
+    steps(big_again, small_again, resumed, 5)
+    for p, q in ((big, big_again), (small, small_again)):
+        assert torch.equal(master(optimizer, p), master(resumed, q))
+        for name, value in optimizer.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed.state[q][name])), name
+
+
+def module(optimizer=None):
+    return DreamModule(
+        new_model={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2},
+        tokenizer="bytes",
+        dtype="bfloat16",
+        optimizer=optimizer or (lambda groups: optim.PagedAdamW8bit(groups, lr=1e-4)),
+        lr_schedule="constant_with_warmup",
+        warmup_fraction=0.0,
+    )
+
+
+def fit(model, tmp_path, sums, steps, callbacks=(), ckpt_path=None):
+    data = S1KDataModule(
+        str(sums), tokenizer=model.tokenizer, batch_size=4, validation_questions=0, cache_dir=str(tmp_path / "cache")
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer.optimizers[0]
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(sums, tmp_path):
+    whole, resumed = module(), module()
+    saving = ModelCheckpoint(tmp_path, filename="four", every_n_train_steps=4)
+    first = fit(whole, tmp_path, sums, 10, [saving])
+    second = fit(resumed, tmp_path, sums, 10, ckpt_path=tmp_path / "four.ckpt")
+    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(master(first, p), master(second, q)), name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"lr": -1.0}, "lr is -1.0"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": 0.0}, "eps 0.0")],
+)
+def test_impossible_settings_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        optim.PagedAdamW8bit([torch.nn.Parameter(weights())], **options)
+
+
+def test_other_element_types_are_refused():
+    with pytest.raises(ValueError, match=r"float16, wanted bfloat16 or float32"):
+        optim.PagedAdamW8bit([torch.nn.Parameter(weights().half())])
+
+
+def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        optim.PagedAdamW8bit([torch.nn.Parameter(weights())])
+
+
+def test_bfloat16_weights_with_an_optimiser_that_loses_updates_are_refused(sums, tmp_path):
+    with pytest.raises(ValueError, match=r"AdamW.*PagedAdamW8bit"):
+        fit(module(lambda groups: torch.optim.AdamW(groups, lr=1e-4)), tmp_path, sums, 1)

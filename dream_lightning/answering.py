@@ -1,6 +1,7 @@
-"""The answering road in one call: prompts → masks filled → text → grade."""
+"""The answering road in one call: prompts → masks filled → text → grade; and gaps in a text filled."""
 
 import time
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,8 @@ def answer_questions(
     rows = out.sequences[:, prompt_length:].tolist()
     seconds = (time.perf_counter() - start) / len(rows)
     predictions = []
-    for example, ids in zip(batch.examples, rows, strict=True):
+    filled, forwards = (out.filled_at >= 0).sum(1).tolist(), out.forwards.tolist()
+    for b, (example, ids) in enumerate(zip(batch.examples, rows, strict=True)):
         if tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(tokenizer.eos_token_id)]
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -55,6 +57,43 @@ def answer_questions(
                 correct=graded.correct,
                 tokens=len(ids),
                 seconds=round(seconds, 4),
+                forwards=forwards[b],
+                filled=filled[b],
             )
         )
     return Answers(predictions, batch.counted.tolist(), out.history, prompt_length)
+
+
+def complete(
+    model: DreamModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    tokens_per_gap: int = 8,
+    marker: str = "…",
+    params: SamplingParams | None = None,
+) -> str:
+    """Fill the gaps of a text, seeing what stands before and after: `complete(model, tokenizer, "The … is blue.")`.
+
+    Args:
+        text: with a `marker` for every gap; special tokens in it are plain text.
+        tokens_per_gap: how many tokens each gap gets; there is no eos among them.
+        marker: what stands for a gap.
+        params: how to fill; `max_new_tokens` is not used. None fills one token a step, the most certain first.
+
+    Raises:
+        ValueError: the text has no gap, or a gap no token; as `diffusion_generate`.
+    """
+    pieces = text.split(marker)
+    if not marker or len(pieces) == 1:
+        raise ValueError(f"the text has no {marker!r}, so there is nothing to fill: mark a gap with it")
+    if tokens_per_gap < 1:
+        raise ValueError(f"tokens_per_gap is {tokens_per_gap}, wanted at least 1")
+    gap = [tokenizer.mask_token_id] * tokens_per_gap
+    ids: list[int] = []
+    for n, piece in enumerate(pieces):
+        ids += gap * (n > 0) + tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+    params = params or SamplingParams(steps=len(gap) * (len(pieces) - 1), forbid_mask=True)
+    params = replace(params, max_new_tokens=0, banned_tokens=[*(params.banned_tokens or []), tokenizer.eos_token_id])
+    out = diffusion_generate(model, torch.tensor([ids], device=model.device), params=params, infill=True)
+    return tokenizer.decode(out.sequences[0])

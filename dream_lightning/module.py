@@ -32,7 +32,7 @@ from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.sampling import SamplingParams
-from dream_lightning.scoring import AnswerAccuracy
+from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
 from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
 from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
 
@@ -143,6 +143,7 @@ class DreamModule(L.LightningModule):
         self.sampling = sampling
         self.model: DreamModel | None = None  # built in configure_model
         self.val_nll, self.val_answers = MeanMetric(), AnswerAccuracy()
+        self.val_speed = TokensPerForward()
 
     def setup(self, stage: str) -> None:
         """Refuse what is not tested together, before anything is loaded."""
@@ -391,6 +392,9 @@ class DreamModule(L.LightningModule):
             return None
         answers = self.answer(batch, with_history=batch_idx == 0)
         self.val_answers.update(answers.predictions, answers.counted)
+        self.val_speed.update(
+            [p.filled for p in answers.predictions], [p.forwards for p in answers.predictions], answers.counted
+        )
         return answers
 
     def _score_likelihood(self, batch: Batch) -> None:
@@ -400,7 +404,9 @@ class DreamModule(L.LightningModule):
         self.val_nll.update(elbo.mean, elbo.count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/nll` (upper bound of −log p in nats a token), `val/accuracy`, `val/unparsed`."""
+        """Log `val/nll` (upper bound of −log p in nats a token), `val/accuracy`, `val/unparsed`, and the speed at
+        which these were had, `val/tokens_per_forward`.
+        """
         self._log_scores("val")
 
     def _log_scores(self, stage: str) -> None:
@@ -410,8 +416,10 @@ class DreamModule(L.LightningModule):
             scores = self.val_answers.compute()
             self.log(f"{stage}/accuracy", scores["accuracy"], prog_bar=True)
             self.log(f"{stage}/unparsed", scores["unparsed"])
+            self.log(f"{stage}/tokens_per_forward", self.val_speed.compute())
         self.val_nll.reset()
         self.val_answers.reset()
+        self.val_speed.reset()
 
     test_step = validation_step
 

@@ -159,6 +159,8 @@ class Prediction:
     correct: bool | None  # None without a reference
     tokens: int  # of the response, without eos
     seconds: float  # of the batch, divided by its rows
+    forwards: int = 0  # of the model, those that filled something in this response
+    filled: int = 0  # positions that they filled, eos included
 
 
 @dataclass

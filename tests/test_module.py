@@ -193,6 +193,7 @@ def test_everything_is_logged(sums, tmp_path):
         "val/nll",
         "val/accuracy",
         "val/unparsed",
+        "val/tokens_per_forward",
     } <= logged
 
 
@@ -240,6 +241,7 @@ class TestPredict:
         model, path = module(), tmp_path / "predictions.jsonl"
         lines = self.predict(sums, tmp_path, model, path)
         fields = ["id", "prompt", "prediction", "thinking", "answer", "reference", "correct", "tokens", "seconds"]
+        fields += ["forwards", "filled"]
         assert len(lines) == 4 and list(lines[0]) == fields
         whole = path.read_text()
         torn = whole.splitlines(keepends=True)

@@ -35,7 +35,11 @@ def features(
         [M, D]; row m belongs to the m-th True of `where` in reading order.
     """
     hidden = denoiser.model(x_t, attention_mask, position_ids)  # [B, L, D]
-    row, column = where.nonzero(as_tuple=True)
+    return shifted(hidden, *where.nonzero(as_tuple=True))
+
+
+def shifted(hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Of hidden states [B, L, D], those that predict the tokens at (row [M], column [M]): [M, D]."""
     return hidden[row, (column - 1).clamp(min=0)]
 
 

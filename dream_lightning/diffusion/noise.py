@@ -23,12 +23,17 @@ def uniform(seed: int, *keys: Tensor | int) -> Tensor:
     generators", 2014), in int64 arithmetic that wraps.
     """
     device = next(key.device for key in keys if isinstance(key, Tensor))
-    state = torch.tensor(_wrap(seed), dtype=torch.int64, device=device)
+    state = _on(device, _wrap(seed))
     for key in keys:
-        state = _mix(
-            (state + _GOLDEN_GAMMA) ^ _mix(torch.as_tensor(key, dtype=torch.int64, device=device) + _GOLDEN_GAMMA)
-        )
+        state = _mix((state + _GOLDEN_GAMMA) ^ _mix(_on(device, key) + _GOLDEN_GAMMA))
     return _shift_right(state, 40).float() * 2.0**-24
+
+
+def _on(device: torch.device, key: Tensor | int) -> Tensor:
+    """The key as int64. An integer is filled in on the device: copying it there would wait for the device."""
+    if isinstance(key, Tensor):
+        return key.to(device, torch.int64)
+    return torch.full((), key, dtype=torch.int64, device=device)
 
 
 def _wrap(value: int) -> int:

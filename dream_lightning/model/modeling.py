@@ -16,6 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from dream_lightning.model.cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.configuration import DreamConfig
 from dream_lightning.model.loading import check_weights, local_folder
 from dream_lightning.types import DocumentBounds
@@ -73,13 +74,21 @@ class DreamAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: "AttentionMask | None") -> Tensor:
-        """[B, L, D] → [B, L, D]; `rotation` from `rotary_angles`."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: "AttentionMask | None",
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """[B, L, D] → [B, L, D]; `rotation` from `rotary_angles`, `cache` see `DreamBaseModel.forward`."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = store(cache, k, v)
         packed = isinstance(mask, DocumentBounds)
         out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask)  # [B, H, L, E]
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -122,9 +131,15 @@ class DreamDecoderLayer(nn.Module):
         self.input_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: "AttentionMask | None") -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: "AttentionMask | None",
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """[B, L, D] → [B, L, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -135,10 +150,13 @@ class AttentionMask:
     amount to.
     """
 
-    def __init__(self, attention_mask: Tensor, input_ids: Tensor) -> None:
+    def __init__(self, attention_mask: Tensor, input_ids: Tensor, columns: Tensor | None = None) -> None:
         batch, length = input_ids.shape
         allowed = attention_mask.bool()
-        if allowed.shape == (batch, length):
+        if columns is not None:  # of a cache: input_ids are these columns of the mask's L
+            self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
+            self.sees_something = allowed[:, columns][:, None, :, None]  # [B, 1, W, 1]
+        elif allowed.shape == (batch, length):
             self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
             self.sees_something = allowed[:, None, :, None]  # [B, 1, L, 1]
         elif allowed.shape == (batch, 1, length, length) and attention_mask.dtype == torch.bool:
@@ -193,22 +211,37 @@ class DreamBaseModel(DreamPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | DocumentBounds | None = None,
         position_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, L, D] after the last norm; arguments as in `DreamModel.forward`."""
-        mask = self._mask(attention_mask, input_ids)
+        """Hidden states [B, L, D] after the last norm; arguments as in `DreamModel.forward`.
+
+        With a `cache` of L columns, `input_ids` and `position_ids` are those of the `columns` [W] int64 only, the
+        result is [B, W, D], and `attention_mask` is None or [B, L]: keys and values of the columns are computed and
+        stored, those of all others come from the cache. Without gradients only.
+        """
+        mask = self._mask(attention_mask, input_ids, columns)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)  # [B, L, D]
         rotation = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and self.training and i < self.checkpointed_layers:
+            if cache is not None:
+                x = layer(x, rotation, mask, cache.of_layer(i, columns))
+            elif self.gradient_checkpointing and self.training and i < self.checkpointed_layers:
                 x = self._gradient_checkpointing_func(layer.__call__, x, rotation, mask)
             else:
                 x = layer(x, rotation, mask)
         return self.norm(x)
 
+    def new_cache(self, rows: int, length: int) -> KeyValueCache:
+        """An empty cache for [rows, length] ids; the first forward has to compute every column."""
+        c, weight = self.config, self.embed_tokens.weight
+        shape = (rows, c.num_key_value_heads, length, c.head_dim)
+        return KeyValueCache(len(self.layers), shape, dtype=weight.dtype, device=weight.device)
+
     def _mask(
-        self, attention_mask: Tensor | DocumentBounds | None, input_ids: Tensor
+        self, attention_mask: Tensor | DocumentBounds | None, input_ids: Tensor, columns: Tensor | None = None
     ) -> "AttentionMask | DocumentBounds | None":
         if attention_mask is None:
             return None
@@ -218,7 +251,7 @@ class DreamBaseModel(DreamPreTrainedModel):
             if input_ids.is_cuda and half and not drops:  # what the varlen kernel can do
                 return attention_mask
             attention_mask = attention_mask.to_mask(*input_ids.shape)
-        return AttentionMask(attention_mask, input_ids)
+        return AttentionMask(attention_mask, input_ids, columns)
 
 
 class DreamModel(DreamPreTrainedModel):

@@ -1,7 +1,9 @@
-"""Which token for a masked position, and which and how many positions now. Pure functions; noise comes in as uniforms.
+"""Which token for a masked position, and how sure it is. Pure functions; noise comes in as uniforms.
 
 Formulas: `sample_tokens`, `top_p_logits`, `top_k_logits` of the authors' generation_utils.py. All in float32.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,18 +12,6 @@ from dream_lightning.sampling.params import Algorithm
 
 # Positions handled at a time: a float32 [256, 152064] temporary is 156 MB, and a few of them live at once.
 _POSITIONS = 256
-
-
-def fill_shares(steps: int, eps: float) -> Tensor:
-    """Share of the remaining masks to fill at every step: 1 − tᵢ₊₁/tᵢ with t from 1 to eps in equal steps, last 1.
-
-    Returns:
-        [S] float32 on the CPU, whatever the model's device, so that rounding never differs.
-    """
-    t = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
-    shares = 1 - t[1:] / t[:-1]
-    shares[-1] = 1
-    return shares
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -104,6 +94,22 @@ def certainty(confidence: Tensor, alg: Algorithm) -> Tensor:
     return (confidence.exp() if alg == "entropy" else confidence).clamp(0, 1)
 
 
+def best_tokens(logits: Tensor, alg: Algorithm, forbidden: int | None = None) -> tuple[Tensor, Tensor]:
+    """`candidates` of one part at temperature 0 without filters; compiled, it reads the logits about twice.
+
+    [M, V] → tokens [M] int64, confidences [M] float32.
+    """
+    logits = logits.float()
+    if forbidden is not None:
+        logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) == forbidden, -torch.inf)
+    probs = logits.softmax(-1)
+    tokens = probs.max(-1).indices
+    return tokens, confidence_of(probs, tokens, alg)
+
+
+Rules = Callable[[Tensor, Tensor, Tensor], Tensor]  # float32 logits [m, V], row [m], column [m] → logits [m, V]
+
+
 def candidates(
     logits: Tensor,
     uniforms: Tensor | None,
@@ -113,6 +119,9 @@ def candidates(
     top_p: float | None = None,
     top_k: int | None = None,
     forbidden: int | None = None,
+    rules: Rules | None = None,
+    places: tuple[Tensor, Tensor] | None = None,
+    best: Callable[[Tensor, Algorithm, int | None], tuple[Tensor, Tensor]] = best_tokens,
 ) -> tuple[Tensor, Tensor]:
     """A token for every masked position, and the confidence in it.
 
@@ -120,60 +129,29 @@ def candidates(
         logits: [M, V], already aligned with the positions they predict.
         uniforms: [M] float32 in [0, 1); None at temperature 0.
         forbidden: a token that must not be chosen.
+        rules: changes the logits first; needs `places`.
+        places: row [M] and column [M] of the logits.
+        best: `best_tokens`, or a compiled form of it.
 
     Returns:
         tokens [M] int64 (at temperature 0 the argmax, the lowest id of a tie) and confidences [M] float32.
     """
     tokens, confidences = [], []
-    for start in range(0, len(logits), _POSITIONS):
+    plain = temperature == 0 and (top_p is None or top_p == 1) and top_k is None
+    for start in range(0, max(1, len(logits)), _POSITIONS):
         part = slice(start, start + _POSITIONS)
         some = logits[part]  # [≤ 256, V]
-        if forbidden is not None:
-            some = some.index_fill(1, torch.tensor(forbidden, device=some.device), -torch.inf)
-        probs = token_probabilities(some, temperature=temperature, top_p=top_p, top_k=top_k)
-        tokens.append(draw(probs, uniforms[part]) if temperature > 0 else probs.max(-1).indices)
-        confidences.append(confidence_of(probs, tokens[-1], alg))
+        if rules is not None:
+            some = rules(some.to(torch.float32, copy=True), places[0][part], places[1][part])
+        if plain:
+            token, confidence = best(some, alg, forbidden)
+        else:
+            some = some.float()
+            if forbidden is not None:
+                some = some.masked_fill(torch.arange(some.shape[1], device=some.device) == forbidden, -torch.inf)
+            probs = token_probabilities(some, temperature=temperature, top_p=top_p, top_k=top_k)
+            token = draw(probs, uniforms[part]) if temperature > 0 else probs.max(-1).indices
+            confidence = confidence_of(probs, token, alg)
+        tokens.append(token)
+        confidences.append(confidence)
     return torch.cat(tokens), torch.cat(confidences)
-
-
-def choose_positions(confidence: Tensor, where: Tensor, masks: Tensor, counts: Tensor) -> Tensor:
-    """The most confident positions of every row; of a tie, the leftmost.
-
-    Ties are common: a trained model gives float32 probability 1.0 to many positions of an eos tail.
-
-    Args:
-        confidence: [M], of the True positions of `where` in reading order.
-        where: [B, L] bool.
-        masks: [B] int64 on the CPU, the True positions of every row.
-        counts: [B] int64 on the CPU, how many to choose. If one exceeds the row's masks, all counts must be equal,
-            and the row gets positions outside `where` as well: those that the authors' topk over −inf happens to
-            return, see `sampler.reverse_process`.
-
-    Returns:
-        [B, L] bool.
-    """
-    everywhere = torch.full(where.shape, -torch.inf, dtype=confidence.dtype, device=where.device)
-    everywhere = everywhere.masked_scatter(where, confidence)  # [B, L]
-    if (counts > masks).any():
-        assert (counts == counts[0]).all()
-        return torch.zeros_like(where).scatter(1, everywhere.topk(int(counts[0])).indices, True)
-    order = everywhere.argsort(dim=-1, descending=True, stable=True)  # [B, L]
-    first = torch.arange(where.shape[1], device=where.device) < counts.to(where.device)[:, None]
-    return torch.zeros_like(where).scatter(1, order, first)
-
-
-def perturb(confidence: Tensor, alg_temp: float, uniforms: Tensor) -> Tensor:
-    """Confidences whose k largest are a draw of k without replacement from softmax(confidence / alg_temp).
-
-    Gumbel top-k (Kool, van Hoof and Welling 2019, arXiv:1903.06059). Unlike a multinomial it cannot run out of
-    probability when the softmax underflows.
-
-    Args:
-        confidence: any shape, float32.
-        uniforms: same shape, multiples of 2⁻²⁴ in [0, 1).
-
-    Returns:
-        Same shape, float64.
-    """
-    u = uniforms.double() + 2.0**-25  # strictly between 0 and 1
-    return confidence.double() / alg_temp - torch.log(-torch.log(u))

@@ -1,30 +1,30 @@
-"""What goes into generation, checked: the knobs and the prompts."""
+"""The knobs of generation, checked."""
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Literal, get_args
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
+CacheMode = Literal["none", "prefix", "dual"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to fill masks; names and meaning as in the authors' `diffusion_generate`, `seed` and `forbid_mask` are ours.
+    """How to fill masks. Up to `eps` names and meaning are as in the authors' `diffusion_generate`, the rest is ours.
 
-    Good settings for reasoning: `entropy`, temperature 0 … 0.2, one step for every one or two new tokens.
+    Good settings for reasoning: `entropy`, temperature 0 … 0.2, one step for every one or two new tokens. What the
+    faster ways promise and cost: docs/sampling.md.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of its range, or makes no sense beside another.
     """
 
     max_new_tokens: int = 256
     """Masks appended to the prompt. 0 is for pure infilling."""
     steps: int = 256
-    """Denoising steps. A step fills about max_new_tokens / steps positions and costs at most one forward."""
+    """Denoising steps. A step fills about max_new_tokens / steps positions and costs at most one forward. With
+    `tokens_per_step`, `threshold` or `factor` it is the most steps that there may be: the last one (of a block) fills
+    what is left, and steps that are not needed cost nothing."""
     alg: Algorithm = "entropy"
     """Which masked positions are filled first: random ones (`origin`), or the most confident by the probability of
     the chosen token (`maskgit_plus`), the lead of the best token over the second (`topk_margin`), or the negative
@@ -42,11 +42,47 @@ class SamplingParams:
     eps: float = 1e-3
     """The time at which the process ends: t goes from 1 to eps in equal steps."""
     seed: int = 0
-    """All noise is a function of (seed, sample id, step, position)."""
+    """All noise is a function of (seed, sample id, number of the returned sequence, step, position)."""
     forbid_mask: bool = False
     """Never predict the mask token. The authors allow it; then a position may stay masked to the end, and at
     temperature 0 such a row disturbs the other rows of its batch (see `sampler.reverse_process`). True makes every
     answer free of masks and independent of its batch whatever the model predicts."""
+
+    block_length: int | None = None
+    """Fill the new tokens in blocks of this many from left to right; the steps are shared out over the blocks."""
+    tokens_per_step: int | None = None
+    """Fill this many of the most confident positions at every step, instead of the authors' schedule."""
+    threshold: float | None = None
+    """Fill all positions whose certainty is at least this, at least one a step. Certainty lies in [0, 1]: the
+    probability (`maskgit_plus`), the lead over the second (`topk_margin`), 1 / perplexity (`entropy`).
+    Fast-dLLM (arXiv:2505.22618) uses 0.9 with `maskgit_plus`."""
+    factor: float | None = None
+    """Fill the n most certain positions, n the largest for which (n + 1)(1 − certainty of the n-th) is below this, at
+    least one a step (Fast-dLLM's factor rule): the more are filled together, the surer each has to be."""
+    cache: CacheMode = "none"
+    """Keys and values kept from step to step: none; of everything left of the block (`prefix`), so that the block and
+    what follows it are computed; or of everything outside the block (`dual`), so that only the block is."""
+    refresh_every: int | None = None
+    """Compute everything again every so many steps of a block, and at its start; None: at its start only. 1 keeps
+    nothing, and gives exactly what `none` gives."""
+    stop_at_eos: bool = False
+    """Leave a row alone once all positions left of its first eos are filled: the text up to there is as without it.
+    The masks behind are filled with eos, unpredicted."""
+    compile: bool = False
+    """Run the network as compiled CUDA graphs: faster after a slow first call of every shape. CUDA only."""
+    banned_tokens: list[int] | None = None
+    """Ids never to predict."""
+    required_tokens: list[int] | None = None
+    """Ids that must occur: at the start each takes the free position where the model finds it most probable, for one
+    more forward. No eos is predicted left of them."""
+    min_new_tokens: int = 0
+    """No eos among so many first new tokens: against empty answers."""
+    eos_penalty: float = 0.0
+    """Subtracted from the logit of eos everywhere; makes answers longer, negative ones shorter."""
+    forced_prefix: list[int] | None = None
+    """Ids with which the answer begins; they are part of max_new_tokens."""
+    forced_suffix: list[int] | None = None
+    """Ids with which the answer ends, at its very last positions; they are part of max_new_tokens."""
 
     def __post_init__(self) -> None:
         if self.alg not in get_args(Algorithm):
@@ -64,104 +100,113 @@ class SamplingParams:
         if not 0 < self.eps < 1:
             raise ValueError(f"eps is {self.eps}, it must lie in (0, 1): the authors use 1e-3")
 
+        self._check_blocks()
+        self._check_parallel()
+        self._check_control()
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the new tokens make; 1 without `block_length`."""
+        return 1 if self.block_length is None else self.max_new_tokens // self.block_length
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the positions to fill at a step are not counted by the authors' schedule."""
+        return not (self.tokens_per_step is None and self.threshold is None and self.factor is None)
+
+    def _check_blocks(self) -> None:
+        if self.cache not in get_args(CacheMode):
+            raise ValueError(f"cache is {self.cache!r}: choose one of {', '.join(get_args(CacheMode))}")
+        if self.refresh_every is not None:
+            _check_integer("refresh_every", self.refresh_every, 1, "; None refreshes at the start of a block only")
+            if self.cache == "none":
+                raise ValueError(f"refresh_every is {self.refresh_every} without a cache: set cache to prefix or dual")
+        if self.block_length is None:
+            if self.cache != "none":
+                raise ValueError(
+                    f"cache is {self.cache!r} without blocks: set block_length, such as 32; keys and values are kept "
+                    "for what lies outside the block at work"
+                )
+            return
+        _check_integer("block_length", self.block_length, 1)
+        if not self.max_new_tokens or self.max_new_tokens % self.block_length:
+            raise ValueError(
+                f"block_length is {self.block_length} and max_new_tokens {self.max_new_tokens}: wanted whole blocks, "
+                "make the one a multiple of the other"
+            )
+        if self.steps % self.blocks:
+            raise ValueError(
+                f"steps is {self.steps} for {self.blocks} blocks: wanted the same number for each, a multiple of "
+                f"{self.blocks}"
+            )
+        if self.steps > self.max_new_tokens:
+            raise ValueError(
+                f"steps is {self.steps} for {self.max_new_tokens} new tokens in blocks: a step fills at least one, so "
+                f"set steps to {self.max_new_tokens} or less"
+            )
+        self._needs_forbid_mask("block_length")
+
+    def _check_parallel(self) -> None:
+        chosen = [n for n in ("tokens_per_step", "threshold", "factor") if getattr(self, n) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} are set: they are ways to choose how many, set one of them")
+        for name in chosen:
+            if self.alg == "origin":
+                raise ValueError(f"{name} is set and alg is 'origin', whose order is random: choose another alg")
+            self._needs_forbid_mask(name)
+        if self.tokens_per_step is not None:
+            _check_integer("tokens_per_step", self.tokens_per_step, 1)
+            length = self.block_length or self.max_new_tokens
+            if self.tokens_per_step * (self.steps // self.blocks) < length:
+                raise ValueError(
+                    f"tokens_per_step is {self.tokens_per_step} and steps {self.steps}: the last step would have to "
+                    f"fill more, set steps to at least {-(-length // self.tokens_per_step) * self.blocks}"
+                )
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold is {self.threshold}, it must lie in (0, 1]: 0.9 is usual")
+        if self.factor is not None and not (self.factor > 0 and math.isfinite(self.factor)):
+            raise ValueError(f"factor is {self.factor}, it must be finite and above 0: 1.0 is usual")
+        if self.alg_temp and (self.threshold is not None or self.factor is not None):
+            raise ValueError(
+                f"alg_temp is {self.alg_temp}, but threshold and factor fill the most certain positions, not drawn "
+                "ones: set alg_temp to None, or use tokens_per_step"
+            )
+
+    def _check_control(self) -> None:
+        if self.compile:
+            self._needs_forbid_mask("compile")
+        if self.stop_at_eos:
+            self._needs_forbid_mask("stop_at_eos")
+            if self.forced_suffix:
+                raise ValueError("stop_at_eos would end the answer before forced_suffix: leave one of them out")
+        _check_integer("min_new_tokens", self.min_new_tokens, 0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only {self.max_new_tokens}")
+        if not math.isfinite(self.eos_penalty):
+            raise ValueError(f"eos_penalty is {self.eos_penalty}, it must be finite: min_new_tokens forbids eos")
+        forced = len(self.forced_prefix or []) + len(self.forced_suffix or [])
+        required = len(self.required_tokens or [])
+        if forced and forced >= self.max_new_tokens > 0:
+            raise ValueError(
+                f"forced_prefix and forced_suffix are {forced} of {self.max_new_tokens} new tokens, which leaves "
+                "nothing to fill: raise max_new_tokens"
+            )
+        if required > self.max_new_tokens - forced and self.max_new_tokens > 0:
+            raise ValueError(
+                f"required_tokens are {required}, but only {self.max_new_tokens - forced} positions are free: raise "
+                "max_new_tokens"
+            )
+        if both := set(self.required_tokens or []) & set(self.banned_tokens or []):
+            raise ValueError(f"required_tokens and banned_tokens both hold {sorted(both)}: take them out of one")
+
+    def _needs_forbid_mask(self, name: str) -> None:
+        if not self.forbid_mask:
+            raise ValueError(
+                f"{name} is set and forbid_mask is False: set it to True, because it counts on every chosen position "
+                "being filled, and a model that predicts the mask token would leave some unfilled"
+            )
+
 
 def _check_integer(name: str, value: int, minimum: int, remedy: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} is {value!r}, it must be an integer of at least {minimum}{remedy}")
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """Prompts with room for their answers; L = P + N."""
-
-    x: Tensor  # [B, L] int64, the state at t = 1
-    real: Tensor  # [B, L] bool, False = left padding
-    positions: Tensor  # [B, L] int64, counted from the row's first real token; padding has position 1
-    sample_ids: Tensor  # [B] int64, keys of the noise
-    padded: bool  # whether `real` has a False: without one, attention needs no mask
-
-
-def prepare(
-    config: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    params: SamplingParams,
-    sample_ids: Tensor | None = None,
-    infill: bool = False,
-) -> Canvas:
-    """Append `params.max_new_tokens` masks to the prompts, after checking them.
-
-    Args:
-        config: a DreamConfig.
-        input_ids: [B, P] int64.
-        attention_mask: [B, P] bool or 0/1, 0 = left padding. None: no padding.
-        sample_ids: [B] int64, 0 … B − 1 by default.
-        infill: the prompts may contain masks.
-
-    Raises:
-        ValueError: a shape or dtype is wrong, an id is outside the vocabulary, padding is not on the left, a row has
-            no real token or is padded with masks, prompt and answer are longer than the model's context, the prompt
-            contains masks without `infill`, or there is nothing to fill.
-    """
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, wanted [B, P] with at least one row and token")
-    if input_ids.dtype != torch.int64:
-        raise ValueError(f"input_ids is {input_ids.dtype}, wanted torch.int64: pass token ids, input_ids.long()")
-    if not infill and params.max_new_tokens == 0:
-        raise ValueError("max_new_tokens is 0, so there is nothing to fill: raise it, or pass infill=True")
-    batch, length = input_ids.shape[0], input_ids.shape[1] + params.max_new_tokens
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"{input_ids.shape[1]} prompt tokens and {params.max_new_tokens} new ones are {length}, the model has "
-            f"{config.max_position_embeddings} positions (max_position_embeddings): shorten one of them"
-        )
-    low, high = input_ids.aminmax()
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(
-            f"input_ids holds ids from {int(low)} to {int(high)}, the vocabulary is 0 … {config.vocab_size - 1}: "
-            "was another tokenizer used?"
-        )
-    prompt_is_real = torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask is not None:
-        prompt_is_real = _left_padding(attention_mask, input_ids)
-    if not infill and (masks := (input_ids == config.mask_token_id).sum()):
-        raise ValueError(
-            f"input_ids contains the mask token {config.mask_token_id} {int(masks)} times: pass infill=True to fill "
-            "these positions too, or escape special tokens in the prompt's text"
-        )
-    if ((input_ids == config.mask_token_id) & ~prompt_is_real).any():
-        raise ValueError("input_ids is padded with the mask token: pad with another one, such as the pad token")
-    if sample_ids is None:
-        sample_ids = torch.arange(batch)
-    if sample_ids.shape != (batch,) or sample_ids.dtype != torch.int64:
-        raise ValueError(
-            f"sample_ids is {sample_ids.dtype} {list(sample_ids.shape)}, wanted torch.int64 [{batch}]: one id per row"
-        )
-    real = F.pad(prompt_is_real, (0, params.max_new_tokens), value=True)  # [B, L]
-    return Canvas(
-        x=F.pad(input_ids, (0, params.max_new_tokens), value=config.mask_token_id),
-        real=real,
-        positions=(real.long().cumsum(-1) - 1).masked_fill(~real, 1),
-        sample_ids=sample_ids.to(input_ids.device),
-        padded=not bool(real.all()),
-    )
-
-
-def _left_padding(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-    """The mask as bool [B, P], or an error that says what is wrong with it."""
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}, wanted that of input_ids, "
-            f"{list(input_ids.shape)}: the new positions are added here"
-        )
-    real = attention_mask.to(input_ids.device).bool()
-    if (attention_mask != attention_mask.bool()).any():
-        raise ValueError("attention_mask has values other than 0 and 1: pass 1 for real tokens and 0 for padding")
-    if (empty := ~real.any(-1)).any():
-        raise ValueError(f"row {int(empty.nonzero()[0])} of attention_mask has no real token: drop the row")
-    if (broken := (real[:, 1:] < real[:, :-1]).any(-1)).any():
-        raise ValueError(
-            f"row {int(broken.nonzero()[0])} of attention_mask has a 0 after a 1: the answer follows the last column, "
-            'so pad on the left (tokenizer.padding_side = "left") and leave no holes'
-        )
-    return real

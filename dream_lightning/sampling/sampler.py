@@ -1,23 +1,20 @@
-"""The reverse process: from masks to tokens, some at every step.
+"""Answering a batch of prompts: what the reverse process needs is put together, and its result handed out."""
 
-Source: the authors' `diffusion_generate` (generation_utils.py of Dream-v0-Instruct-7B).
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dream_lightning.diffusion import denoiser
-from dream_lightning.diffusion.noise import uniform
-from dream_lightning.sampling.choosing import candidates, certainty, choose_positions, fill_shares, perturb
-from dream_lightning.sampling.params import Canvas, SamplingParams, prepare
-
-Predict = Callable[[Tensor, Tensor], Tensor]  # x_t [B, L], where [B, L] bool → logits [M, V] for the True positions
-
-_TOKEN, _ORDER = 0, 1  # the last key of a random number's address: what it is used for
+from dream_lightning.sampling.canvas import Canvas, prepare
+from dream_lightning.sampling.compiled import CompiledDenoiser, compiled
+from dream_lightning.sampling.control import LogitsHook, TokensHook, place_required
+from dream_lightning.sampling.network import Network
+from dream_lightning.sampling.params import SamplingParams
+from dream_lightning.sampling.process import reverse_process
+from dream_lightning.sampling.rows import State, locate
 
 
 @dataclass
@@ -31,16 +28,6 @@ class GenerationOutput:
     forwards: Tensor | None = None  # [B] int64, forwards of the model that filled something in this row
 
 
-@dataclass(frozen=True)
-class State:
-    """The rows between two steps; tensors of a State are never changed."""
-
-    x: Tensor  # [B, L] int64
-    filled_at: Tensor  # [B, L] int64
-    confidence: Tensor  # [B, L] float32
-    forwards: Tensor  # [B] int64
-
-
 def diffusion_generate(
     model: nn.Module,
     input_ids: Tensor,
@@ -51,6 +38,9 @@ def diffusion_generate(
     sample_ids: Tensor | None = None,
     infill: bool = False,
     run_every_step: bool = False,
+    num_return_sequences: int = 1,
+    logits_hook: LogitsHook | None = None,
+    tokens_hook: TokensHook | None = None,
 ) -> GenerationOutput:
     """Answer a batch of prompts.
 
@@ -59,7 +49,8 @@ def diffusion_generate(
     rounding of the model's own arithmetic, which may differ with the batch's shape).
 
     Args:
-        model: a DreamModel, on the device of `input_ids`. It runs in eval mode and gets its modes back.
+        model: a DreamModel or its CompiledDenoiser, on the device of `input_ids`. It runs in eval mode and gets its
+            modes back.
         input_ids: [B, P] int64, left-padded if the prompts differ in length.
         attention_mask: [B, P] bool or 0/1, 0 = left padding. None: no padding.
         params: see SamplingParams; None takes its defaults.
@@ -68,15 +59,25 @@ def diffusion_generate(
             ids get equal answers.
         infill: fill the masks that the prompt contains, too; without it they are an error.
         run_every_step: call the model also where nothing would be filled, so that the number of forwards is
-            `params.steps` whatever the data. Ranks that share a sharded model need it.
+            `params.steps` (one more with `required_tokens`) whatever the data. Ranks that share a sharded model need
+            it.
+        num_return_sequences: answers to every prompt, with different noise; they follow each other in the output,
+            which has B · num_return_sequences rows. The first is the one that there would be alone.
+        logits_hook: changes logits before tokens are chosen, see `control.LogitsHook`.
+        tokens_hook: changes tokens after a step, see `control.TokensHook`.
 
     Raises:
-        ValueError: see `params.prepare`; logits that are not finite.
+        ValueError: see `canvas.prepare`; logits that are not finite; several sequences asked of a process without
+            noise; hooks beside what they would break; `params.compile` without CUDA.
     """
     params = params or SamplingParams()
     canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill)
+    if num_return_sequences != 1:
+        canvas = canvas.repeat(_checked_copies(num_return_sequences, params))
+    _check_hooks(params, logits_hook, tokens_hook)
     history = []
-    for state in _denoise(model, canvas, params, infill, run_every_step):
+    states = _denoise(model, canvas, params, infill, run_every_step, logits_hook, tokens_hook)
+    for state in states:
         if return_history:
             history.append(state.x)
     return GenerationOutput(
@@ -100,7 +101,7 @@ def denoising_steps(
     """
     params = params or SamplingParams()
     canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill)
-    return _tokens(_denoise(model, canvas, params, infill, run_every_step=False))
+    return _tokens(_denoise(model, canvas, params, infill))
 
 
 def _tokens(states: Iterator[State]) -> Iterator[Tensor]:
@@ -109,110 +110,83 @@ def _tokens(states: Iterator[State]) -> Iterator[Tensor]:
 
 
 def _denoise(
-    model: nn.Module, canvas: Canvas, params: SamplingParams, infill: bool, run_every_step: bool
+    model: nn.Module,
+    canvas: Canvas,
+    params: SamplingParams,
+    infill: bool,
+    run_every_step: bool = False,
+    logits_hook: LogitsHook | None = None,
+    tokens_hook: TokensHook | None = None,
 ) -> Iterator[State]:
-    attention_mask, position_ids = (canvas.real, canvas.positions) if canvas.padded else (None, None)
-
-    def predict(x: Tensor, where: Tensor) -> Tensor:
-        return denoiser.logits(model, x, where, attention_mask, position_ids)
-
-    mask_token_id = model.config.mask_token_id
+    config, (rows, length) = model.config, canvas.x.shape
     if params.top_k is None:
-        params = replace(params, top_k=getattr(model.config, "default_top_k", None))
+        params = replace(params, top_k=getattr(config, "default_top_k", None))
+    fast = {}
+    if params.compile or isinstance(model, CompiledDenoiser):
+        if not params.forbid_mask:
+            raise ValueError("a compiled model pads the batch, which must not count: set forbid_mask to True")
+        model = compiled(model)
+        canvas = model.into_bucket(canvas)
+        fast = {"bucket": model.positions, "best": model.best}
     with _evaluating(model):
-        yield from reverse_process(
-            predict, canvas, params, mask_token_id=mask_token_id, uneven=infill, run_every_step=run_every_step
+        network = Network(model, canvas, cache=params.cache, refresh_every=params.refresh_every)
+        if params.required_tokens:
+            canvas = _with_required(network, canvas, params, config)
+        states = reverse_process(
+            network,
+            canvas,
+            params,
+            mask_token_id=config.mask_token_id,
+            eos_token_id=config.eos_token_id,
+            uneven=infill,
+            run_every_step=run_every_step,
+            forwards=1 if params.required_tokens else 0,
+            logits_hook=logits_hook,
+            tokens_hook=tokens_hook,
+            **fast,
         )
+        for state in states:
+            yield State(*(part[:rows, -length:] if part.ndim == 2 else part[:rows] for part in vars(state).values()))
 
 
 @torch.no_grad()
-def reverse_process(
-    predict: Predict,
-    canvas: Canvas,
-    params: SamplingParams,
-    *,
-    mask_token_id: int,
-    uneven: bool = False,
-    run_every_step: bool = False,
-) -> Iterator[State]:
-    """The steps of denoising over any predictor; yields the state after each.
-
-    Step i fills `fill_shares[i]` of the positions that are still masked. These are looked up again at every step, for
-    a model may predict the mask token itself.
-
-    In that case, and at temperature 0, where a run of the authors' code is reproducible, we follow it to the token:
-    the number to fill is an average over the batch's rows, and a row with fewer masks than that gets other positions
-    overwritten by the mask token, prompt included. `forbid_mask`, any noise, or `uneven` counts every row for itself.
-
-    Args:
-        predict: (x_t [B, L], where [B, L] bool) → logits [M, V] of the True positions in reading order.
-        canvas: the rows to fill.
-        params: see SamplingParams.
-        mask_token_id: the id of the mask token.
-        uneven: rows begin with different numbers of masks (infilling).
-        run_every_step: call `predict` also where nothing would be filled.
-
-    Raises:
-        ValueError: a confidence is not finite.
-    """
-    x, shares = canvas.x, fill_shares(params.steps, params.eps)
-    state = State(
-        x, torch.full_like(x, -1), torch.zeros(x.shape, dtype=torch.float32, device=x.device), x.new_zeros(len(x))
-    )
-    as_authors = not (params.forbid_mask or uneven or params.temperature > 0 or params.alg_temp)
-    masks = counts = None  # [B] on the host: how many positions are masked, how many of them to fill now
-    for step in range(params.steps):
-        where = x == mask_token_id  # [B, L], what to predict
-        if params.alg == "origin":
-            where &= _noise(canvas, params.seed, step, _ORDER) < shares[step].item()
-            idle = not where.any()
-        else:
-            # Where no position can stay masked, the counts are known without asking the device.
-            masks = masks - counts if params.forbid_mask and step > 0 else where.sum(1).cpu()
-            remaining = (masks.sum() / len(masks)).expand(len(masks)) if as_authors else masks.float()
-            counts = (remaining * shares[step]).long()  # rounds down, in float32 as the authors do
-            idle = not counts.any()
-        if idle:
-            if run_every_step:
-                predict(x, torch.zeros_like(where))
-            yield state
-            continue
-
-        logits = predict(x, where)  # [M, V]
-        tokens, confidence = candidates(
-            logits,
-            _noise(canvas, params.seed, step, _TOKEN)[where] if params.temperature > 0 else None,
-            alg=params.alg,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            forbidden=mask_token_id if params.forbid_mask else None,
-        )  # [M], [M]
-        if not confidence.isfinite().all():
-            raise ValueError(
-                f"the model's logits are not finite at step {step}: check the weights (a diverged run?), "
-                "and use bfloat16 or float32 rather than float16"
-            )
-        chosen, sure = where, certainty(confidence, params.alg)
-        if params.alg != "origin":
-            if params.alg_temp:
-                confidence = perturb(confidence, params.alg_temp, _noise(canvas, params.seed, step, _ORDER)[where])
-            chosen = choose_positions(confidence, where, masks, counts)
-        proposal = torch.full_like(x, mask_token_id).masked_scatter(where, tokens)  # [B, L]
-        x = torch.where(chosen, proposal, x)
-        filled = chosen & (x != mask_token_id)
-        state = State(
-            x,
-            state.filled_at.masked_fill(filled, step),
-            torch.where(filled, torch.zeros_like(state.confidence).masked_scatter(where, sure), state.confidence),
-            state.forwards + filled.any(1),
+def _with_required(network: Network, canvas: Canvas, params: SamplingParams, config: Any) -> Canvas:
+    """The canvas with `params.required_tokens` in their places."""
+    where = canvas.x == config.mask_token_id
+    if int(where.sum(1).min()) < len(params.required_tokens):
+        raise ValueError(
+            f"required_tokens are {len(params.required_tokens)}, and a row has {int(where.sum(1).min())} masks: leave "
+            "room for them"
         )
-        yield state
+    row, column = locate(where, int(where.sum()))
+    logits = network(canvas.x, row, column, 0)
+    x, last = place_required(logits, row, column, canvas.x, params.required_tokens)
+    canvas = replace(canvas, x=x, eos_from=torch.maximum(canvas.eos_from, last + 1))
+    network.keep(canvas)
+    return canvas
 
 
-def _noise(canvas: Canvas, seed: int, step: int, purpose: int) -> Tensor:
-    """Uniform numbers [B, L] of the rows' samples at this step."""
-    return uniform(seed, canvas.sample_ids[:, None], step, canvas.positions, purpose)
+def _checked_copies(number: int, params: SamplingParams) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"num_return_sequences is {number!r}, wanted an integer of at least 1")
+    if params.temperature == 0 and not params.alg_temp and params.alg != "origin":
+        raise ValueError(
+            f"num_return_sequences is {number}, but without noise all would be the same: set temperature or alg_temp"
+        )
+    return number
+
+
+def _check_hooks(params: SamplingParams, logits_hook: LogitsHook | None, tokens_hook: TokensHook | None) -> None:
+    if params.stop_at_eos and (logits_hook or tokens_hook):
+        raise ValueError("hooks see the whole batch, which rows leave with stop_at_eos: leave one of them out")
+    if (params.threshold is not None or params.factor is not None) and (logits_hook or tokens_hook):
+        raise ValueError("hooks see the whole batch, which rows leave with threshold and factor: use tokens_per_step")
+    if tokens_hook and params.cache != "none":
+        raise ValueError("tokens_hook may change tokens whose keys are kept: set cache to none")
+    if logits_hook and params.compile:
+        raise ValueError(
+            "compiled runs predict some positions in vain, which a logits_hook would see: leave out compile"
+        )
 
 
 @contextmanager

@@ -86,3 +86,34 @@ class AnswerAccuracy(Metric):
             "unparsed": self.unparsed.float() / rows,
             "scored": self.total.float(),
         }
+
+
+class TokensPerForward(Metric):
+    """Positions filled in a forward of the model, the speed of parallel decoding; summed over ranks before dividing."""
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    filled: Tensor  # [] int64
+    forwards: Tensor  # [] int64
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("filled", "forwards"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, filled: Sequence[int], forwards: Sequence[int], counted: Sequence[bool]) -> None:
+        """Adds B responses: positions filled in each, and in how many forwards; rows with `counted` False are left out.
+
+        Raises:
+            ValueError: the three have different lengths.
+        """
+        for positions, passes, flag in zip(filled, forwards, counted, strict=True):
+            if flag:
+                self.filled += positions
+                self.forwards += passes
+
+    def compute(self) -> Tensor:
+        """[] float32, 0 without a forward."""
+        return self.filled.float() / self.forwards.clamp(min=1)

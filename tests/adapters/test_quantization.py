@@ -16,6 +16,7 @@ from dream_lightning.adapters import (
     add_lora,
     base_hash,
     check_base,
+    held_in_bfloat16,
     is_4bit,
     load_4bit,
     load_adapter_state,
@@ -266,3 +267,33 @@ class TestBaseHash:
         check_base("a" * 64, "a" * 64, saved_base="x", loaded_base="y")
         with pytest.raises(ValueError, match=r"belong to Dream-Base \(hash aaaaaaaaaaaa\).*Dream-Instruct has other"):
             check_base("a" * 64, "b" * 64, saved_base="Dream-Base", loaded_base="Dream-Instruct")
+
+
+@needs_bitsandbytes
+def test_held_in_bfloat16_the_numbers_stay(model):
+    with torch.no_grad():
+        before = model(IDS).logits
+        with held_in_bfloat16(model):
+            assert not any("4bit" in type(module).__name__ for module in model.modules())
+            inside = model(IDS).logits
+        after = model(IDS).logits
+    torch.testing.assert_close(inside, before)
+    assert torch.equal(after, before)
+    with pytest.raises(ValueError, match="no 4-bit layers"), held_in_bfloat16(torch.nn.Linear(2, 2)):
+        pass
+
+
+@needs_bitsandbytes
+def test_held_in_bfloat16_under_adapters(model):
+    add_lora(model, LoraParams(targets="all-linear"), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        with torch.autocast("cpu", torch.bfloat16):
+            before = model(IDS).logits
+            with held_in_bfloat16(model):
+                inside = model(IDS).logits
+            after = model(IDS).logits
+    torch.testing.assert_close(inside, before)
+    assert torch.equal(after, before)

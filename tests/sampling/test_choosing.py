@@ -6,16 +6,8 @@ import pytest
 import torch
 
 from dream_lightning.diffusion.noise import uniform
-from dream_lightning.sampling.choosing import (
-    candidates,
-    choose_positions,
-    draw,
-    fill_shares,
-    keep_top_k,
-    keep_top_p,
-    perturb,
-    token_probabilities,
-)
+from dream_lightning.sampling.accepting import choose_positions, fill_shares, perturb
+from dream_lightning.sampling.choosing import candidates, draw, keep_top_k, keep_top_p, token_probabilities
 
 
 def kept(logits):
@@ -107,12 +99,12 @@ def test_draw_reaches_the_last_token_of_a_flat_vocabulary():
 
 
 def test_most_confident_positions_leftmost_of_ties():
-    where = torch.tensor([[0, 1, 1, 1, 0, 1], [1, 1, 0, 0, 1, 0]]).bool()
-    confidence = torch.tensor([1.0, 1.0, 0.5, 1.0, -0.2, -0.1, -0.1])
-    chosen = choose_positions(confidence, where, where.sum(1), torch.tensor([2, 1]))
+    inf = torch.inf
+    grid = torch.tensor([[-inf, 1.0, 1.0, 0.5, -inf, 1.0], [-0.2, -0.1, -inf, -inf, -0.1, -inf]])
+    chosen = choose_positions(grid, torch.tensor([2, 1]))
     assert [row.nonzero().flatten().tolist() for row in chosen] == [[1, 2], [1]]
-    assert not choose_positions(confidence, where, where.sum(1), torch.tensor([0, 0])).any()
-    assert torch.equal(choose_positions(confidence, where, where.sum(1), where.sum(1)), where)
+    assert not choose_positions(grid, torch.tensor([0, 0])).any()
+    assert torch.equal(choose_positions(grid, torch.tensor([4, 3])), grid > -inf)
 
 
 def test_perturbed_order_draws_without_replacement_from_the_softmax():

@@ -7,7 +7,7 @@ import torch
 
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.sampling import SamplingParams, denoising_steps, diffusion_generate, reverse_process
-from dream_lightning.sampling.params import prepare
+from dream_lightning.sampling.canvas import prepare
 
 VOCABULARY, MASK, PAD = 60, 57, 59
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -181,8 +181,17 @@ def test_infilling(model, alg):
         assert torch.equal(alone[0], out[b])
 
 
-def always(token):
-    return lambda x, where: torch.nn.functional.one_hot(torch.full((int(where.sum()),), token), VOCABULARY) * 9.0
+class Always:
+    """Predicts one token everywhere."""
+
+    def __init__(self, token, value=9.0):
+        self.token, self.value = token, value
+
+    def start_block(self, first, last):
+        pass
+
+    def __call__(self, x, row, column, step_of_block):
+        return torch.nn.functional.one_hot(torch.full((len(row),), self.token), VOCABULARY) * self.value
 
 
 def test_a_predicted_mask_stays_unless_forbidden():
@@ -190,7 +199,7 @@ def test_a_predicted_mask_stays_unless_forbidden():
     for forbid in (False, True):
         params = SamplingParams(max_new_tokens=4, steps=4, forbid_mask=forbid)
         canvas = prepare(config, prompts(2), None, params)
-        *_, end = reverse_process(always(MASK), canvas, params, mask_token_id=MASK)
+        *_, end = reverse_process(Always(MASK), canvas, params, mask_token_id=MASK)
         assert (end.x[:, 7:] == (0 if forbid else MASK)).all()
 
 
@@ -219,7 +228,7 @@ def test_logits_that_are_not_finite(model):
     canvas_params = SamplingParams(max_new_tokens=4, steps=2, temperature=1.0)
     canvas = prepare(model.config, prompts(1), None, canvas_params)
     with pytest.raises(ValueError, match="not finite at step 0"):
-        list(reverse_process(lambda x, w: always(1)(x, w) * torch.nan, canvas, canvas_params, mask_token_id=MASK))
+        list(reverse_process(Always(1, torch.nan), canvas, canvas_params, mask_token_id=MASK))
 
 
 @pytest.mark.parametrize("alg", ALGORITHMS)

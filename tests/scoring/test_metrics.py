@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dream_lightning.scoring import AnswerAccuracy, Grade, grade
+from dream_lightning.scoring import AnswerAccuracy, Grade, TokensPerForward, grade
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,13 @@ def test_counts_survive_a_cast_to_bfloat16():
 def test_lengths_must_agree(update):
     with pytest.raises(ValueError, match="one of each per row"):
         AnswerAccuracy().update(*update)
+
+
+def test_tokens_per_forward_by_hand():
+    metric = TokensPerForward()
+    assert metric.compute().item() == 0
+    metric.update([30, 30, 8], [15, 10, 1], [True, True, False])
+    metric.update([4], [0], [False])
+    assert metric.compute().item() == pytest.approx(60 / 25)
+    with pytest.raises(ValueError):
+        metric.update([1], [1, 2], [True])

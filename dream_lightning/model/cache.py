@@ -1,0 +1,35 @@
+"""Keys and values that stay from one forward to the next."""
+
+import torch
+from torch import Tensor
+
+LayerCache = tuple[Tensor, Tensor, Tensor]  # keys [B, K, L, E], values [B, K, L, E], columns [W]; see `store`
+
+
+class KeyValueCache:
+    """Keys and values of every layer at every column of a batch, each from the last forward that computed its column.
+
+    Attention is bidirectional, so a remembered key is exact only until any token of its row changes: a forward over
+    some columns sees the others as they were. Shapes and addresses never change, for compiled graphs.
+
+    Args:
+        layers: decoder layers.
+        shape: [B, K, L, E].
+    """
+
+    def __init__(self, layers: int, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device):
+        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self._values = [torch.zeros_like(keys) for keys in self._keys]
+        self.length = shape[2]
+
+    def of_layer(self, layer: int, columns: Tensor) -> LayerCache:
+        """What a layer needs to compute the columns [W] int64 anew."""
+        return self._keys[layer], self._values[layer], columns
+
+
+def store(cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Put new keys and values [B, K, W, E] in their columns; returns those of all columns, [B, K, L, E] each."""
+    keys, values, columns = cache
+    keys.index_copy_(2, columns, k.to(keys.dtype))
+    values.index_copy_(2, columns, v.to(values.dtype))
+    return keys, values

@@ -1,0 +1,202 @@
+"""The network as compiled CUDA graphs: one launch a forward instead of one for every kernel.
+
+A forward of one row is bound by launches: at 7B shapes an H100 needs about 10 ms for 512 tokens and 5 ms for reading
+the weights, and the eager loop takes 26. A graph has fixed shapes and addresses, so rows go into batches of powers of
+two, prompts are padded on the left to multiples of 64 columns (of an eighth of the length beyond 1,024, so that shapes
+stay few), and predicted positions to multiples of 32.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dream_lightning.sampling.canvas import Canvas
+from dream_lightning.sampling.choosing import best_tokens
+from dream_lightning.sampling.params import Algorithm
+
+_COLUMNS, _POSITIONS = 64, 32
+_WARM_UP = 3  # forwards before a capture: compilation, and what libraries allocate at their first call
+
+
+class CompiledDenoiser:
+    """A DreamModel that `diffusion_generate` takes in its place: the same weights, read where they are.
+
+    Args:
+        model: a DreamModel on a CUDA device. It may be trained between two generations.
+        capture: False runs the layers as they are, in the same fixed shapes and buffers, on any device: for tests.
+        mode: of torch.compile, such as `max-autotune-no-cudagraphs`, which takes minutes to try kernels.
+
+    Raises:
+        ValueError: the model is not on a CUDA device, or its weights are sharded.
+    """
+
+    def __init__(self, model: nn.Module, *, capture: bool = True, mode: str | None = None) -> None:
+        parameter = next(model.parameters())
+        if capture and parameter.device.type != "cuda":
+            raise ValueError(f"the model is on {parameter.device}, CUDA graphs need a GPU: set compile to False")
+        if any(hasattr(p, "device_mesh") for p in model.parameters()):
+            raise ValueError(
+                "the model's weights are sharded over ranks, which a graph cannot gather: set compile to False"
+            )
+        self.config, self.lm_head = model.config, model.lm_head
+        self.original = weakref.ref(model)
+        self.model = GraphedTrunk(model.model, capture, mode)
+        self._best = torch.compile(best_tokens) if capture else best_tokens
+        self._capture = capture
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Those of the original."""
+        return self.original().modules()
+
+    def eval(self) -> None:
+        """Put the original into eval mode."""
+        self.original().eval()
+
+    def into_bucket(self, canvas: Canvas) -> Canvas:
+        """The canvas in one of few shapes, its own rows first and its own columns last."""
+        rows, length = canvas.x.shape
+        grain = max(_COLUMNS, (1 << length.bit_length() - 1) // 8)
+        columns = -(-length // grain) * grain
+        pad = self.config.pad_token_id or 0
+        return canvas.padded_to(1 << (rows - 1).bit_length(), columns, pad)
+
+    def positions(self, number: int) -> int:
+        """How many positions to predict where so many are wanted."""
+        return -(-number // _POSITIONS) * _POSITIONS
+
+    def best(self, logits: Tensor, alg: Algorithm, forbidden: int | None) -> tuple[Tensor, Tensor]:
+        """`choosing.best_tokens`, compiled once for all numbers of positions."""
+        if self._capture:
+            torch._dynamo.maybe_mark_dynamic(logits, 0)
+        return self._best(logits, alg, forbidden)
+
+
+class GraphedTrunk:
+    """The layers of a model as one CUDA graph for each combination of input shapes."""
+
+    def __init__(self, trunk: nn.Module, capture: bool, mode: str | None) -> None:
+        self._trunk, self._capture, self._mode = weakref.ref(trunk), capture, mode
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graphs: dict[tuple, _Graph] = {}
+        self._caches: dict[tuple[int, int], Any] = {}
+        self._pool = None
+        self._addresses = [p.data_ptr() for p in self._trunk().parameters()]
+
+    def refresh(self) -> None:
+        """Forget the graphs if a weight has moved; weights changed in place are seen as they are."""
+        if self._addresses != [p.data_ptr() for p in self._trunk().parameters()]:
+            self._forget()
+
+    def new_cache(self, rows: int, length: int) -> Any:
+        """The cache of this shape; there is one, because graphs know its address."""
+        if (rows, length) not in self._caches:
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
+                self._caches[rows, length] = self._trunk().new_cache(rows, length)
+        return self._caches[rows, length]
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        """As `DreamBaseModel.forward`. The result is overwritten by the next call."""
+        inputs = [input_ids, attention_mask, position_ids, columns]
+        key = (*(None if t is None else t.shape for t in inputs), id(cache), *_autocast(input_ids.device.type))
+        if key not in self._graphs:
+            with torch.inference_mode(False), torch.no_grad():
+                self._graphs[key] = self._new_graph(inputs, cache)
+        return self._graphs[key](inputs)
+
+    def _new_graph(self, inputs: list[Tensor | None], cache: Any) -> "_Graph":
+        static = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in inputs]
+        ids, attention_mask, position_ids, columns = static
+        trunk = self._trunk()
+
+        def forward() -> Tensor:
+            return trunk(ids, attention_mask, position_ids, cache, columns)
+
+        if not self._capture:
+            return _Graph(static, forward)
+        with _compiled_layers(trunk, self._mode), _no_autocast_cache():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    forward()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: a data loader's thread may pin memory meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = forward()
+        self._pool = self._pool or graph.pool()
+        return _Graph(static, graph.replay, output)
+
+
+class _Graph:
+    """A forward with fixed inputs, into which those of a call are copied."""
+
+    def __init__(self, static: list[Tensor | None], run: Any, output: Tensor | None = None) -> None:
+        self._static, self._run, self._output = static, run, output
+
+    def __call__(self, inputs: list[Tensor | None]) -> Tensor:
+        for static, given in zip(self._static, inputs, strict=True):
+            if static is not None:
+                static.copy_(given)
+        returned = self._run()
+        return returned if self._output is None else self._output
+
+
+_COMPILED: "weakref.WeakKeyDictionary[nn.Module, CompiledDenoiser]" = weakref.WeakKeyDictionary()
+
+
+def compiled(model: "nn.Module | CompiledDenoiser") -> CompiledDenoiser:
+    """The model's CompiledDenoiser: made at the first call, later the same with its graphs."""
+    if isinstance(model, CompiledDenoiser):
+        fast = model
+    else:
+        if model not in _COMPILED:
+            _COMPILED[model] = CompiledDenoiser(model)
+        fast = _COMPILED[model]
+    fast.model.refresh()
+    return fast
+
+
+@contextmanager
+def _compiled_layers(trunk: nn.Module, mode: str | None) -> Iterator[None]:
+    """Decoder layers compiled for the shapes that come, and afterwards as they were."""
+    before = [layer._compiled_call_impl for layer in trunk.layers]
+    for layer in trunk.layers:
+        layer.compile(dynamic=False, mode=mode)
+    try:
+        # All layers share one compilation a shape. Beyond the limit torch would run them uncompiled, so raise instead.
+        limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096}
+        with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
+            yield
+    finally:
+        for layer, impl in zip(trunk.layers, before, strict=True):
+            layer._compiled_call_impl = impl
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Cast weights inside the graph: autocast's copies, made before, would stay as they are while training goes on."""
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _autocast(device: str) -> tuple:
+    return (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))

@@ -1,0 +1,77 @@
+"""Tiny random models whose predictions differ from place to place."""
+
+import pytest
+import torch
+
+from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.sampling import SamplingParams, diffusion_generate
+
+VOCABULARY, MASK, PAD = 60, 57, 59
+
+
+def tiny_model(layers: int) -> DreamModel:
+    config = DreamConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        mask_token_id=MASK,
+        pad_token_id=PAD,
+        bos_token_id=58,
+        eos_token_id=PAD,
+        initializer_range=0.4,
+    )
+    torch.manual_seed(0)
+    return DreamModel(config).eval()
+
+
+@pytest.fixture(scope="package")
+def shallow():
+    """One layer: its keys and values depend on a position's own token only."""
+    return tiny_model(1)
+
+
+@pytest.fixture(scope="package")
+def deep():
+    """Three layers."""
+    return tiny_model(3)
+
+
+@pytest.fixture(scope="package")
+def prompts():
+    """`prompts(rows, length=7, seed=0)` → ids [rows, length]."""
+
+    def make(rows, length=7, seed=0):
+        return torch.randint(0, MASK, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="package")
+def run():
+    """`run(model, ids, attention_mask=None, infill=…, **fields of SamplingParams)` → GenerationOutput with history."""
+    others = ("sample_ids", "infill", "run_every_step", "num_return_sequences", "logits_hook", "tokens_hook")
+
+    def generate(model, input_ids, attention_mask=None, **options):
+        keywords = {name: options.pop(name) for name in others if name in options}
+        params = SamplingParams(**{"max_new_tokens": 24, "steps": 24, "forbid_mask": True, **options})
+        return diffusion_generate(model, input_ids, attention_mask, params=params, return_history=True, **keywords)
+
+    return generate
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """`calls(model)` → a list that grows by [rows, columns] at every forward of the trunk."""
+
+    def watch(model):
+        seen, forward = [], model.model.forward
+        monkeypatch.setattr(
+            model.model, "forward", lambda *a, **k: (seen.append(list(a[0].shape)), forward(*a, **k))[1]
+        )
+        return seen
+
+    return watch

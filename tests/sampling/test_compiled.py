@@ -1,0 +1,86 @@
+"""Fixed shapes and buffers, as CUDA graphs need them, run eagerly; on a GPU the graphs themselves."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dream_lightning.sampling import CompiledDenoiser, SamplingParams
+from dream_lightning.sampling.canvas import prepare
+from dream_lightning.sampling.compiled import compiled
+
+WAYS = [
+    {"steps": 12},
+    {"steps": 12, "temperature": 1.0},
+    {"threshold": 0.4},
+    {"block_length": 8, "cache": "prefix", "steps": 12},
+    {"block_length": 8, "cache": "dual", "threshold": 0.4},
+    {"stop_at_eos": True, "block_length": 8, "cache": "dual"},
+    {"required_tokens": [4], "min_new_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_fixed_shapes_give_the_same_answers(deep, prompts, run, way):
+    fast = CompiledDenoiser(deep, capture=False)
+    for rows in (1, 3, 5):
+        ids = prompts(rows)
+        plain, quick = run(deep, ids, **way), run(fast, ids, **way)
+        assert torch.equal(plain.history, quick.history)
+        assert torch.equal(plain.filled_at, quick.filled_at)
+        torch.testing.assert_close(plain.confidence, quick.confidence)
+
+
+def test_shapes_are_few(deep, prompts, run):
+    fast = CompiledDenoiser(deep, capture=False)
+    for rows, length in ((5, 7), (6, 9), (7, 30), (8, 40), (3, 12), (4, 12), (8, 20)):
+        run(fast, prompts(rows, length), block_length=8, cache="dual", threshold=0.4, stop_at_eos=True)
+    # rows 8, 4, 2, 1; at each all columns or a block, unless a batch began there
+    assert len(fast.model._graphs) <= 8
+    assert {key[0][1] for key in fast.model._graphs} == {64, 9}
+
+
+@pytest.mark.parametrize(
+    ("length", "columns"), [(2, 64), (64, 64), (65, 128), (1000, 1024), (1025, 1152), (3000, 3072)]
+)
+def test_columns_come_in_few_lengths(deep, length, columns):
+    config = SimpleNamespace(mask_token_id=57, vocab_size=60, max_position_embeddings=4096)
+    canvas = prepare(config, torch.zeros(3, length - 1, dtype=torch.int64), None, SamplingParams(max_new_tokens=1))
+    assert CompiledDenoiser(deep, capture=False).into_bucket(canvas).x.shape == (4, columns)
+
+
+def test_one_for_a_model_and_new_graphs_for_moved_weights(deep, prompts, run, monkeypatch):
+    fast = CompiledDenoiser(deep, capture=False)
+    run(fast, prompts(2))
+    graphs = dict(fast.model._graphs)
+    run(fast, prompts(2))
+    assert fast.model._graphs == graphs
+    weight = deep.model.norm.weight
+    monkeypatch.setattr(weight, "data", weight.data.clone())
+    assert compiled(fast) is fast and not fast.model._graphs
+
+
+def test_buffers_serve_inside_and_outside_of_inference_mode(deep, prompts, run):
+    """Lightning validates in inference mode; a script after it need not."""
+    fast, way = CompiledDenoiser(deep, capture=False), {"block_length": 8, "cache": "dual"}
+    with torch.inference_mode():
+        inside = run(fast, prompts(2), **way).sequences
+    assert torch.equal(run(fast, prompts(2), **way).sequences, inside)
+
+
+def test_a_cpu_is_refused(deep, prompts, run):
+    with pytest.raises(ValueError, match="the model is on cpu, CUDA graphs need a GPU"):
+        run(deep, prompts(1), compile=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_graphs_give_the_same_answers(deep, prompts, run, way):
+    deep.to("cuda")
+    try:
+        for rows in (1, 3):
+            ids = prompts(rows).cuda()
+            for _ in range(2):
+                assert torch.equal(run(deep, ids, **way).sequences, run(deep, ids, compile=True, **way).sequences)
+    finally:
+        deep.to("cpu")

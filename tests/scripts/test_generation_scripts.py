@@ -1,0 +1,49 @@
+"""The benchmark and the curve, run small."""
+
+import importlib.util
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from dream_lightning.building import random_model
+from dream_lightning.export import save_tokenizer
+from dream_lightning.model import load_tokenizer
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    random_model({**sizes, "max_position_embeddings": 256}, load_tokenizer("bytes")).save_pretrained(path)
+    save_tokenizer("bytes", path)
+    return str(path)
+
+
+def test_benchmark(folder, capsys):
+    script("benchmark_generate").main(folder, prompt=16, new_tokens=16, block=4, many=2, most=3)
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines[lines.index("|---|---|---|---|---|---|") :] if line.startswith("|")]
+    assert len(steps) == 1 + 9 + 2 + 2 + 3 * 4
+    assert all(float(line.split("|")[3]) > 0 for line in steps[1:10])
+
+
+def test_curve(folder, tmp_path, capsys):
+    out = tmp_path / "curve"
+    script("curve").main(
+        folder, str(out), questions=3, new_tokens=8, block=4, tokens_per_step=(4,), thresholds=(0.5,), factors=(1.0,)
+    )
+    lines = out.with_suffix(".md").read_text().splitlines()
+    fixed = "| tokens_per_step 4 | 4.00 · 0.0% | 4.00 · 0.0% | 4.00 · 0.0% | – |"
+    assert lines.count(fixed) == 4 and len([line for line in lines if line.startswith("| steps 2 | –")]) == 4
+    svg = ET.parse(out.with_suffix(".svg")).getroot()
+    assert len(svg.findall("{*}polyline")) == 4 * 4

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from conftest import addition_rows, write_jsonl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from material import addition_rows, write_jsonl
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams
 from dream_lightning.callbacks import Autosave

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import addition_rows, write_jsonl
 from kill_runs import attempt, written
+from material import addition_rows, write_jsonl
 
 
 def start(folder: Path) -> list[int]:

@@ -3,8 +3,8 @@
 import lightning as L
 import pytest
 import torch
-from conftest import addition_rows, write_jsonl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from material import addition_rows, write_jsonl
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, load_tokenizer
 from dream_lightning.adapters import LoraParams

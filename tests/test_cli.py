@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import addition_rows, write_jsonl
+from material import addition_rows, write_jsonl
 
 from dream_lightning import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.cli import main

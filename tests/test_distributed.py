@@ -12,8 +12,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import addition_rows, write_jsonl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from material import addition_rows, write_jsonl
 from torch.distributed.checkpoint import FileSystemReader
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer

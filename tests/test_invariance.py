@@ -15,8 +15,8 @@ from unittest import mock
 import lightning as L
 import pytest
 import torch
-from conftest import addition_rows, write_jsonl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from material import addition_rows, write_jsonl
 
 from dream_lightning import DreamModule, S1KDataModule
 

@@ -75,7 +75,7 @@ def run(source, tmp_path, *, model=None, batch_size=4, accumulate=1, max_steps=6
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """A file of sums and a folder, for the whole module."""
-    from conftest import addition_rows, write_jsonl
+    from material import addition_rows, write_jsonl
 
     folder = tmp_path_factory.mktemp("reference")
     source = write_jsonl(folder / "sums.jsonl", addition_rows(40))

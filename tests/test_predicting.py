@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import write_jsonl
+from material import write_jsonl
 
 from dream_lightning.callbacks import read_predictions
 from dream_lightning.cli import main

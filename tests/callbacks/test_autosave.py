@@ -8,9 +8,9 @@ import signal
 import lightning as L
 import pytest
 import torch
-from conftest import addition_rows, write_jsonl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from material import addition_rows, write_jsonl
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams
 from dream_lightning.callbacks import Autosave

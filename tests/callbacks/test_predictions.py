@@ -6,9 +6,9 @@ import re
 import lightning as L
 import pytest
 import torch
-from conftest import write_jsonl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from material import write_jsonl
 
 from dream_lightning import S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.callbacks import PredictionWriter, read_predictions

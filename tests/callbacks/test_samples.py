@@ -52,7 +52,7 @@ def texts(folder, tag):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    from conftest import addition_rows, write_jsonl
+    from material import addition_rows, write_jsonl
 
     folder = tmp_path_factory.mktemp("run")
     source = write_jsonl(folder / "sums.jsonl", addition_rows(40))

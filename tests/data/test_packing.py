@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import shared_path
+from material import shared_path
 from safetensors.torch import load_file
 
 from dream_lightning.data.packing import collate, collate_with_cutoff, pack

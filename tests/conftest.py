@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest_plugins = ["tiny_models"]
 torch.set_num_threads(1)  # tiny models: more threads wait for each other
 SHARED = Path(os.environ.get("DREAM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 

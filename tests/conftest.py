@@ -4,6 +4,7 @@ import pytest
 import torch
 from material import addition_rows, shared_path, write_jsonl
 
+pytest_plugins = ["tiny_models"]
 torch.set_num_threads(1)  # tiny models: more threads wait for each other
 
 

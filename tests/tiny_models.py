@@ -1,4 +1,4 @@
-"""Tiny random models whose predictions differ from place to place."""
+"""Fixtures of the sampler's tests: tiny random models whose predictions differ from place to place."""
 
 import pytest
 import torch
@@ -28,19 +28,19 @@ def tiny_model(layers: int) -> DreamModel:
     return DreamModel(config).eval()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def shallow():
     """One layer: its keys and values depend on a position's own token only."""
     return tiny_model(1)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def deep():
     """Three layers."""
     return tiny_model(3)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def prompts():
     """`prompts(rows, length=7, seed=0)` → ids [rows, length]."""
 
@@ -50,7 +50,7 @@ def prompts():
     return make
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def run():
     """`run(model, ids, attention_mask=None, infill=…, **fields of SamplingParams)` → GenerationOutput with history."""
     others = ("sample_ids", "infill", "run_every_step", "num_return_sequences", "logits_hook", "tokens_hook")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dream_lightning import DreamModel, SamplingParams
 from dream_lightning.adapters import held_in_bfloat16
-from dream_lightning.building import four_bit_model
+from dream_lightning.building import quantized_model
 from dream_lightning.diffusion.denoiser import align
 from dream_lightning.sampling import CompiledDenoiser, denoising_steps
 
@@ -215,7 +215,7 @@ def whole_answers(bench: Bench, fast: CompiledDenoiser, one: dict[int, float], s
 
 def nf4_steps(bench: Bench, pretrained: str, compile_mode: str | None) -> None:
     """The 4-bit base: unpacked at every forward, and held in bfloat16 while generating."""
-    model = four_bit_model(pretrained, torch.device("cuda")).eval()
+    model = quantized_model(pretrained, "nf4", torch.device("cuda")).eval()
     ids, params = bench.ids(1), bench.params(steps=bench.new_tokens // 8)
     cached = bench.params(block_length=bench.block, cache="dual", tokens_per_step=1)
     for name, context in (("nf4", nullcontext()), ("nf4 held in bf16", held_in_bfloat16(model))):

@@ -100,7 +100,7 @@ def measure(model, tokenizer, data, options: tuple[str, str, str, float], new_to
     accuracy, speed, started = AnswerAccuracy(), TokensPerForward(), time.perf_counter()
     for batch in data.predict_dataloader():
         answers = answer_questions(model, tokenizer, batch.to(model.device), params).predictions
-        accuracy.update([p.prediction for p in answers], [p.reference for p in answers], batch.counted)
+        accuracy.update(answers, batch.counted)
         speed.update([p.filled for p in answers], [p.forwards for p in answers], batch.counted.tolist())
     seconds = time.perf_counter() - started
     return Point(alg, cache, way, value, accuracy.compute()["accuracy"].item(), speed.compute().item(), seconds)

@@ -67,9 +67,9 @@ def module(kind, folder, **options):
 def nothing_masked_on_rank_1(model):
     """As if the rows of the second of two processes, at two rows a micro-batch, were all prompt."""
 
-    def noise(batch: Batch):
+    def noise(batch: Batch, **options):
         masked_out = batch.maskable & (batch.places // 2 % 2 == 0)
-        return DreamModule.noise(model, Batch(**{**vars(batch), "maskable": masked_out}))
+        return DreamModule.noise(model, Batch(**{**vars(batch), "maskable": masked_out}), **options)
 
     model.noise = noise
 

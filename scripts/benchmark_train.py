@@ -95,7 +95,7 @@ class Clock(L.Callback):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step > len(self.ends):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

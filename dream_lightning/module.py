@@ -177,6 +177,8 @@ class DreamModule(L.LightningModule):
             self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed, device=place)
         if self.compile_layers:  # products and norms of a layer are cheap to make again, and a sixth of what it keeps
             torch._functorch.config.activation_memory_budget = 0.8
+            # Training, validation and answers with their caches need about 16 forms; beyond 8 torch stops compiling.
+            torch._dynamo.config.recompile_limit = 64
         for layer in self.model.model.layers:
             if self.attention_dropout is not None:
                 layer.self_attn.dropout = self.attention_dropout
@@ -432,14 +434,14 @@ class DreamModule(L.LightningModule):
         return self.answer(batch)
 
     def answer(self, batch: PromptBatch, *, with_history: bool = False) -> Answers:
-        """Answers by `sampling`, graded; under several processes all make the same number of forwards."""
+        """Answers by `sampling`, graded; where the weights are divided all processes make the same number of forwards."""
         return answer_questions(
             self.model,
             self.tokenizer,
             batch,
             self.sampling,
             with_history=with_history,
-            run_every_step=self.trainer.world_size > 1,
+            run_every_step=self.sharded,
         )
 
 

@@ -28,8 +28,11 @@ class KeyValueCache:
 
 
 def store(cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Put new keys and values [B, K, W, E] in their columns; returns those of all columns, [B, K, L, E] each."""
+    """Put new keys and values [B, K, W, E] in their columns; returns those of all columns, [B, K, L, E] each.
+
+    In the dtypes that they came in: divided float32 weights may compute in bfloat16.
+    """
     keys, values, columns = cache
     keys.index_copy_(2, columns, k.to(keys.dtype))
     values.index_copy_(2, columns, v.to(values.dtype))
-    return keys, values
+    return keys.to(k.dtype), values.to(v.dtype)

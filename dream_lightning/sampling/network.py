@@ -56,6 +56,8 @@ class Network:
     def __call__(self, x: Tensor, row: Tensor, column: Tensor, step_of_block: int) -> Tensor:
         """Logits [M, V] in the head's dtype."""
         hidden, first = self._hidden(x, step_of_block)
+        if self.canvas.padded:  # a row's first token has only padding before it, and is predicted from itself
+            column = column + (self.canvas.positions[row, column] == 0)
         return self.model.lm_head(shifted(hidden, row, column - first))
 
     def _hidden(self, x: Tensor, step_of_block: int) -> tuple[Tensor, int]:

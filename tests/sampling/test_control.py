@@ -137,6 +137,16 @@ def test_hooks_refuse_what_they_would_break(deep, prompts, run):
         run(deep, prompts(1), block_length=8, cache="dual", tokens_hook=hook)
 
 
+def test_an_eos_penalty_does_not_forbid_eos_in_the_gaps_of_a_prompt(deep, prompts, run, monkeypatch):
+    ids = prompts(8)
+    ids[:, 3:5] = MASK
+    free = run(deep, ids, infill=True)
+    monkeypatch.setattr(deep.config, "eos_token_id", int(free.sequences[:, 3:5].flatten().mode().values))
+    assert torch.equal(run(deep, ids, infill=True, eos_penalty=1e-9).history, free.history)
+    later = run(deep, ids, infill=True, min_new_tokens=20).sequences
+    assert not (later[:, 3:27] == deep.config.eos_token_id).any()
+
+
 def test_infilling_goes_with_adaptive_counts(deep, prompts, run):
     ids = prompts(3)
     ids[0, 2:4] = ids[1, 5] = MASK

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dream_lightning.model import DreamConfig, DreamModel
-from dream_lightning.sampling import SamplingParams, denoising_steps, diffusion_generate, reverse_process
+from dream_lightning.sampling import CompiledDenoiser, SamplingParams, denoising_steps, diffusion_generate, reverse_process
 from dream_lightning.sampling.canvas import prepare
 
 VOCABULARY, MASK, PAD = 60, 57, 59
@@ -179,6 +179,18 @@ def test_infilling(model, alg):
     for b in range(3):
         alone = generate(model, ids[b : b + 1], infill=True, alg=alg, sample_ids=torch.tensor([b])).sequences
         assert torch.equal(alone[0], out[b])
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_infilling_from_the_first_token_on_is_blind_to_padding(model, alg):
+    """The first token of a row has none before it, whatever the padding: it is predicted from itself."""
+    ids = prompts(3)
+    ids[:, :2] = MASK
+    alone = generate(model, ids, infill=True, alg=alg).history
+    padded = torch.cat([torch.full((3, 4), PAD), ids], 1)
+    attention_mask = torch.arange(11).expand(3, 11) >= 4
+    assert torch.equal(generate(model, padded, attention_mask, infill=True, alg=alg).history[..., 4:], alone)
+    assert torch.equal(generate(CompiledDenoiser(model, capture=False), ids, infill=True, alg=alg).history, alone)
 
 
 class Always:

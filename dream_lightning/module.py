@@ -434,7 +434,7 @@ class DreamModule(L.LightningModule):
         return self.answer(batch)
 
     def answer(self, batch: PromptBatch, *, with_history: bool = False) -> Answers:
-        """Answers by `sampling`, graded; where the weights are divided all processes make the same number of forwards."""
+        """Answers by `sampling`, graded; over divided weights all processes make the same number of forwards."""
         return answer_questions(
             self.model,
             self.tokenizer,

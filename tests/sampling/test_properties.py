@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from dream_lightning.model import DreamConfig, DreamModel
-from dream_lightning.sampling import CompiledDenoiser, SamplingParams, denoising_steps, diffusion_generate, reverse_process
+from dream_lightning.sampling import (
+    CompiledDenoiser,
+    SamplingParams,
+    denoising_steps,
+    diffusion_generate,
+    reverse_process,
+)
 from dream_lightning.sampling.canvas import prepare
 
 VOCABULARY, MASK, PAD = 60, 57, 59

@@ -31,6 +31,17 @@ def test_fixed_shapes_give_the_same_answers(deep, prompts, run, way):
         torch.testing.assert_close(plain.confidence, quick.confidence)
 
 
+def test_fixed_shapes_know_where_the_new_tokens_begin(deep, prompts, run, monkeypatch):
+    """With a token as eos that the model likes: it is kept from the same columns, and ends the same rows."""
+    fast, ids = CompiledDenoiser(deep, capture=False), prompts(5)
+    monkeypatch.setattr(deep.config, "eos_token_id", int(run(deep, ids).sequences[:, 7:].flatten().mode().values))
+    late, stopped = {"min_new_tokens": 10}, {"stop_at_eos": True, "steps": 12}
+    for way in (late, stopped):
+        assert torch.equal(run(deep, ids, **way).history, run(fast, ids, **way).history)
+    assert not torch.equal(run(deep, ids, **late).sequences, run(deep, ids).sequences)
+    assert (run(deep, ids, **stopped).filled_at[:, 7:] == -1).any()
+
+
 def test_shapes_are_few(deep, prompts, run):
     fast = CompiledDenoiser(deep, capture=False)
     for rows, length in ((5, 7), (6, 9), (7, 30), (8, 40), (3, 12), (4, 12), (8, 20)):

@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from dream_lightning.sampling import SamplingParams
+from dream_lightning.sampling.canvas import prepare
+from dream_lightning.sampling.process import _ORDER, _TOKEN, _noise
+
 MASK, EOS = 57, 59
 WAYS = [{"steps": 12}, {"threshold": 0.4}, {"block_length": 8, "cache": "dual", "steps": 12}]
 
@@ -86,6 +90,12 @@ def test_several_sequences(deep, prompts, run):
         run(deep, prompts(2), num_return_sequences=2)
     with pytest.raises(ValueError, match="num_return_sequences is 0"):
         run(deep, prompts(2), num_return_sequences=0, temperature=1.0)
+
+
+def test_sequences_share_no_noise_for_whatever_purpose(deep, prompts):
+    canvas = prepare(deep.config, prompts(1), None, SamplingParams(max_new_tokens=8)).repeat(3)
+    noise = torch.cat([_noise(canvas, 0, 0, purpose) for purpose in (_TOKEN, _ORDER)])  # [6, L]
+    assert len(noise.flatten().unique()) == noise.numel()
 
 
 @pytest.mark.parametrize("way", [{"steps": 12}, {"block_length": 8, "cache": "dual"}, {"tokens_per_step": 3}], ids=str)

@@ -31,7 +31,7 @@ from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.optim import PagedAdamW8bit
-from dream_lightning.sampling import SamplingParams
+from dream_lightning.sampling import SamplingParams, release
 from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
 from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
 from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
@@ -410,6 +410,11 @@ class DreamModule(L.LightningModule):
         which these were had, `val/tokens_per_forward`.
         """
         self._log_scores("val")
+
+    def on_validation_end(self) -> None:
+        """Give what compiled answers hold on the device back to training."""
+        if self.trainer.state.fn == "fit":
+            release(self.model)
 
     def _log_scores(self, stage: str) -> None:
         if self.val_nll.update_called:

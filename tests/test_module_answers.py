@@ -2,16 +2,17 @@
 
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
-from dream_lightning import DreamModule, SamplingParams
+from dream_lightning import DreamModule, S1KDataModule, SamplingParams
 from dream_lightning.model.modeling import DreamDecoderLayer
 from dream_lightning.model.sharding import shard
-from dream_lightning.sampling import diffusion_generate
+from dream_lightning.sampling import CompiledDenoiser, compiled, diffusion_generate
 from dream_lightning.strategy import FSDP2Strategy
 from dream_lightning.types import Example, PromptBatch
 
@@ -89,3 +90,44 @@ def test_compiled_layers_stay_compiled_whatever_is_answered(monkeypatch):
                     batch.attention_mask[0, 0] = False
                     diffusion_generate(ours.model, batch.input_ids, batch.attention_mask, params=ours.sampling)
     torch._dynamo.reset()
+
+
+class EagerDenoiser(CompiledDenoiser):
+    """With the fixed buffers of graphs, on a CPU."""
+
+    def __init__(self, model):
+        super().__init__(model, capture=False)
+
+
+class Heard(L.Callback):
+    """The answers of every validation."""
+
+    def __init__(self):
+        self.answers = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if outputs is not None:
+            self.answers.append([p.prediction for p in outputs.predictions])
+
+
+def test_compiled_answers_follow_the_weights_and_leave_nothing_behind(sums, tmp_path, monkeypatch):
+    """Validation inside of training, with buffers that stay in one place, against validation without."""
+    monkeypatch.setattr(compiled, "CompiledDenoiser", EagerDenoiser)
+    heard = {}
+    for compile_ in (False, True):
+        L.seed_everything(0, verbose=False)
+        params = {"max_new_tokens": 16, "steps": 16, "block_length": 8, "cache": "dual", "forbid_mask": True}
+        ours = module(
+            sampling=SamplingParams(**params, compile=compile_),
+            optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+        )
+        data = S1KDataModule(
+            str(sums), tokenizer=ours.tokenizer, validation_questions=3, batch_size=4, cache_dir=str(tmp_path)
+        )
+        heard[compile_] = Heard()
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        options |= {"accelerator": "cpu", "max_steps": 6, "val_check_interval": 2, "num_sanity_val_steps": 1}
+        L.Trainer(callbacks=[heard[compile_]], enable_model_summary=False, **options).fit(ours, data)
+        assert ours.model not in compiled._COMPILED
+    assert heard[True].answers == heard[False].answers
+    assert len({str(answers) for answers in heard[True].answers}) > 2

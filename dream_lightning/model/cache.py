@@ -20,7 +20,7 @@ class KeyValueCache:
     def __init__(self, layers: int, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device):
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self.length = shape[2]
+        self.generation = 0  # number of the one that uses it: a compiled model has the same cache for all
 
     def of_layer(self, layer: int, columns: Tensor) -> LayerCache:
         """What a layer needs to compute the columns [W] int64 anew."""

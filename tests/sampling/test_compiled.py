@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dream_lightning.sampling import CompiledDenoiser, SamplingParams
+from dream_lightning.sampling import CompiledDenoiser, SamplingParams, denoising_steps
 from dream_lightning.sampling.canvas import prepare
 from dream_lightning.sampling.compiled import compiled
 
@@ -77,6 +77,20 @@ def test_buffers_serve_inside_and_outside_of_inference_mode(deep, prompts, run):
     with torch.inference_mode():
         inside = run(fast, prompts(2), **way).sequences
     assert torch.equal(run(fast, prompts(2), **way).sequences, inside)
+
+
+def test_two_generations_at_a_time_do_not_share_a_cache_unnoticed(deep, prompts):
+    fast, blocks = CompiledDenoiser(deep, capture=False), {"block_length": 8, "cache": "dual"}
+
+    def by_turns(model, **options):
+        params = SamplingParams(max_new_tokens=16, steps=16, forbid_mask=True, **options)
+        runs = [denoising_steps(model, prompts(2, seed=seed), params=params) for seed in (0, 1)]
+        return [torch.cat(states) for states in zip(*runs, strict=True)][-1]
+
+    assert torch.equal(by_turns(fast), by_turns(deep))
+    by_turns(deep, **blocks)  # every generation has a cache of its own
+    with pytest.raises(ValueError, match="another generation by this compiled model has begun"):
+        by_turns(fast, **blocks)
 
 
 def test_a_cpu_is_refused(deep, prompts, run):

@@ -135,6 +135,16 @@ def test_tokens_hook(deep, prompts, run):
         run(deep, prompts(6), tokens_hook=lambda step, x: x.float())
 
 
+def test_what_a_tokens_hook_masks_in_a_full_row_is_filled_again(deep, prompts, run):
+    def again(step, x):
+        x[:, 10:13] = MASK if step == 5 else x[:, 10:13]
+        return x
+
+    out = run(deep, prompts(2), tokens_per_step=24, tokens_hook=again)
+    assert (out.history == MASK).sum((1, 2)).tolist() == [0] * 5 + [6] + [0] * 18
+    assert (out.filled_at[:, 10:13] == 6).all()
+
+
 def test_hooks_refuse_what_they_would_break(deep, prompts, run):
     def hook(*a):
         raise AssertionError("not called")

@@ -219,6 +219,7 @@ def test_a_predicted_mask_stays_unless_forbidden():
         canvas = prepare(config, prompts(2), None, params)
         *_, end = reverse_process(Always(MASK), canvas, params, mask_token_id=MASK)
         assert (end.x[:, 7:] == (0 if forbid else MASK)).all()
+        assert ((end.filled_at[:, 7:] >= 0) == forbid).all() and ((end.forwards > 0) == forbid).all()
 
 
 def test_watching_gives_the_same_states(model):

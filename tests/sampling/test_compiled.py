@@ -42,6 +42,14 @@ def test_fixed_shapes_know_where_the_new_tokens_begin(deep, prompts, run, monkey
     assert (run(deep, ids, **stopped).filled_at[:, 7:] == -1).any()
 
 
+def test_blocks_of_one_width_have_the_cache_of_their_own_length(deep, prompts, run):
+    """Rows that fill their columns need no mask, so the inputs of a block do not tell 64 columns from 128."""
+    fast, blocks = CompiledDenoiser(deep, capture=False), {"block_length": 8, "cache": "dual"}
+    for length in (64, 128):
+        ids = prompts(2, length - 24)
+        assert torch.equal(run(fast, ids, **blocks).history, run(deep, ids, **blocks).history)
+
+
 def test_shapes_are_few(deep, prompts, run):
     fast = CompiledDenoiser(deep, capture=False)
     for rows, length in ((5, 7), (6, 9), (7, 30), (8, 40), (3, 12), (4, 12), (8, 20)):

@@ -31,7 +31,7 @@ from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.optim import PagedAdamW8bit
-from dream_lightning.sampling import SamplingParams
+from dream_lightning.sampling import SamplingParams, release
 from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
 from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
 from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
@@ -177,6 +177,8 @@ class DreamModule(L.LightningModule):
             self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed, device=place)
         if self.compile_layers:  # products and norms of a layer are cheap to make again, and a sixth of what it keeps
             torch._functorch.config.activation_memory_budget = 0.8
+            # Training, validation and answers with their caches need about 16 forms; beyond 8 torch stops compiling.
+            torch._dynamo.config.recompile_limit = 64
         for layer in self.model.model.layers:
             if self.attention_dropout is not None:
                 layer.self_attn.dropout = self.attention_dropout
@@ -414,6 +416,11 @@ class DreamModule(L.LightningModule):
         """
         self._log_scores("val")
 
+    def on_validation_end(self) -> None:
+        """Give what compiled answers hold on the device back to training."""
+        if self.trainer.state.fn == "fit":
+            release(self.model)
+
     def _log_scores(self, stage: str) -> None:
         if self.val_nll.update_called:
             self.log(f"{stage}/nll", self.val_nll.compute(), prog_bar=True)
@@ -435,14 +442,14 @@ class DreamModule(L.LightningModule):
         return self.answer(batch)
 
     def answer(self, batch: PromptBatch, *, with_history: bool = False) -> Answers:
-        """Answers by `sampling`, graded; under several processes all make the same number of forwards."""
+        """Answers by `sampling`, graded; over divided weights all processes make the same number of forwards."""
         return answer_questions(
             self.model,
             self.tokenizer,
             batch,
             self.sampling,
             with_history=with_history,
-            run_every_step=self.trainer.world_size > 1,
+            run_every_step=self.sharded,
         )
 
 

@@ -1,4 +1,4 @@
-"""The bundled reasoning set: three-digit additions in s1K's columns, computed, never shipped.
+"""The bundled reasoning set: additions, by default of three digits, in s1K's columns, computed, never shipped.
 
     question   457+286=?
     trace      06 13 13 011
@@ -6,7 +6,7 @@
 
 The trace adds every column on its own and then says what each column passes to its left neighbour: with it each digit
 of the answer follows from one column, without it the first digit needs all six. Words in the trace would be read more
-easily and learned more slowly. 810,000 questions exist.
+easily and learned more slowly. 810,000 questions of three digits exist.
 """
 
 import json
@@ -14,8 +14,6 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-_LOW, _HIGH = 100, 999
-_QUESTIONS = (_HIGH - _LOW + 1) ** 2
 _Pair = tuple[int, int]
 
 
@@ -25,27 +23,34 @@ def sample_rows(
     seed: int = 0,
     train_rows: int = 20_000,
     validation_rows: int = 500,
+    digits: int = 3,
 ) -> list[dict[str, Any]]:
     """Rows of one split, in s1K's columns, each question once; a pure function of its arguments, in less than a second.
 
     No validation question occurs in training, nor does its twin, the same sum with the terms exchanged. The validation
-    rows depend on `seed` and `validation_rows` only: more training rows never change what is validated.
+    rows depend on `seed`, `validation_rows` and `digits` only: more training rows never change what is validated.
+
+    Args:
+        digits: of both terms; more make longer traces and harder sums.
 
     Raises:
-        ValueError: an unknown split; a negative size, or more rows than there are questions.
+        ValueError: an unknown split; no digits; a negative size, or more rows than there are questions.
     """
+    if digits < 1:
+        raise ValueError(f"sums of {digits} digits cannot be had: take digits from 1 up")
+    questions = (9 * 10 ** (digits - 1)) ** 2
     if split not in ("train", "validation"):
         raise ValueError(f"the sample set has no split {split!r}: take 'train' or 'validation'")
-    if min(train_rows, validation_rows) < 0 or train_rows + 2 * validation_rows > _QUESTIONS // 2:
+    if min(train_rows, validation_rows) < 0 or train_rows + 2 * validation_rows > questions // 2:
         raise ValueError(
             f"{train_rows:,} training and {validation_rows:,} validation rows cannot be had: take sizes from 0 up, "
-            f"together at most {_QUESTIONS // 2:,} with validation rows counted twice (training leaves their twins out)"
+            f"together at most {questions // 2:,} with validation rows counted twice (training leaves their twins out)"
         )
     rng = random.Random(seed)
-    validation = _draw(rng, validation_rows, held_out=set())
+    validation = _draw(rng, validation_rows, digits, held_out=set())
     if split == "validation":
         return [_row(pair) for pair in validation]
-    train = [_row(pair) for pair in _draw(rng, train_rows, held_out={_sorted(pair) for pair in validation})]
+    train = [_row(pair) for pair in _draw(rng, train_rows, digits, held_out={_sorted(pair) for pair in validation})]
     check_disjoint(train, [_row(pair) for pair in validation])
     return train
 
@@ -69,11 +74,12 @@ def check_disjoint(train: Iterable[Mapping[str, Any]], validation: Iterable[Mapp
         )
 
 
-def _draw(rng: random.Random, count: int, *, held_out: set[_Pair]) -> list[_Pair]:
+def _draw(rng: random.Random, count: int, digits: int, *, held_out: set[_Pair]) -> list[_Pair]:
     """Different pairs, none of them or of their twins held out."""
+    low, high = 10 ** (digits - 1), 10**digits - 1
     drawn: dict[_Pair, None] = {}  # a set that keeps its order
     while len(drawn) < count:
-        pair = rng.randint(_LOW, _HIGH), rng.randint(_LOW, _HIGH)
+        pair = rng.randint(low, high), rng.randint(low, high)
         if _sorted(pair) not in held_out:
             drawn[pair] = None
     return list(drawn)
@@ -92,8 +98,9 @@ def _pair(row: Mapping[str, Any]) -> _Pair:
 def _row(pair: _Pair) -> dict[str, Any]:
     a, b = pair
     columns = [int(x) + int(y) for x, y in zip(str(a), str(b), strict=True)]
-    # What each column passes to the left: the first digit of a four-digit sum, then into the hundreds, into the tens.
-    carries = [(a % 10**place + b % 10**place) // 10**place for place in (3, 2, 1)]
+    # What each column passes to the left: of three digits the first digit of a four-digit sum, then into the hundreds,
+    # into the tens.
+    carries = [(a % 10**place + b % 10**place) // 10**place for place in range(len(columns), 0, -1)]
     return {
         "question": f"{a}+{b}=?",
         "solution": str(a + b),

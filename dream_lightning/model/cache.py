@@ -20,7 +20,7 @@ class KeyValueCache:
     def __init__(self, layers: int, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device):
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self.length = shape[2]
+        self.generation = 0  # number of the one that uses it: a compiled model has the same cache for all
 
     def of_layer(self, layer: int, columns: Tensor) -> LayerCache:
         """What a layer needs to compute the columns [W] int64 anew."""
@@ -28,8 +28,11 @@ class KeyValueCache:
 
 
 def store(cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Put new keys and values [B, K, W, E] in their columns; returns those of all columns, [B, K, L, E] each."""
+    """Put new keys and values [B, K, W, E] in their columns; returns those of all columns, [B, K, L, E] each.
+
+    In the dtypes that they came in: divided float32 weights may compute in bfloat16.
+    """
     keys, values, columns = cache
     keys.index_copy_(2, columns, k.to(keys.dtype))
     values.index_copy_(2, columns, v.to(values.dtype))
-    return keys, values
+    return keys.to(k.dtype), values.to(v.dtype)

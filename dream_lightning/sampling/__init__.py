@@ -1,6 +1,6 @@
 """Answering: the reverse process, ids in and ids out."""
 
-from dream_lightning.sampling.compiled import CompiledDenoiser
+from dream_lightning.sampling.compiled import CompiledDenoiser, release
 from dream_lightning.sampling.params import SamplingParams
 from dream_lightning.sampling.process import reverse_process
 from dream_lightning.sampling.sampler import GenerationOutput, denoising_steps, diffusion_generate
@@ -11,5 +11,6 @@ __all__ = [
     "SamplingParams",
     "denoising_steps",
     "diffusion_generate",
+    "release",
     "reverse_process",
 ]

@@ -19,7 +19,7 @@ class Canvas:
     positions: Tensor  # [B, L] int64, counted from the row's first real token; padding has position 1
     sample_ids: Tensor  # [B] int64, keys of the noise
     copies: Tensor  # [B] int64, number of the returned sequence among those of its prompt
-    eos_from: Tensor  # [B] int64, the first column where eos may be predicted
+    eos_from: Tensor  # [B] int64, the first column where eos may be predicted; 0 = anywhere
     prompt_length: int  # P
     padded: bool  # whether `real` has a False: without one, attention needs no mask
 
@@ -124,7 +124,7 @@ def prepare(
         positions=(real.long().cumsum(-1) - 1).masked_fill(~real, 1),
         sample_ids=sample_ids.to(input_ids.device),
         copies=x.new_zeros(batch),
-        eos_from=x.new_full((batch,), prompt_length + params.min_new_tokens),
+        eos_from=x.new_full((batch,), prompt_length + params.min_new_tokens if params.min_new_tokens else 0),
         prompt_length=prompt_length,
         padded=not bool(real.all()),
     )

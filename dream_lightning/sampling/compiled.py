@@ -170,6 +170,11 @@ def compiled(model: "nn.Module | CompiledDenoiser") -> CompiledDenoiser:
     return fast
 
 
+def release(model: nn.Module) -> None:
+    """Free the graphs and caches that `compiled` keeps for a model: gigabytes that training needs; code stays."""
+    _COMPILED.pop(model, None)
+
+
 @contextmanager
 def _compiled_layers(trunk: nn.Module, mode: str | None) -> Iterator[None]:
     """Decoder layers compiled for the shapes that come, and afterwards as they were."""

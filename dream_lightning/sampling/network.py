@@ -56,6 +56,8 @@ class Network:
     def __call__(self, x: Tensor, row: Tensor, column: Tensor, step_of_block: int) -> Tensor:
         """Logits [M, V] in the head's dtype."""
         hidden, first = self._hidden(x, step_of_block)
+        if self.canvas.padded:  # a row's first token has only padding before it, and is predicted from itself
+            column = column + (self.canvas.positions[row, column] == 0)
         return self.model.lm_head(shifted(hidden, row, column - first))
 
     def _hidden(self, x: Tensor, step_of_block: int) -> tuple[Tensor, int]:
@@ -66,6 +68,13 @@ class Network:
         length = x.shape[1]
         if self.cache is None:
             self.cache = self.model.model.new_cache(len(x), length)
+            self.cache.generation += 1
+            self.generation = self.cache.generation
+        if self.generation != self.cache.generation:
+            raise ValueError(
+                "another generation by this compiled model has begun and overwritten what this one keeps: let one end "
+                "before the next, or set cache to none"
+            )
         # Steps without a forward change nothing, so it does not matter at which step of a period the refresh falls.
         period = step_of_block // self.refresh_every if self.refresh_every else 0
         first, last = self.first - 1, self.last if self.mode == "dual" else length

@@ -29,6 +29,19 @@ def test_sums_worked_out_by_hand():
     assert _row((999, 101))["thinking_trajectories"] == ["10 09 10 111"]
 
 
+def test_sums_of_more_digits(tmp_path):
+    """6406 + 4089: 6+9 = 15 passes 1, 0+8 and 1 pass nothing, 4+0 nothing, 6+4 = 10 pass 1."""
+    assert _row((6406, 4089))["thinking_trajectories"] == ["10 04 08 15 1001"]
+    rows = sample_rows("train", train_rows=500, digits=8)
+    assert len({row["question"] for row in rows}) == 500
+    assert all(re.fullmatch(r"[1-9]\d{7}\+[1-9]\d{7}=\?", row["question"]) for row in rows)
+    check_disjoint(rows, sample_rows("validation", digits=8))
+    with pytest.raises(ValueError, match="sums of 0 digits"):
+        sample_rows("train", digits=0)
+    with pytest.raises(ValueError, match="together at most 4,050"):
+        sample_rows("train", digits=2)
+
+
 def test_every_row_has_s1k_columns_and_a_true_answer(train, validation):
     for row in [*train, *validation]:
         a, b = terms(row)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dream_lightning.sampling import CompiledDenoiser, SamplingParams
+from dream_lightning.sampling import CompiledDenoiser, SamplingParams, denoising_steps
 from dream_lightning.sampling.canvas import prepare
 from dream_lightning.sampling.compiled import compiled
 
@@ -29,6 +29,25 @@ def test_fixed_shapes_give_the_same_answers(deep, prompts, run, way):
         assert torch.equal(plain.history, quick.history)
         assert torch.equal(plain.filled_at, quick.filled_at)
         torch.testing.assert_close(plain.confidence, quick.confidence)
+
+
+def test_fixed_shapes_know_where_the_new_tokens_begin(deep, prompts, run, monkeypatch):
+    """With a token as eos that the model likes: it is kept from the same columns, and ends the same rows."""
+    fast, ids = CompiledDenoiser(deep, capture=False), prompts(5)
+    monkeypatch.setattr(deep.config, "eos_token_id", int(run(deep, ids).sequences[:, 7:].flatten().mode().values))
+    late, stopped = {"min_new_tokens": 10}, {"stop_at_eos": True, "steps": 12}
+    for way in (late, stopped):
+        assert torch.equal(run(deep, ids, **way).history, run(fast, ids, **way).history)
+    assert not torch.equal(run(deep, ids, **late).sequences, run(deep, ids).sequences)
+    assert (run(deep, ids, **stopped).filled_at[:, 7:] == -1).any()
+
+
+def test_blocks_of_one_width_have_the_cache_of_their_own_length(deep, prompts, run):
+    """Rows that fill their columns need no mask, so the inputs of a block do not tell 64 columns from 128."""
+    fast, blocks = CompiledDenoiser(deep, capture=False), {"block_length": 8, "cache": "dual"}
+    for length in (64, 128):
+        ids = prompts(2, length - 24)
+        assert torch.equal(run(fast, ids, **blocks).history, run(deep, ids, **blocks).history)
 
 
 def test_shapes_are_few(deep, prompts, run):
@@ -66,6 +85,20 @@ def test_buffers_serve_inside_and_outside_of_inference_mode(deep, prompts, run):
     with torch.inference_mode():
         inside = run(fast, prompts(2), **way).sequences
     assert torch.equal(run(fast, prompts(2), **way).sequences, inside)
+
+
+def test_two_generations_at_a_time_do_not_share_a_cache_unnoticed(deep, prompts):
+    fast, blocks = CompiledDenoiser(deep, capture=False), {"block_length": 8, "cache": "dual"}
+
+    def by_turns(model, **options):
+        params = SamplingParams(max_new_tokens=16, steps=16, forbid_mask=True, **options)
+        runs = [denoising_steps(model, prompts(2, seed=seed), params=params) for seed in (0, 1)]
+        return [torch.cat(states) for states in zip(*runs, strict=True)][-1]
+
+    assert torch.equal(by_turns(fast), by_turns(deep))
+    by_turns(deep, **blocks)  # every generation has a cache of its own
+    with pytest.raises(ValueError, match="another generation by this compiled model has begun"):
+        by_turns(fast, **blocks)
 
 
 def test_a_cpu_is_refused(deep, prompts, run):

@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from dream_lightning.sampling import SamplingParams
+from dream_lightning.sampling.canvas import prepare
+from dream_lightning.sampling.process import _ORDER, _TOKEN, _noise
+
 MASK, EOS = 57, 59
 WAYS = [{"steps": 12}, {"threshold": 0.4}, {"block_length": 8, "cache": "dual", "steps": 12}]
 
@@ -88,6 +92,12 @@ def test_several_sequences(deep, prompts, run):
         run(deep, prompts(2), num_return_sequences=0, temperature=1.0)
 
 
+def test_sequences_share_no_noise_for_whatever_purpose(deep, prompts):
+    canvas = prepare(deep.config, prompts(1), None, SamplingParams(max_new_tokens=8)).repeat(3)
+    noise = torch.cat([_noise(canvas, 0, 0, purpose) for purpose in (_TOKEN, _ORDER)])  # [6, L]
+    assert len(noise.flatten().unique()) == noise.numel()
+
+
 @pytest.mark.parametrize("way", [{"steps": 12}, {"block_length": 8, "cache": "dual"}, {"tokens_per_step": 3}], ids=str)
 def test_logits_hook(deep, prompts, run, way):
     seen = set()
@@ -125,6 +135,16 @@ def test_tokens_hook(deep, prompts, run):
         run(deep, prompts(6), tokens_hook=lambda step, x: x.float())
 
 
+def test_what_a_tokens_hook_masks_in_a_full_row_is_filled_again(deep, prompts, run):
+    def again(step, x):
+        x[:, 10:13] = MASK if step == 5 else x[:, 10:13]
+        return x
+
+    out = run(deep, prompts(2), tokens_per_step=24, tokens_hook=again)
+    assert (out.history == MASK).sum((1, 2)).tolist() == [0] * 5 + [6] + [0] * 18
+    assert (out.filled_at[:, 10:13] == 6).all()
+
+
 def test_hooks_refuse_what_they_would_break(deep, prompts, run):
     def hook(*a):
         raise AssertionError("not called")
@@ -135,6 +155,16 @@ def test_hooks_refuse_what_they_would_break(deep, prompts, run):
                 run(deep, prompts(1), **options, **{name: hook})
     with pytest.raises(ValueError, match="set cache to none"):
         run(deep, prompts(1), block_length=8, cache="dual", tokens_hook=hook)
+
+
+def test_an_eos_penalty_does_not_forbid_eos_in_the_gaps_of_a_prompt(deep, prompts, run, monkeypatch):
+    ids = prompts(8)
+    ids[:, 3:5] = MASK
+    free = run(deep, ids, infill=True)
+    monkeypatch.setattr(deep.config, "eos_token_id", int(free.sequences[:, 3:5].flatten().mode().values))
+    assert torch.equal(run(deep, ids, infill=True, eos_penalty=1e-9).history, free.history)
+    later = run(deep, ids, infill=True, min_new_tokens=20).sequences
+    assert not (later[:, 3:27] == deep.config.eos_token_id).any()
 
 
 def test_infilling_goes_with_adaptive_counts(deep, prompts, run):

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from dream_lightning.model import DreamConfig, DreamModel
-from dream_lightning.sampling import SamplingParams, denoising_steps, diffusion_generate, reverse_process
+from dream_lightning.sampling import (
+    CompiledDenoiser,
+    SamplingParams,
+    denoising_steps,
+    diffusion_generate,
+    reverse_process,
+)
 from dream_lightning.sampling.canvas import prepare
 
 VOCABULARY, MASK, PAD = 60, 57, 59
@@ -181,6 +187,18 @@ def test_infilling(model, alg):
         assert torch.equal(alone[0], out[b])
 
 
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_infilling_from_the_first_token_on_is_blind_to_padding(model, alg):
+    """The first token of a row has none before it, whatever the padding: it is predicted from itself."""
+    ids = prompts(3)
+    ids[:, :2] = MASK
+    alone = generate(model, ids, infill=True, alg=alg).history
+    padded = torch.cat([torch.full((3, 4), PAD), ids], 1)
+    attention_mask = torch.arange(11).expand(3, 11) >= 4
+    assert torch.equal(generate(model, padded, attention_mask, infill=True, alg=alg).history[..., 4:], alone)
+    assert torch.equal(generate(CompiledDenoiser(model, capture=False), ids, infill=True, alg=alg).history, alone)
+
+
 class Always:
     """Predicts one token everywhere."""
 
@@ -201,6 +219,7 @@ def test_a_predicted_mask_stays_unless_forbidden():
         canvas = prepare(config, prompts(2), None, params)
         *_, end = reverse_process(Always(MASK), canvas, params, mask_token_id=MASK)
         assert (end.x[:, 7:] == (0 if forbid else MASK)).all()
+        assert ((end.filled_at[:, 7:] >= 0) == forbid).all() and ((end.forwards > 0) == forbid).all()
 
 
 def test_watching_gives_the_same_states(model):

@@ -5,8 +5,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dream_lightning.building import random_model
+from dream_lightning.data.layout import plain_ids, response_text
+from dream_lightning.data.records import read_examples
 from dream_lightning.export import save_tokenizer
 from dream_lightning.model import load_tokenizer
 
@@ -47,3 +50,12 @@ def test_curve(folder, tmp_path, capsys):
     assert lines.count(fixed) == 4 and len([line for line in lines if line.startswith("| steps 2 | –")]) == 4
     svg = ET.parse(out.with_suffix(".svg")).getroot()
     assert len(svg.findall("{*}polyline")) == 4 * 4
+
+
+def test_sums_are_written_for_training(tmp_path, capsys):
+    script("write_sums").main(str(tmp_path / "sums"), digits=8, train_rows=200, validation_rows=10)
+    examples = {split: read_examples(tmp_path / "sums" / f"{split}.jsonl") for split in ("train", "validation")}
+    assert [len(examples[split]) for split in examples] == [200, 10]
+    tokenizer, config = load_tokenizer("bytes"), yaml.safe_load((SCRIPTS.parent / "configs/sums_gpu.yaml").read_text())
+    longest = max(len(plain_ids(response_text(e), tokenizer)) + 1 for some in examples.values() for e in some)
+    assert longest <= config["data"]["eos_fill_to"] == config["model"]["sampling"]["max_new_tokens"]

@@ -1,8 +1,13 @@
 """LightningCLI over DreamModule and S1KDataModule."""
 
+import argparse
+import difflib
+import itertools
+import re
+import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -42,6 +47,23 @@ class _Commands(L.Trainer):
         """
 
 
+class _Parser(LightningArgumentParser):
+    """Says what is wrong with an option in a line or two, not behind four screens of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2."""
+        for word in re.findall(r"--[\w.]+", message) if message.startswith("unrecognized arguments") else ():
+            for near in difflib.get_close_matches(word, self._options(), n=1):
+                message += f"\n{word}: did you mean {near}?"
+        print(f"error: {message}\n(every option: python -m dream_lightning fit --help)", file=sys.stderr)
+        self.exit(2)
+
+    def _options(self) -> set[str]:
+        commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *itertools.chain.from_iterable(commands)]
+        return {option for parser in parsers for a in parser._actions for option in a.option_strings}
+
+
 class DreamCLI(LightningCLI):
     """`python -m dream_lightning fit|validate|test|predict|plan --config …`; every config is laid over `base.yaml`."""
 
@@ -51,6 +73,7 @@ class DreamCLI(LightningCLI):
             DreamModule,
             S1KDataModule,
             trainer_class=_Commands,
+            parser_class=_Parser,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 c: {"default_config_files": [str(file) for file in (BASE, *files)]} for c, files in over.items()

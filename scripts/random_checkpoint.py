@@ -91,7 +91,8 @@ def main(
         write_json(partial / "generation_config.json", {f"{name}_token_id": i for name, i in ids.items()})
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
-    print(f"wrote {folder}: {shards.metadata['total_size'] / 1e9:.2f} GB in {len(shards.filename_to_tensors)} files")
+    size, files = shards.metadata["total_size"], len(shards.filename_to_tensors)
+    print(f"wrote {folder}: {size / 1e9:.3g} GB of weights in {files} file{'s' if files > 1 else ''}")
 
 
 def random_like(tensor: Tensor, name: str, std: float, generator: torch.Generator) -> Tensor:

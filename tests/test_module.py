@@ -160,7 +160,7 @@ def test_validation_is_the_same_every_time_and_for_any_batch_size(sums, tmp_path
 def test_one_data_module_serves_one_stage_after_the_other(sums, tmp_path):
     model, source = module(), data(sums, tmp_path)
     validated = trainer(tmp_path, limit_val_batches=1.0).validate(model, source, verbose=False)
-    trainer(tmp_path, max_steps=2).fit(model, source)
+    trainer(tmp_path, max_steps=2, limit_val_batches=1.0, val_check_interval=2).fit(model, source)
     tested = trainer(tmp_path).test(model, source, verbose=False)
     answers = trainer(tmp_path).predict(model, source)
     assert tested[0]["test/nll"] < validated[0]["val/nll"]

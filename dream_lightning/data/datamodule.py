@@ -262,8 +262,7 @@ class S1KDataModule(L.LightningDataModule):
         if self.batch_cutoff:
             eos = self.tokenizer.eos_token_id
             return partial(collate_with_cutoff, pad_token_id=pad, eos_token_id=eos, seed=self.seed)
-        # Packed rows are nearly full; one length for all keeps compiled code from meeting a new one every batch.
-        return partial(collate, pad_token_id=pad, length=self.max_length if self.packing else None)
+        return partial(collate, pad_token_id=pad)
 
     def _question_loader(self, prompts: "DrawnPrompts", numbers: Sequence[int]) -> DataLoader:
         sampler = self._sampler([[n] for n in numbers], shuffle=False)

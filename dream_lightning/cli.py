@@ -120,10 +120,22 @@ class DreamCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "plan":
             return
+        if subcommand != "fit" and self.config[subcommand].get("ckpt_path") == "last":
+            _check_last(self.trainer)
         try:
             super()._run_subcommand(subcommand)
         except torch.OutOfMemoryError as error:
             raise ValueError(out_of_memory(setting_from(self.config[subcommand]), error)) from error
+
+
+def _check_last(trainer: L.Trainer) -> None:
+    """Lightning would score or ask the weights that training starts from, and say so in a line among many."""
+    if not any(callback._find_last_checkpoints(trainer) for callback in trainer.checkpoint_callbacks):
+        folders = ", ".join(sorted({str(callback.dirpath) for callback in trainer.checkpoint_callbacks}))
+        raise ValueError(
+            f"ckpt_path is `last` and there is no last.ckpt in {folders}: train first, set autosave.dirpath to the "
+            "folder of the run, or name a file; without ckpt_path the weights before training are meant"
+        )
 
 
 def _check_gpu(accelerator: object) -> None:

@@ -40,6 +40,11 @@ from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, Noi
 # this factor, a power of two (so exact), which keeps them near one.
 _GRADIENT_SCALE = 2.0**-10
 _QUARTILES = 4
+# What a network is, of its DreamConfig; a checkpoint of another one is refused by name.
+_NETWORK = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "mask_token_id", "eos_token_id"),
+)
 
 
 class DreamModule(L.LightningModule):
@@ -219,12 +224,18 @@ class DreamModule(L.LightningModule):
         recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint with other adapters, or of another base; looks at no tensor.
+        """Refuse a checkpoint of another network, with other adapters, or of another base; looks at no tensor.
 
         Raises:
-            ValueError: with adapters where the model has none, or the other way round, or other ones; the contents of
-                the bases differ.
+            ValueError: a network of other sizes or token ids; with adapters where the model has none, or the other way
+                round, or other ones; the contents of the bases differ.
         """
+        saved, ours = checkpoint["dream_config"], self.model.config.to_dict()
+        if others := [f"{n} {saved[n]}, here {ours[n]}" for n in _NETWORK if saved[n] != ours[n]]:
+            raise ValueError(
+                f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that "
+                "saved it, or start a new run without ckpt_path"
+            )
         if (self.lora is None) != ("lora" not in checkpoint):
             raise ValueError(
                 f"the checkpoint was saved {'with' if 'lora' in checkpoint else 'without'} adapters and model.lora is "

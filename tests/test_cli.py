@@ -94,14 +94,17 @@ def test_a_saved_config_can_be_used_again(at_root, monkeypatch, capsys, tmp_path
     assert yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"] == "dream_lightning.optim.adamw"
 
 
-def test_a_checkpoint_that_is_not_there_is_one_message(at_root, monkeypatch, capsys, tmp_path):
-    options = ("logger=false", "enable_progress_bar=false", f"default_root_dir={tmp_path}")
+@pytest.mark.parametrize(("name", "said"), [("no.ckpt", "no.ckpt does not exist"), ("last", "no last.ckpt in")])
+def test_a_checkpoint_that_is_not_there_is_one_message(at_root, monkeypatch, capsys, tmp_path, name, said):
+    """Lightning itself goes on without `last`, and would report the scores of untrained weights."""
+    monkeypatch.setenv("DREAM_TRACEBACK", "0")
+    options = ("trainer.logger=false", "trainer.enable_progress_bar=false", f"trainer.default_root_dir={tmp_path}")
+    folders = (f"checkpoint.dirpath={tmp_path}", f"autosave.dirpath={tmp_path}")
     with pytest.raises(SystemExit) as exit_:
-        command(
-            monkeypatch, "validate", *SMALL, *(f"--trainer.{o}" for o in options), f"--ckpt_path={tmp_path / 'no.ckpt'}"
-        )
+        command(monkeypatch, "validate", *SMALL, *(f"--{o}" for o in options + folders), f"--ckpt_path={name}")
     assert exit_.value.code == 1
-    assert "no.ckpt does not exist: set ckpt_path" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert said in shown.err and "val/nll" not in shown.out
 
 
 def test_validate_prints_every_score_once(at_root, monkeypatch, capsys, tmp_path):

@@ -13,8 +13,9 @@ from jsonargparse import auto_cli
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dream_lightning.errors import readable_errors
 from dream_lightning.export import new_folder, save_tokenizer
-from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.model.loading import INDEX
 
 
@@ -74,6 +75,11 @@ def main(
         use_cache=True,  # as the official config.json says; nothing reads it
         use_mrope=False,
     )
+    if tokenizer is not None and (mask := load_tokenizer(tokenizer).mask_token_id) != mask_token_id:
+        raise ValueError(
+            f"mask_token_id is {mask_token_id} and that of tokenizer {tokenizer} is {mask}: set --mask_token_id {mask}; "
+            "a folder whose tokenizer has another mask cannot be used"
+        )
     with torch.device("meta"):
         state = DreamModel(config).to(getattr(torch, dtype)).state_dict()
     shards = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
@@ -108,4 +114,5 @@ def write_json(path: Path, content: dict) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

@@ -281,6 +281,7 @@ def test_a_checkpoint_of_another_network_is_refused():
         ({"pretrained": "x", "new_model": {}}, "exactly one of them"),
         ({"new_model": {}}, "needs a tokenizer"),
         ({"new_model": {}, "tokenizer": "bytes", "t_min": 0.0}, "t_min is 0.0"),
+        ({"new_model": {}, "tokenizer": "bytes", "cart_p": 2.0}, "cart_p is 2.0"),
     ],
 )
 def test_impossible_options_are_refused(options, words):

@@ -77,8 +77,8 @@ def main(
     )
     if tokenizer is not None and (mask := load_tokenizer(tokenizer).mask_token_id) != mask_token_id:
         raise ValueError(
-            f"mask_token_id is {mask_token_id} and that of tokenizer {tokenizer} is {mask}: set --mask_token_id {mask}; "
-            "a folder whose tokenizer has another mask cannot be used"
+            f"mask_token_id is {mask_token_id}, that of tokenizer {tokenizer} is {mask}: set --mask_token_id {mask}, "
+            "for a folder whose tokenizer has another mask cannot be used"
         )
     with torch.device("meta"):
         state = DreamModel(config).to(getattr(torch, dtype)).state_dict()

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from dream_lightning.callbacks import Autosave
+from dream_lightning.callbacks import Autosave, ProgressBar
 from dream_lightning.data import S1KDataModule
 from dream_lightning.errors import readable_errors
 from dream_lightning.module import DreamModule
@@ -93,6 +93,9 @@ class DreamCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Checkpoints are whole or not there, unless `trainer.plugins` names another way to write them."""
+        options = self._get(self.config_init, "trainer")
+        if options.enable_progress_bar is False and options.callbacks:  # base.yaml's bar would contradict it
+            options.callbacks = [c for c in options.callbacks if not isinstance(c, ProgressBar)]
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()

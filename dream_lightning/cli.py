@@ -1,8 +1,13 @@
 """LightningCLI over DreamModule and S1KDataModule."""
 
+import argparse
+import difflib
+import itertools
+import re
+import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -12,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from dream_lightning.callbacks import Autosave
+from dream_lightning.callbacks import Autosave, ProgressBar
 from dream_lightning.data import S1KDataModule
 from dream_lightning.errors import readable_errors
 from dream_lightning.module import DreamModule
@@ -42,6 +47,23 @@ class _Commands(L.Trainer):
         """
 
 
+class _Parser(LightningArgumentParser):
+    """Says what is wrong with an option in a line or two, not behind four screens of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2."""
+        for word in re.findall(r"--[\w.]+", message) if message.startswith("unrecognized arguments") else ():
+            for near in difflib.get_close_matches(word, self._options(), n=1):
+                message += f"\n{word}: did you mean {near}?"
+        print(f"error: {message}\n(every option: python -m dream_lightning fit --help)", file=sys.stderr)
+        self.exit(2)
+
+    def _options(self) -> set[str]:
+        commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *itertools.chain.from_iterable(commands)]
+        return {option for parser in parsers for a in parser._actions for option in a.option_strings}
+
+
 class DreamCLI(LightningCLI):
     """`python -m dream_lightning fit|validate|test|predict|plan --config …`; every config is laid over `base.yaml`."""
 
@@ -51,6 +73,7 @@ class DreamCLI(LightningCLI):
             DreamModule,
             S1KDataModule,
             trainer_class=_Commands,
+            parser_class=_Parser,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 c: {"default_config_files": [str(file) for file in (BASE, *files)]} for c, files in over.items()
@@ -70,6 +93,9 @@ class DreamCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Checkpoints are whole or not there, unless `trainer.plugins` names another way to write them."""
+        options = self._get(self.config_init, "trainer")
+        if options.enable_progress_bar is False and options.callbacks:  # base.yaml's bar would contradict it
+            options.callbacks = [c for c in options.callbacks if not isinstance(c, ProgressBar)]
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
@@ -97,10 +123,22 @@ class DreamCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "plan":
             return
+        if subcommand != "fit" and self.config[subcommand].get("ckpt_path") == "last":
+            _check_last(self.trainer)
         try:
             super()._run_subcommand(subcommand)
         except torch.OutOfMemoryError as error:
             raise ValueError(out_of_memory(setting_from(self.config[subcommand]), error)) from error
+
+
+def _check_last(trainer: L.Trainer) -> None:
+    """Lightning would score or ask the weights that training starts from, and say so in a line among many."""
+    if not any(callback._find_last_checkpoints(trainer) for callback in trainer.checkpoint_callbacks):
+        folders = ", ".join(sorted({str(callback.dirpath) for callback in trainer.checkpoint_callbacks}))
+        raise ValueError(
+            f"ckpt_path is `last` and there is no last.ckpt in {folders}: train first, set autosave.dirpath to the "
+            "folder of the run, or name a file; without ckpt_path the weights before training are meant"
+        )
 
 
 def _check_gpu(accelerator: object) -> None:

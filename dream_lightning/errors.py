@@ -32,7 +32,7 @@ def readable_errors() -> Iterator[None]:
 
 
 def is_for_users(error: Exception) -> bool:
-    """Whether a `raise` of this package, or of Lightning's Trainer over its options, is where the error comes from."""
+    """Whether a `raise` of this package, of the script that runs, or of Lightning over its options made it."""
     if isinstance(error, MisconfigurationException):
         return True
     trace = error.__traceback__
@@ -42,4 +42,5 @@ def is_for_users(error: Exception) -> bool:
         return False
     file = trace.tb_frame.f_code.co_filename
     raised = linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise ")
-    return raised and any(Path(file).is_relative_to(folder) for folder in _SPEAKING)
+    script = getattr(sys.modules["__main__"], "__file__", None)  # one of scripts/, under this same protection
+    return raised and (file == script or any(Path(file).is_relative_to(folder) for folder in _SPEAKING))

@@ -26,11 +26,11 @@ from dream_lightning.diffusion import (
 from dream_lightning.diffusion.denoiser import features
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
-from dream_lightning.diffusion.weighting import Weighting
+from dream_lightning.diffusion.weighting import Weighting, check_cart_p
 from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model.sharding import agree, local, shard, whole
-from dream_lightning.optim import PagedAdamW8bit
+from dream_lightning.optim import PagedAdamW8bit, adamw
 from dream_lightning.sampling import SamplingParams, release
 from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
 from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
@@ -40,6 +40,11 @@ from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, Noi
 # this factor, a power of two (so exact), which keeps them near one.
 _GRADIENT_SCALE = 2.0**-10
 _QUARTILES = 4
+# What a network is, of its DreamConfig; a checkpoint of another one is refused by name.
+_NETWORK = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "mask_token_id", "eos_token_id"),
+)
 
 
 class DreamModule(L.LightningModule):
@@ -104,9 +109,7 @@ class DreamModule(L.LightningModule):
         stratified_t: bool = True,
         complementary_masks: bool = False,
         t_min: float = 1e-3,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01
-        ),
+        optimizer: OptimizerCallable = adamw,
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
         warmup_fraction: float = 0.1,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -117,7 +120,8 @@ class DreamModule(L.LightningModule):
         if (pretrained is None) == (new_model is None):
             raise ValueError(
                 f"pretrained is {pretrained!r} and new_model is {new_model!r}: wanted exactly one of them, the "
-                "checkpoint to start from or the sizes of a new model"
+                "checkpoint to start from or the sizes of a new model; --model.new_model=null or "
+                "--model.pretrained=null takes away what a config names"
             )
         if tokenizer is None and pretrained is None:
             raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
@@ -129,6 +133,7 @@ class DreamModule(L.LightningModule):
             raise ValueError(f"attention_dropout is {attention_dropout}, wanted at least 0 and below 1")
         if not 0 < t_min < 1:
             raise ValueError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
+        check_cart_p(cart_p)
         self.pretrained, self.new_model = pretrained, new_model
         self.tokenizer = load_tokenizer(tokenizer or pretrained)
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
@@ -221,12 +226,18 @@ class DreamModule(L.LightningModule):
         recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint with other adapters, or of another base; looks at no tensor.
+        """Refuse a checkpoint of another network, with other adapters, or of another base; looks at no tensor.
 
         Raises:
-            ValueError: with adapters where the model has none, or the other way round, or other ones; the contents of
-                the bases differ.
+            ValueError: a network of other sizes or token ids; with adapters where the model has none, or the other way
+                round, or other ones; the contents of the bases differ.
         """
+        saved, ours = checkpoint["dream_config"], self.model.config.to_dict()
+        if others := [f"{n} {saved[n]}, here {ours[n]}" for n in _NETWORK if saved[n] != ours[n]]:
+            raise ValueError(
+                f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that "
+                "saved it, or start a new run without ckpt_path"
+            )
         if (self.lora is None) != ("lora" not in checkpoint):
             raise ValueError(
                 f"the checkpoint was saved {'with' if 'lora' in checkpoint else 'without'} adapters and model.lora is "

@@ -14,6 +14,11 @@ _PAGED = 100_000  # elements from which moments are worth paging
 _NO_TAIL = -(2**15)  # the tail of a float32 number that is a bfloat16 number
 
 
+def adamw(params: Iterable[Any]) -> torch.optim.AdamW:
+    """The default optimiser; a function with a name, which a saved config.yaml can hold and a lambda it cannot."""
+    return torch.optim.AdamW(params, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01)
+
+
 class PagedAdamW8bit(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) with 8-bit moments (arXiv:2110.02861) over exact float32 master weights.
 

@@ -49,6 +49,20 @@ class SafeCheckpointIO(TorchCheckpointIO):
         finally:
             partial.unlink(missing_ok=True)
 
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        """Read one file.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if _is_local_file_protocol(path) and not Path(path).exists():
+            raise ValueError(
+                f"{path} does not exist: set ckpt_path to a checkpoint of this run, such as "
+                "lightning_logs/…/checkpoints/last.ckpt, or to `last` for the newest in checkpoint.dirpath and "
+                "autosave.dirpath"
+            )
+        return super().load_checkpoint(path, *args, **options)
+
 
 def remove_partials(folder: str | Path) -> list[Path]:
     """Delete what a kill in the middle of saving left in a folder, sharded or not; returns what there was."""
@@ -63,6 +77,11 @@ def remove_partials(folder: str | Path) -> list[Path]:
 
 def _explain(checkpoint: dict[str, Any], path: Path, partial: Path, reason: OSError) -> str:
     partial.unlink(missing_ok=True)  # so that what it took counts as free
+    if path.is_dir():
+        return (
+            f"{path} was not saved: a sharded checkpoint, which is a folder, stands there, and a file does not replace "
+            "it. Set autosave.dirpath and checkpoint.dirpath to folders of this run"
+        )
     disk = os.statvfs(path.parent)
     kept = "the one before it is still there" if path.exists() else "earlier checkpoints are untouched"
     return (

@@ -22,6 +22,7 @@ from dream_lightning import DreamModel, SamplingParams
 from dream_lightning.adapters import held_in_bfloat16
 from dream_lightning.building import quantized_model
 from dream_lightning.diffusion.denoiser import align
+from dream_lightning.errors import readable_errors
 from dream_lightning.sampling import CompiledDenoiser, denoising_steps
 
 
@@ -229,4 +230,5 @@ def nf4_steps(bench: Bench, pretrained: str, compile_mode: str | None) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from dream_lightning import DreamModule
 from dream_lightning.adapters import LoraParams
 from dream_lightning.data.packing import collate, pack
+from dream_lightning.errors import readable_errors
 from dream_lightning.model import DreamConfig
 from dream_lightning.plan import Setting, make_plan
 from dream_lightning.types import Batch, Document, Draw
@@ -244,4 +245,5 @@ def _line(case: Case, ours: dict | str, other: dict | str | None) -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

@@ -21,6 +21,7 @@ import yaml
 from jsonargparse import auto_cli
 
 from dream_lightning import DreamModule, S1KDataModule
+from dream_lightning.errors import readable_errors
 from dream_lightning.types import Batch
 
 TINY = yaml.safe_load((Path(__file__).parents[1] / "configs" / "tiny.yaml").read_text())
@@ -251,4 +252,5 @@ def _built(model: str) -> DreamModule:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

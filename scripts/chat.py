@@ -7,6 +7,7 @@ python scripts/chat.py --model lightning_logs/tiny/checkpoints/last.ckpt --token
 from jsonargparse import auto_cli
 
 from dream_lightning import SamplingParams
+from dream_lightning.errors import readable_errors
 from dream_lightning.watch import Chat, Conversation, open_model
 
 
@@ -33,4 +34,5 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

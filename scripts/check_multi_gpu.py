@@ -18,6 +18,8 @@ import lightning as L
 import torch
 from jsonargparse import auto_cli
 
+from dream_lightning.errors import readable_errors
+
 CALIBRATION = 2  # first steps, left out of speeds: compilation, first allocations
 
 
@@ -183,4 +185,5 @@ if __name__ == "__main__":
 
         command_line()
     else:
-        auto_cli(main, as_positional=False)
+        with readable_errors():
+            auto_cli(main, as_positional=False)

@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 
 from dream_lightning import DreamModule, S1KDataModule
 from dream_lightning.adapters import LoraParams
+from dream_lightning.errors import readable_errors
 
 
 def subtraction(rng: random.Random) -> dict[str, str]:
@@ -104,4 +105,5 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

@@ -14,6 +14,7 @@ from jsonargparse import auto_cli
 
 from dream_lightning import DreamModel, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.answering import answer_questions
+from dream_lightning.errors import readable_errors
 from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
 
 CACHES = ("no blocks", "none", "prefix", "dual")
@@ -182,4 +183,5 @@ def _mark(kind: str, x: float, y: float, colour: str) -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

@@ -10,6 +10,7 @@ from dream_lightning.data.chat import Overflow, Style
 from dream_lightning.data.records import Schema, Trace, read_examples
 from dream_lightning.data.report import as_markdown, as_tables, report
 from dream_lightning.data.tokenization import tokenize
+from dream_lightning.errors import readable_errors
 from dream_lightning.model.tokenizer import load_tokenizer
 
 
@@ -76,4 +77,5 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

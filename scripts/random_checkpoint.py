@@ -13,8 +13,9 @@ from jsonargparse import auto_cli
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dream_lightning.errors import readable_errors
 from dream_lightning.export import new_folder, save_tokenizer
-from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.model.loading import INDEX
 
 
@@ -74,6 +75,11 @@ def main(
         use_cache=True,  # as the official config.json says; nothing reads it
         use_mrope=False,
     )
+    if tokenizer is not None and (mask := load_tokenizer(tokenizer).mask_token_id) != mask_token_id:
+        raise ValueError(
+            f"mask_token_id is {mask_token_id}, that of tokenizer {tokenizer} is {mask}: set --mask_token_id {mask}, "
+            "for a folder whose tokenizer has another mask cannot be used"
+        )
     with torch.device("meta"):
         state = DreamModel(config).to(getattr(torch, dtype)).state_dict()
     shards = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
@@ -91,7 +97,8 @@ def main(
         write_json(partial / "generation_config.json", {f"{name}_token_id": i for name, i in ids.items()})
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
-    print(f"wrote {folder}: {shards.metadata['total_size'] / 1e9:.2f} GB in {len(shards.filename_to_tensors)} files")
+    size, files = shards.metadata["total_size"], len(shards.filename_to_tensors)
+    print(f"wrote {folder}: {size / 1e9:.3g} GB of weights in {files} file{'s' if files > 1 else ''}")
 
 
 def random_like(tensor: Tensor, name: str, std: float, generator: torch.Generator) -> Tensor:
@@ -107,4 +114,5 @@ def write_json(path: Path, content: dict) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

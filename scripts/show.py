@@ -11,6 +11,7 @@ from dream_lightning.data.chat import Overflow, Style, encode
 from dream_lightning.data.records import Schema, Trace, read_examples
 from dream_lightning.data.show import LEGEND, render
 from dream_lightning.diffusion import corrupt
+from dream_lightning.errors import readable_errors
 from dream_lightning.model.tokenizer import load_tokenizer
 
 
@@ -86,4 +87,5 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

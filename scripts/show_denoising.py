@@ -11,6 +11,7 @@ from jsonargparse import auto_cli
 
 from dream_lightning import SamplingParams, diffusion_generate
 from dream_lightning.data.chat import Style, encode_prompt
+from dream_lightning.errors import readable_errors
 from dream_lightning.types import Example, Message
 from dream_lightning.watch import denoising_page, open_model
 
@@ -53,4 +54,5 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

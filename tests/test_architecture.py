@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "plan": {"model", "adapters", "building", "optim"},
     "cli": {"data", "module", "callbacks", "saving", "errors", "plan"},
     "__main__": {"cli"},
-    "__init__": {"types", *LEAVES, "sampling", "answering", "building", "module"},
+    "quiet": set(),
+    "__init__": {"quiet", "types", *LEAVES, "sampling", "answering", "building", "module"},
 }
 FORBIDDEN = {
     "diffusion": {"transformers", "lightning", "peft"},

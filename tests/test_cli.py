@@ -74,7 +74,37 @@ def test_an_unknown_option_is_an_error(at_root, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         command(monkeypatch, "fit", "--config=configs/tiny.yaml", "--data.max_lenght=3")
     assert exit_.value.code == 2
-    assert "max_lenght" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--data.max_lenght: did you mean --data.max_length?" in said
+    assert len(said.splitlines()) <= 4, "what is wrong stands behind screens of usage"
+
+
+def test_a_saved_config_can_be_used_again(at_root, monkeypatch, capsys, tmp_path):
+    """With the default optimiser too, which the shipped configs all replace."""
+    without = yaml.safe_load(Path("configs/tiny.yaml").read_text())
+    del without["model"]["optimizer"]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(without))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "fit", f"--config={file}", "--print_config")
+    file.write_text(capsys.readouterr().out)
+    with pytest.raises(SystemExit) as exit_:
+        command(monkeypatch, "fit", f"--config={file}", "--print_config")
+    assert exit_.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"] == "dream_lightning.optim.adamw"
+
+
+@pytest.mark.parametrize(("name", "said"), [("no.ckpt", "no.ckpt does not exist"), ("last", "no last.ckpt in")])
+def test_a_checkpoint_that_is_not_there_is_one_message(at_root, monkeypatch, capsys, tmp_path, name, said):
+    """Lightning itself goes on without `last`, and would report the scores of untrained weights."""
+    monkeypatch.setenv("DREAM_TRACEBACK", "0")
+    options = ("trainer.logger=false", "trainer.enable_progress_bar=false", f"trainer.default_root_dir={tmp_path}")
+    folders = (f"checkpoint.dirpath={tmp_path}", f"autosave.dirpath={tmp_path}")
+    with pytest.raises(SystemExit) as exit_:
+        command(monkeypatch, "validate", *SMALL, *(f"--{o}" for o in options + folders), f"--ckpt_path={name}")
+    assert exit_.value.code == 1
+    shown = capsys.readouterr()
+    assert said in shown.err and "val/nll" not in shown.out
 
 
 def test_validate_prints_every_score_once(at_root, monkeypatch, capsys, tmp_path):

@@ -262,6 +262,18 @@ class TestPredict:
         assert len(self.predict(sums, tmp_path, other, path, overwrite=True)) == 4
 
 
+def test_a_checkpoint_of_another_network_is_refused():
+    """By name of what differs, not by the shapes of its tensors."""
+    saved, other = module(), module()
+    saved.configure_model()
+    other.new_model = SIZES | {"hidden_size": 64}
+    other.configure_model()
+    checkpoint = {"dream_config": saved.model.config.to_dict()}
+    saved.check_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="hidden_size 32, here 64"):
+        other.check_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -269,6 +281,7 @@ class TestPredict:
         ({"pretrained": "x", "new_model": {}}, "exactly one of them"),
         ({"new_model": {}}, "needs a tokenizer"),
         ({"new_model": {}, "tokenizer": "bytes", "t_min": 0.0}, "t_min is 0.0"),
+        ({"new_model": {}, "tokenizer": "bytes", "cart_p": 2.0}, "cart_p is 2.0"),
     ],
 )
 def test_impossible_options_are_refused(options, words):

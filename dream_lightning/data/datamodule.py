@@ -50,7 +50,8 @@ class S1KDataModule(L.LightningDataModule):
         thinking: False trains on answers alone.
         max_length: of prompt and response in tokens; also the length of a packed row.
         overflow: what happens to longer documents: `truncate_trace` (shorten the thinking, keep answer and eos),
-            `drop`, `error`, or `truncate_right` (cuts the answer off, as others do).
+            `truncate_trace_else_drop` (where that is not enough, leave it out), `drop`, `error`, or `truncate_right`
+            (cuts the answer off, as others do).
         eos_fill_to: fill shorter responses with eos to this many tokens; teaches the model to stop.
         extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}.
         batch_size: rows a micro-batch and process; questions a batch in generation.

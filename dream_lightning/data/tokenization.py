@@ -99,15 +99,18 @@ def tokenize(
     if folder is not None and folder.exists():
         return TokenizedSet(datasets.load_from_disk(str(folder)))
     table = datasets.Dataset.from_list([asdict(example) for example in examples])
-    documents = table.map(
-        partial(_encode_row, tokenizer=tokenizer, options=options),
-        remove_columns=table.column_names,
-        features=_FEATURES,
-        num_proc=_processes(len(examples), num_proc),
-        keep_in_memory=True,
-        new_fingerprint=key,
-        desc="Tokenizing",
-    )
+    try:
+        documents = table.map(
+            partial(_encode_row, tokenizer=tokenizer, options=options),
+            remove_columns=table.column_names,
+            features=_FEATURES,
+            num_proc=_processes(len(examples), num_proc),
+            keep_in_memory=True,
+            new_fingerprint=key,
+            desc="Tokenizing",
+        )
+    except ValueError as error:
+        raise ValueError(str(error)) from error  # as ours, also where a worker process raised it
     result = TokenizedSet(documents)
     if not len(result):
         raise ValueError(

@@ -62,11 +62,16 @@ def cart_weights(context: Tensor, *, p: float, places: Tensor | None = None) -> 
     Raises:
         ValueError: p is outside (0, 1].
     """
-    if not 0 < p <= 1:
-        raise ValueError(f"cart_p is {p}, wanted a probability in (0, 1]: the authors train with 0.1")
+    check_cart_p(p)
     left = _sum_before(context.float(), places, q=1 - p)
     right = _sum_before(context.float().flip(1), None if places is None else places.flip(1), q=1 - p).flip(1)
     return 0.5 * p * (left + right)
+
+
+def check_cart_p(p: float) -> None:
+    """Raise ValueError for a p outside (0, 1]."""
+    if not 0 < p <= 1:
+        raise ValueError(f"cart_p is {p}, wanted a probability in (0, 1]: the authors train with 0.1")
 
 
 def _sum_before(c: Tensor, places: Tensor | None, *, q: float) -> Tensor:

@@ -56,25 +56,23 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, measured in about a tenth of a second: the best this device can do.
 
     Measured, not looked up: it then holds on every GPU and CPU, with the clock and the number of threads there are. The
-    best of a few runs, of 8,192³ on a GPU (0.4 GB in bfloat16, given back) and 512³ on a CPU.
+    best of a few runs: ten products of 8,192³ on a GPU (0.4 GB in bfloat16, given back), one of 512³ on a CPU, so short
+    that other programs leave some of them alone.
     """
-    n = 8192 if device.type == "cuda" else 512
+    n, products = (8192, 10) if device.type == "cuda" else (512, 1)
     a, b = (torch.randn(n, n, device=device, generator=_generator(device)).to(dtype) for _ in range(2))
     best, until = 0.0, time.perf_counter() + 0.1
     while best == 0 or time.perf_counter() < until:
         started = time.perf_counter()
-        for _ in range(_PRODUCTS):
+        for _ in range(products):
             a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = max(best, _PRODUCTS * 2 * n**3 / (time.perf_counter() - started))
+        best = max(best, products * 2 * n**3 / (time.perf_counter() - started))
     if device.type == "cuda":
         del a, b
         torch.cuda.empty_cache()
     return best
-
-
-_PRODUCTS = 10
 
 
 def _generator(device: torch.device) -> torch.Generator:

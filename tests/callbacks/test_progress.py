@@ -1,0 +1,33 @@
+"""The bar holds in a terminal and shows what README says."""
+
+from types import SimpleNamespace
+
+import torch
+
+from dream_lightning.callbacks import ProgressBar
+
+
+def test_names_are_short_and_the_most_important_come_first():
+    found = {
+        "train/data_wait_share": 0.0123,
+        "train/tokens_per_second": 10448.2,
+        "train/useful_share": 0.991,
+        "train/mfu": 0.4312,
+        "train/peak_memory_gib": 19.94,
+        "train/loss": torch.tensor(0.61234567),
+        "val/nll": 0.5,
+        "val/accuracy": 0.96875,
+        "mine": 3,
+    }
+    shown = ProgressBar().get_metrics(SimpleNamespace(progress_bar_metrics=found), None)
+    assert list(shown.items()) == [
+        ("loss", "0.6123"),
+        ("val_nll", "0.5"),
+        ("val_acc", "96.9%"),
+        ("tok/s", "10,448"),
+        ("mfu", "43.1%"),
+        ("GiB", "19.9"),
+        ("useful", "99%"),
+        ("wait", "1%"),
+        ("mine", 3),
+    ]

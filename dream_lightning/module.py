@@ -13,7 +13,16 @@ from transformers import get_scheduler
 
 from dream_lightning.adapters import LoraParams, check_base, trainable_summary
 from dream_lightning.answering import answer_questions
-from dream_lightning.building import adapt, check_tokenizer, empty_model, fill, quantized_model, random_model
+from dream_lightning.building import (
+    adapt,
+    check_tokenizer,
+    checkpoint_layers,
+    compile_layers,
+    empty_model,
+    fill,
+    quantized_model,
+    random_model,
+)
 from dream_lightning.diffusion import (
     corrupt,
     independent_t,
@@ -33,7 +42,7 @@ from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
-from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
+from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested, send_only_what_trains
 from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
 
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
@@ -162,7 +171,7 @@ class DreamModule(L.LightningModule):
         """Build or load the network; Lightning calls this on every rank, once the strategy is known."""
         if self.model is not None:
             return
-        device = None if self._trainer is None else self.trainer.strategy.root_device
+        device = torch.device("cpu") if self._trainer is None else self.trainer.strategy.root_device
         if self.pretrained is None:
             self.model = random_model(self.new_model, self.tokenizer).to(self.weights_dtype)
         elif self.quantize is not None:
@@ -175,17 +184,15 @@ class DreamModule(L.LightningModule):
         if self.lora is not None:
             place = device if self.sharded else None
             self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed, device=place)
-        if self.compile_layers:  # products and norms of a layer are cheap to make again, and a sixth of what it keeps
-            torch._functorch.config.activation_memory_budget = 0.8
-        for layer in self.model.model.layers:
-            if self.attention_dropout is not None:
+            if not self.sharded:
+                send_only_what_trains(self)
+        if self.attention_dropout is not None:
+            for layer in self.model.model.layers:
                 layer.self_attn.dropout = self.attention_dropout
-            if self.compile_layers:
-                layer.compile()
+        if self.compile_layers:
+            compile_layers(self.model)
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if self.gradient_checkpointing is not True:
-                self.model.model.checkpointed_layers = self.gradient_checkpointing
+            checkpoint_layers(self.model, self.gradient_checkpointing)
         if self.sharded:
             self._shard(device)
         self.model.train()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,24 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise ValueError(_explain(checkpoint, path, partial, reason)) from error
         finally:
             partial.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read one file.
+
+        Raises:
+            ValueError: nothing there, a sharded checkpoint, or a damaged one.
+        """
+        if _is_local_file_protocol(path):
+            if Path(path).is_dir():
+                raise ValueError(
+                    f"{path} is a folder, as trainer.strategy fsdp2 saves: set trainer.strategy=fsdp2, which goes on "
+                    "from it on any number of GPUs, or export it and name the new folder in model.pretrained"
+                )
+            if not Path(path).exists():
+                raise ValueError(f"{path} is not there: name a checkpoint that is, or leave --ckpt_path out")
+            if not zipfile.is_zipfile(path):  # its table of contents stands at its end
+                raise ValueError(f"{path} is not whole, or no checkpoint: take an earlier one")
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def remove_partials(folder: str | Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Training, validation and prediction through Lightning; that a step does not depend on its cut: test_invariance."""
 
 import json
+from itertools import product
 
 import lightning as L
 import pytest
@@ -157,6 +158,14 @@ def test_validation_is_the_same_every_time_and_for_any_batch_size(sums, tmp_path
         assert other["val/nll"] == pytest.approx(first["val/nll"], rel=1e-5)
 
 
+def test_packed_rows_have_one_length_in_training_and_validation(sums, tmp_path):
+    """So that compiled layers meet no other."""
+    source = data(sums, tmp_path, packing=True, max_length=200, batch_size=2)
+    source.setup("fit")
+    for loader in (source.train_dataloader(), source.val_dataloader()[0]):
+        assert {batch.input_ids.shape[1] for batch in loader} == {200}
+
+
 def test_one_data_module_serves_one_stage_after_the_other(sums, tmp_path):
     model, source = module(), data(sums, tmp_path)
     validated = trainer(tmp_path, limit_val_batches=1.0).validate(model, source, verbose=False)
@@ -308,3 +317,26 @@ def test_attention_dropout_overrides_the_checkpoints_own(option, used):
 def test_a_new_model_names_its_sizes():
     with pytest.raises(ValueError, match="lacks hidden_size, intermediate_size"):
         DreamModule(new_model={"num_hidden_layers": 1, "num_attention_heads": 2}, tokenizer="bytes").configure_model()
+
+
+def test_compiled_layers_stay_compiled_whatever_comes(monkeypatch):
+    """Training, validation and answers meet more combinations than the 8 graphs that torch allows a function."""
+    compile_layer = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile_layer(layer, backend="eager"))
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+    torch._dynamo.reset()
+    dream = module(compile_layers=True)
+    dream.configure_model()
+    calls = 0
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for grad, rows, mask in product((True, False), (1, 2, 3), ("none", "padding", "pairs")):
+            ids = torch.ones(rows, 24 + calls, dtype=torch.int64)
+            real = ids.clone()
+            real[:, -3:] = 0
+            pairs = (real[:, :, None] == real[:, None, :])[:, None]
+            with torch.set_grad_enabled(grad):
+                dream.model(ids, {"none": None, "padding": real, "pairs": pairs}[mask])
+            calls += 1
+    torch._dynamo.reset()

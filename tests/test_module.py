@@ -1,12 +1,15 @@
 """Training, validation and prediction through Lightning; that a step does not depend on its cut: test_invariance."""
 
 import json
+import math
 from itertools import product
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.callbacks import PredictionWriter
@@ -142,6 +145,22 @@ def test_resuming_in_the_middle_of_an_epoch_gives_the_same_losses(sums, tmp_path
     assert resumed.losses == whole.losses[stop_after:]
 
 
+@pytest.mark.parametrize("optimizers", [("AdamW", "SGD"), ("SGD", "AdamW"), ("Adam", "AdamW")])
+def test_another_optimiser_than_the_checkpoints_is_refused(sums, tmp_path, optimizers):
+    def using(name):
+        return module(optimizer=lambda groups: getattr(torch.optim, name)(groups, lr=1e-3))
+
+    first, second = optimizers
+    trained = trainer(tmp_path, max_steps=1)
+    trained.fit(using(first), data(sums, tmp_path))
+    trained.save_checkpoint(tmp_path / "one.ckpt")
+    resume = {"ckpt_path": tmp_path / "one.ckpt", "weights_only": True}
+    with pytest.raises(ValueError, match=f"states of {first} and model.optimizer is {second}"):
+        trainer(tmp_path, max_steps=2).fit(using(second), data(sums, tmp_path), **resume)
+    validation = trainer(tmp_path, limit_val_batches=1)
+    assert validation.validate(using(second), data(sums, tmp_path), verbose=False, **resume)
+
+
 def test_validation_is_the_same_every_time_and_for_any_batch_size(sums, tmp_path):
     model = module()
     run(sums, tmp_path, model=model, max_steps=60, batch_size=8)  # an untrained model answers by rounding errors
@@ -204,6 +223,47 @@ def test_everything_is_logged(sums, tmp_path):
         "val/unparsed",
         "val/tokens_per_forward",
     } <= logged
+
+
+def test_a_quartile_without_tokens_does_not_repeat_its_last_value(sums, tmp_path):
+    """One document a step has one t."""
+
+    class Notes(DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            seen.append({n: v for n, v in metrics.items() if n.startswith("train/nll_t")})
+
+    seen = []
+    fit = trainer(tmp_path, max_steps=8, log_every_n_steps=1, logger=Notes())
+    fit.fit(module(), data(sums, tmp_path, batch_size=1))
+    values = [[scalars[f"train/nll_t_quartile_{n}"] for n in (1, 2, 3, 4)] for scalars in seen]
+    assert len(values) == 8 and all(sum(map(math.isfinite, row)) == 1 for row in values)
+    assert len({row.index(min(row, key=math.isnan)) for row in values}) > 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"complementary_masks": True}, {"weighting": "cart", "treat_eos_as_one": True}]
+)
+def test_a_training_step_waits_for_the_device_once(sums, tmp_path, options):
+    """To count what is masked. Boolean indices would count again, and numbers from Python are copied there waiting."""
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+            if by_mask or name in ("nonzero", "_local_scalar_dense", "lift_fresh"):
+                waits.append(name)
+            return func(*args, **(kwargs or {}))
+
+    waits, model = [], module(**options)
+    step = model.training_step
+
+    def watched(*args):
+        with Waits():
+            return step(*args)
+
+    model.training_step = watched
+    trainer(tmp_path, max_steps=1).fit(model, data(sums, tmp_path, packing=True, max_length=200))
+    assert waits == ["nonzero"]
 
 
 def test_it_learns(sums, tmp_path):

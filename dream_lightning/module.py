@@ -138,6 +138,16 @@ class DreamModule(L.LightningModule):
             raise ValueError(f"attention_dropout is {attention_dropout}, wanted at least 0 and below 1")
         if not 0 < t_min < 1:
             raise ValueError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
+        if complementary_masks and t_min >= 0.5:
+            raise ValueError(f"t_min is {t_min}, wanted less than 0.5: with complementary_masks t keeps it from 1 too")
+        for name, value, possible in (
+            ("cart_p", cart_p, 0 < cart_p <= 1),
+            ("focal_gamma", focal_gamma, focal_gamma >= 0),
+            ("warmup_fraction", warmup_fraction, 0 <= warmup_fraction <= 1),
+            ("gradient_checkpointing", gradient_checkpointing, gradient_checkpointing >= 0),
+        ):
+            if not possible:
+                raise ValueError(f"{name} is {value}, which is out of its range: see the options of DreamModule")
         self.pretrained, self.new_model = pretrained, new_model
         self.tokenizer = load_tokenizer(tokenizer or pretrained)
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None

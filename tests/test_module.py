@@ -338,6 +338,11 @@ class TestPredict:
         ({"pretrained": "x", "new_model": {}}, "exactly one of them"),
         ({"new_model": {}}, "needs a tokenizer"),
         ({"new_model": {}, "tokenizer": "bytes", "t_min": 0.0}, "t_min is 0.0"),
+        ({"new_model": {}, "tokenizer": "bytes", "t_min": 0.6, "complementary_masks": True}, "t_min is 0.6"),
+        ({"new_model": {}, "tokenizer": "bytes", "cart_p": 1.5}, "cart_p is 1.5"),
+        ({"new_model": {}, "tokenizer": "bytes", "focal_gamma": -1.0}, "focal_gamma is -1.0"),
+        ({"new_model": {}, "tokenizer": "bytes", "warmup_fraction": 2.0}, "warmup_fraction is 2.0"),
+        ({"new_model": {}, "tokenizer": "bytes", "gradient_checkpointing": -1}, "gradient_checkpointing is -1"),
     ],
 )
 def test_impossible_options_are_refused(options, words):

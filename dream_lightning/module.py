@@ -389,6 +389,11 @@ class DreamModule(L.LightningModule):
 
     # ── validation, test and prediction ──────────────────────────────────────────────────────────────────────────
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums anew: those of a `trainer.validate` were made in inference mode, where fit may not add."""
+        for metric in (self.val_nll, self.val_answers, self.val_speed):
+            metric.reset()
+
     def validation_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> Answers | None:
         """Likelihood of a Batch, or scored answers to a PromptBatch."""
         if isinstance(batch, Batch):
@@ -421,11 +426,9 @@ class DreamModule(L.LightningModule):
             self.log(f"{stage}/accuracy", scores["accuracy"], prog_bar=True)
             self.log(f"{stage}/unparsed", scores["unparsed"])
             self.log(f"{stage}/tokens_per_forward", self.val_speed.compute())
-        self.val_nll.reset()
-        self.val_answers.reset()
-        self.val_speed.reset()
 
     test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_test_epoch_end(self) -> None:
         """The same as validation, named `test/…`."""

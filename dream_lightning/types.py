@@ -68,7 +68,7 @@ class Batch:
     epochs: Tensor  # [B, L] int64, Draw.epoch
     extra_weight: Tensor  # [B, L] float32, Document.response_weight, 1.0 elsewhere
     padded: bool = False  # some position is padding; said here because asking a tensor would make the GPU wait
-    document_bounds: Tensor | None = None  # see DocumentBounds; None = at most one document a row
+    document_bounds: Tensor | None = None  # see DocumentBounds; None = one document a row, and no padding on the right
 
     def to(self, *args: Any, **kwargs: Any) -> "Batch":
         """Lightning moves a batch to its device through this."""

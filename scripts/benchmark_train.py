@@ -77,10 +77,10 @@ class PackedRows(Dataset):
     def __getitem__(self, index: int) -> Batch:
         rows = self.rows[index * self.case.rows : (index + 1) * self.case.rows]
         drawn = [[(Draw(0, i, i), self._document(i)) for i in row] for row in rows]
-        return collate(drawn, pad_token_id=0, length=self.case.length)
+        return collate(drawn, pad_token_id=0)
 
     def _document(self, index: int) -> Document:
-        ids = torch.randint(0, 1000, (self.lengths[index],), generator=torch.Generator().manual_seed(index)).tolist()
+        ids = torch.randint(0, 256, (self.lengths[index],), generator=torch.Generator().manual_seed(index)).tolist()
         prompt = min(PROMPT, len(ids) // 2)
         return Document(str(index), ids[:prompt], ids[prompt:], [1.0] * (len(ids) - prompt))
 
@@ -95,7 +95,7 @@ class Clock(L.Callback):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step > len(self.ends):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

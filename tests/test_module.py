@@ -177,18 +177,10 @@ def test_validation_is_the_same_every_time_and_for_any_batch_size(sums, tmp_path
         assert other["val/nll"] == pytest.approx(first["val/nll"], rel=1e-5)
 
 
-def test_packed_rows_have_one_length_in_training_and_validation(sums, tmp_path):
-    """So that compiled layers meet no other."""
-    source = data(sums, tmp_path, packing=True, max_length=200, batch_size=2)
-    source.setup("fit")
-    for loader in (source.train_dataloader(), source.val_dataloader()[0]):
-        assert {batch.input_ids.shape[1] for batch in loader} == {200}
-
-
 def test_one_data_module_serves_one_stage_after_the_other(sums, tmp_path):
     model, source = module(), data(sums, tmp_path)
     validated = trainer(tmp_path, limit_val_batches=1.0).validate(model, source, verbose=False)
-    trainer(tmp_path, max_steps=2).fit(model, source)
+    trainer(tmp_path, max_steps=2, limit_val_batches=1.0, val_check_interval=2).fit(model, source)
     tested = trainer(tmp_path).test(model, source, verbose=False)
     answers = trainer(tmp_path).predict(model, source)
     assert tested[0]["test/nll"] < validated[0]["val/nll"]

@@ -214,7 +214,7 @@ class S1KDataModule(L.LightningDataModule):
             DrawnDocuments(self.train_set),
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=self._collate(cutoff=self.batch_cutoff),
+            collate_fn=self._collate(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -227,7 +227,7 @@ class S1KDataModule(L.LightningDataModule):
             DrawnDocuments(self.validation_set),
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=self._collate(cutoff=False),
+            collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
         )
         if not self.questions:
             return [likelihood]
@@ -257,13 +257,12 @@ class S1KDataModule(L.LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return RowSampler(rows, batch_size=self.batch_size, rank=rank, world_size=world_size, **options)
 
-    def _collate(self, *, cutoff: bool) -> Any:
+    def _collate(self) -> Any:
         pad = self.tokenizer.pad_token_id
-        if cutoff:
+        if self.batch_cutoff:
             eos = self.tokenizer.eos_token_id
             return partial(collate_with_cutoff, pad_token_id=pad, eos_token_id=eos, seed=self.seed)
-        # Packed rows are nearly full; one length for all keeps compiled code from meeting a new one every batch.
-        return partial(collate, pad_token_id=pad, length=self.max_length if self.packing else None)
+        return partial(collate, pad_token_id=pad)
 
     def _question_loader(self, prompts: "DrawnPrompts", numbers: Sequence[int]) -> DataLoader:
         sampler = self._sampler([[n] for n in numbers], shuffle=False)

@@ -40,17 +40,17 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return rows
 
 
-def collate(rows: Sequence[DrawnRow], *, pad_token_id: int, length: int | None = None) -> Batch:
-    """Lay documents out in rows, each row padded on the right to `length`, by default that of the longest.
+def collate(rows: Sequence[DrawnRow], *, pad_token_id: int) -> Batch:
+    """Lay documents out in rows, each row padded on the right to the longest.
 
     The padding is not attended, not maskable and in no loss; eos that a response is to be filled with belongs to the
     document (`eos_fill_to`). Draws that are not counted have nothing maskable.
     """
     filled = [sum(len(document) for _, document in row) for row in rows]
-    length = length or max(filled)
+    length = max(filled)
     batch = _empty(len(rows), length, pad_token_id)
     batch.padded = min(filled) < length
-    if any(len(row) > 1 for row in rows):
+    if batch.padded or any(len(row) > 1 for row in rows):
         batch.document_bounds = _bounds([[len(document) for _, document in row] for row in rows], length)
     for b, row in enumerate(rows):
         start = 0

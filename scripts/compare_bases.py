@@ -1,0 +1,107 @@
+"""Does the loss stay equal where the frozen base is in 8-bit floats or 4 bits? Adapters for a new task, on each.
+
+bash scripts/quickstart.sh
+python scripts/export.py --checkpoint lightning_logs/tiny/checkpoints/last.ckpt --folder tiny --tokenizer bytes
+python scripts/compare_bases.py --pretrained tiny
+"""
+
+import json
+import random
+import statistics
+import tempfile
+from pathlib import Path
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+
+from dream_lightning import DreamModule, S1KDataModule
+from dream_lightning.adapters import LoraParams
+
+
+def subtraction(rng: random.Random) -> dict[str, str]:
+    """Three-digit differences, units last, with what every column gives before borrowing: the model knows sums only."""
+    a, b = sorted((rng.randint(100, 999), rng.randint(100, 999)), reverse=True)
+    columns = " ".join(f"{int(x) - int(y):+d}" for x, y in zip(str(a), str(b), strict=True))
+    return {"prompt": f"{a}-{b}=?", "response": rf"{columns} \boxed{{{a - b}}}"}
+
+
+def write(path: Path, count: int, seed: int) -> str:
+    """A file of rows."""
+    rng = random.Random(seed)
+    path.write_text("".join(json.dumps(subtraction(rng)) + "\n" for _ in range(count)))
+    return str(path)
+
+
+def train(pretrained: str, base: str, seed: int, steps: int, folder: Path) -> tuple[float, float]:
+    """The validation NLL before and after."""
+    module = DreamModule(
+        pretrained,
+        dtype="bfloat16",
+        lora=LoraParams(rank=16, alpha=32, targets="all-linear"),
+        quantize=None if base == "bfloat16" else base,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01),
+        weighting="none",
+        seed=seed,
+    )
+    data = S1KDataModule(
+        write(folder / "train.jsonl", 4000, seed),
+        tokenizer=module.tokenizer,
+        validation_source=write(folder / "validation.jsonl", 500, 1000),
+        schema="prompt-response",
+        max_length=128,
+        eos_fill_to=30,
+        batch_size=32,
+        validation_questions=0,
+        cache_dir=str(folder / "cache"),
+        seed=seed,
+    )
+    trainer = L.Trainer(
+        devices=1,
+        precision="bf16-mixed",
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=1.0,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=steps,
+    )
+    before = trainer.validate(module, data, verbose=False)[0]["val/nll"]
+    trainer.fit(module, data)
+    return before, trainer.validate(module, data, verbose=False)[0]["val/nll"]
+
+
+def main(
+    pretrained: str,
+    bases: tuple[str, ...] = ("bfloat16", "float8", "nf4"),
+    seeds: int = 3,
+    steps: int = 300,
+) -> None:
+    """Print a table.
+
+    Args:
+        pretrained: an official folder of the quickstart's model.
+        bases: among bfloat16, float8 and nf4.
+        seeds: runs of each; a seed fixes adapters, data and noise.
+        steps: optimiser steps of a run.
+    """
+    table = ["| frozen base | validation NLL before | after, each seed | mean |", "|---|---:|---|---:|"]
+    for base in bases:
+        results = []
+        for seed in range(seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(train(pretrained, base, seed, steps, Path(folder)))
+            print(base, seed, results[-1], flush=True)
+        after = [nll for _, nll in results]
+        each = ", ".join(f"{nll:.4f}" for nll in after)
+        table.append(f"| {base} | {results[0][0]:.4f} | {each} | {statistics.mean(after):.4f} |")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

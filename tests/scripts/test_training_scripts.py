@@ -1,0 +1,52 @@
+"""The benchmark of training and the comparison of frozen bases, run small."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from dream_lightning.building import random_model
+from dream_lightning.export import save_tokenizer
+from dream_lightning.model import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    random_model({**sizes, "max_position_embeddings": 1200}, load_tokenizer("bytes")).save_pretrained(path)
+    save_tokenizer("bytes", path)
+    return str(path)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts")
+    yield importlib.import_module
+    for name in ("benchmark_train", "reference_training", "compare_bases"):
+        sys.modules.pop(name, None)
+
+
+def test_every_case_stands_beside_its_reference(script, folder, monkeypatch, capsys):
+    benchmark = script("benchmark_train")
+    small = benchmark.Case("lora", 2, 64, compiled=False, accumulate=2)
+    monkeypatch.setattr(benchmark, "CASES", {"small": small})
+    benchmark.main(folder, cases=["small"], steps=3)
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
+    assert cells[0] == "lora, r 16 on all-linear, 2 × 64, 2 micro-batches a step"
+    ours, reference, times = (float(cells[i].replace(",", "")) for i in (1, 5, 7))
+    assert times == pytest.approx(ours / reference, abs=0.01)
+
+
+def test_documents_of_the_benchmark_are_packed_whole(script):
+    benchmark = script("benchmark_train")
+    rows = benchmark.PackedRows(6, benchmark.Case("lora", 2, 8192))
+    assert len(rows) == 6 and all(sum(rows.lengths[i] for i in row) <= 8192 for row in rows.rows)
+    assert 0.8 < rows.useful <= 1
+
+
+def test_bases_are_compared(script, folder, capsys):
+    script("compare_bases").main(folder, bases=("bfloat16", "float8"), seeds=1, steps=2)
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["bfloat16", "float8"]

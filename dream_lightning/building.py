@@ -79,6 +79,24 @@ def adapt(
     return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
 
 
+def compile_layers(model: DreamModel) -> None:
+    """Let each decoder layer be compiled at its first call. Two settings of torch change for the whole process."""
+    # Products and norms of a layer are cheap to make again, and a sixth of what it keeps.
+    torch._functorch.config.activation_memory_budget = 0.8
+    # A graph for each combination of gradients or none, padding or none, one row or several, so that a fit with
+    # validation and answers comes near torch's limit of 8. Beyond it layers would run uncompiled, with a warning only.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 1024, 4096
+    for layer in model.model.layers:
+        layer.compile()
+
+
+def checkpoint_layers(model: DreamModel, which: bool | int) -> None:
+    """Recompute layers in the backward pass, all (True) or so many of the first."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if which is not True:
+        model.model.checkpointed_layers = which
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> None:
     """Refuse a tokenizer that was not made for the model.
 

@@ -11,9 +11,18 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
-from dream_lightning.adapters import LoraParams, check_base, trainable_summary
+from dream_lightning.adapters import LoraParams, check_adapters, trainable_summary
 from dream_lightning.answering import answer_questions
-from dream_lightning.building import adapt, check_tokenizer, empty_model, fill, quantized_model, random_model
+from dream_lightning.building import (
+    adapt,
+    check_tokenizer,
+    checkpoint_layers,
+    compile_layers,
+    empty_model,
+    fill,
+    quantized_model,
+    random_model,
+)
 from dream_lightning.diffusion import (
     corrupt,
     independent_t,
@@ -33,13 +42,13 @@ from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.optim import PagedAdamW8bit, adamw
 from dream_lightning.sampling import SamplingParams, release
 from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
-from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
+from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested, send_only_what_trains
+from dream_lightning.sums import TrainingSums
 from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
 
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
 # this factor, a power of two (so exact), which keeps them near one.
 _GRADIENT_SCALE = 2.0**-10
-_QUARTILES = 4
 # What a network is, of its DreamConfig; a checkpoint of another one is refused by name.
 _NETWORK = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -134,6 +143,15 @@ class DreamModule(L.LightningModule):
         if not 0 < t_min < 1:
             raise ValueError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
         check_cart_p(cart_p)
+        if complementary_masks and t_min >= 0.5:
+            raise ValueError(f"t_min is {t_min}, wanted less than 0.5: with complementary_masks t keeps it from 1 too")
+        for name, value, possible in (
+            ("focal_gamma", focal_gamma, focal_gamma >= 0),
+            ("warmup_fraction", warmup_fraction, 0 <= warmup_fraction <= 1),
+            ("gradient_checkpointing", gradient_checkpointing, gradient_checkpointing >= 0),
+        ):
+            if not possible:
+                raise ValueError(f"{name} is {value}, which is out of its range: see the options of DreamModule")
         self.pretrained, self.new_model = pretrained, new_model
         self.tokenizer = load_tokenizer(tokenizer or pretrained)
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
@@ -147,6 +165,8 @@ class DreamModule(L.LightningModule):
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
         self.sampling = sampling
         self.model: DreamModel | None = None  # built in configure_model
+        self.base: dict[str, str] | None = None  # under adapters: the name and content hash of what they belong to
+        self._saved_optimizer: str | None = None  # of the checkpoint that training goes on from
         self.val_nll, self.val_answers = MeanMetric(), AnswerAccuracy()
         self.val_speed = TokensPerForward()
 
@@ -167,7 +187,7 @@ class DreamModule(L.LightningModule):
         """Build or load the network; Lightning calls this on every rank, once the strategy is known."""
         if self.model is not None:
             return
-        device = None if self._trainer is None else self.trainer.strategy.root_device
+        device = torch.device("cpu") if self._trainer is None else self.trainer.strategy.root_device
         if self.pretrained is None:
             self.model = random_model(self.new_model, self.tokenizer).to(self.weights_dtype)
         elif self.quantize is not None:
@@ -180,19 +200,15 @@ class DreamModule(L.LightningModule):
         if self.lora is not None:
             place = device if self.sharded else None
             self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed, device=place)
-        if self.compile_layers:  # products and norms of a layer are cheap to make again, and a sixth of what it keeps
-            torch._functorch.config.activation_memory_budget = 0.8
-            # Training, validation and answers with their caches need about 16 forms; beyond 8 torch stops compiling.
-            torch._dynamo.config.recompile_limit = 64
-        for layer in self.model.model.layers:
-            if self.attention_dropout is not None:
+            if not self.sharded:
+                send_only_what_trains(self)
+        if self.attention_dropout is not None:
+            for layer in self.model.model.layers:
                 layer.self_attn.dropout = self.attention_dropout
-            if self.compile_layers:
-                layer.compile()
+        if self.compile_layers:
+            compile_layers(self.model)
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if self.gradient_checkpointing is not True:
-                self.model.model.checkpointed_layers = self.gradient_checkpointing
+            checkpoint_layers(self.model, self.gradient_checkpointing)
         if self.sharded:
             self._shard(device)
         self.model.train()
@@ -214,6 +230,7 @@ class DreamModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the network's sizes, for export; of an adapted model only the adapters and what they belong to."""
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["optimizer"] = next((type(o).__name__ for o in self.trainer.optimizers), None)
         checkpoint["dream_config"] = self.model.config.to_dict()
         if self.lora is not None:
             kept = self._adapter_names()
@@ -223,6 +240,7 @@ class DreamModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not belong to this model; go on also where a step is cut otherwise."""
         self.check_checkpoint(checkpoint)
+        self._saved_optimizer = checkpoint.get("optimizer")
         recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -238,17 +256,7 @@ class DreamModule(L.LightningModule):
                 f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that "
                 "saved it, or start a new run without ckpt_path"
             )
-        if (self.lora is None) != ("lora" not in checkpoint):
-            raise ValueError(
-                f"the checkpoint was saved {'with' if 'lora' in checkpoint else 'without'} adapters and model.lora is "
-                f"{self.lora}: use the configuration of the run that saved it"
-            )
-        if self.lora is None:
-            return
-        saved = checkpoint["base"]
-        check_base(saved["hash"], self.base["hash"], saved_base=saved["name"], loaded_base=self.base["name"])
-        if not self.lora.computes_as(LoraParams(**checkpoint["lora"])):
-            raise ValueError(f"the checkpoint's adapters are {checkpoint['lora']}, model.lora is {asdict(self.lora)}")
+        check_adapters(checkpoint, self.lora, self.base)
 
     def _adapter_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -281,8 +289,8 @@ class DreamModule(L.LightningModule):
 
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
-        h = features(self.model, noised.x_t, noised.is_masked, attention_mask(batch), batch.position_ids)
-        return token_nll(h, self.model.lm_head, batch.input_ids[noised.is_masked], compiled=self.compile_layers)
+        h = features(self.model, noised.x_t, noised.where, attention_mask(batch), batch.position_ids)
+        return token_nll(h, self.model.lm_head, batch.input_ids[noised.where], compiled=self.compile_layers)
 
     def loss(self, batch: Batch, noised: NoisedBatch, nll: Tensor) -> LossTerms:
         """The objective, weighted and reduced to a sum and a count."""
@@ -296,7 +304,7 @@ class DreamModule(L.LightningModule):
         )
         return reduce_nll(
             nll,
-            (weight * batch.extra_weight)[noised.is_masked],
+            (weight * batch.extra_weight)[noised.where],
             maskable_count=batch.maskable.sum(),
             normalizer=self.normalizer,
             focal_alpha=self.focal_alpha,
@@ -306,35 +314,35 @@ class DreamModule(L.LightningModule):
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_train_start(self) -> None:
-        """Start the running sums of an optimiser step and of the t quartiles; go on at the checkpoint's row."""
+        """Start the running sums; go on at the checkpoint's row.
+
+        Raises:
+            ValueError: the checkpoint holds the states of another optimiser.
+        """
+        ours, saved = type(self.trainer.optimizers[0]).__name__, self._saved_optimizer
+        if saved not in (None, ours):
+            raise ValueError(
+                f"the checkpoint holds the states of {saved} and model.optimizer is {ours}: go on with the optimiser "
+                "of the run that saved it, or export it and start anew with the folder as model.pretrained"
+            )
+        self._saved_optimizer = None
         # Where the schedule needs the length of an epoch, Lightning made the loader before it read the checkpoint, and
         # would begin the epoch again.
         self.trainer.fit_loop._load_combined_loader_states()
-        self._step = torch.zeros(4, device=self.device)  # loss sum, loss count, masked, maskable
-        self._quartiles = torch.zeros(2, _QUARTILES, device=self.device)  # nll sum, tokens
-        self._work = torch.zeros(3, dtype=torch.int64, device=self.device)  # tokens, attended pairs, predictions
+        self.sums = TrainingSums(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: its share of the optimiser step's loss sum."""
         batch, noised = self.training_noise(batch)
         nll = self.masked_nll(batch, noised)
         terms = self.loss(batch, noised, nll)
-        with torch.no_grad():
-            self._step += torch.stack([terms.sum, terms.count, noised.is_masked.sum(), batch.maskable.sum()])
-            quartile = (noised.t[noised.is_masked] * _QUARTILES).long().clamp(max=_QUARTILES - 1)
-            self._quartiles[0].index_add_(0, quartile, nll)
-            self._quartiles[1].index_add_(0, quartile, torch.ones_like(nll))
-            real = batch.places >= 0
-            # A document of n tokens has positions 0 … n − 1 and n² pairs: the sum of 2p + 1.
-            self._work[:2] += torch.stack([real.sum(), ((2 * batch.position_ids + 1) * real).sum()])
-            self._work[2] += nll.numel()
+        self.sums.add(batch, noised, nll.detach(), terms)
         # Lightning divides by the number of micro-batches, which one division per step must not.
         return terms.sum * (_GRADIENT_SCALE * self.trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the summed gradients by the count of the whole step, over micro-batches and ranks."""
-        loss_sum, count, masked, maskable = self.trainer.strategy.reduce(self._step, reduce_op="sum")
-        self._step = torch.zeros_like(self._step)
+        loss_sum, count, masked, maskable = self.trainer.strategy.reduce(self.sums.take_step(), reduce_op="sum")
         # The strategies average gradients over ranks; the objective wants their sum.
         factor = self.trainer.world_size / (_GRADIENT_SCALE * count.clamp(min=1))
         torch._foreach_mul_([local(p.grad) for p in _parameters(optimizer) if p.grad is not None], factor)
@@ -347,7 +355,7 @@ class DreamModule(L.LightningModule):
 
     def training_flops(self) -> int:
         """Useful FLOPs of this rank since training started, see `model.flops`; makes the device wait."""
-        return training_cost(self.model).of(*self._work.tolist())
+        return training_cost(self.model).of(*self.sums.work())
 
     def matmul_ceiling(self) -> float:
         """FLOP/s of a large matrix product on this rank's device, in the type that the layers compute in."""
@@ -368,11 +376,9 @@ class DreamModule(L.LightningModule):
         self.log("train/gradient_norm", norm)
 
     def _log_quartiles(self) -> None:
-        nll, tokens = self.trainer.strategy.reduce(self._quartiles, reduce_op="sum")
-        self._quartiles = torch.zeros_like(self._quartiles)
-        for quartile in range(_QUARTILES):
-            if tokens[quartile] > 0:
-                self.log(f"train/nll_t_quartile_{quartile + 1}", nll[quartile] / tokens[quartile])
+        nll, tokens = self.trainer.strategy.reduce(self.sums.take_quartiles(), reduce_op="sum")
+        for number, mean in enumerate(nll / tokens, start=1):  # NaN without tokens: Lightning would log the last again
+            self.log(f"train/nll_t_quartile_{number}", mean)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over all trainable parameters, and its schedule, stepped every optimiser step."""
@@ -418,7 +424,7 @@ class DreamModule(L.LightningModule):
     def _score_likelihood(self, batch: Batch) -> None:
         noised = self.noise(batch)  # stratified whatever training does, so that runs compare
         nll = self.masked_nll(batch, noised)
-        elbo = reduce_nll(nll, 1 / noised.t[noised.is_masked], maskable_count=batch.maskable.sum())
+        elbo = reduce_nll(nll, 1 / noised.t[noised.where], maskable_count=batch.maskable.sum())
         self.val_nll.update(elbo.mean, elbo.count)
 
     def on_validation_epoch_end(self) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,27 @@ class SafeCheckpointIO(TorchCheckpointIO):
         finally:
             partial.unlink(missing_ok=True)
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read one file.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: nothing there, a sharded checkpoint, or a damaged one.
         """
-        if _is_local_file_protocol(path) and not Path(path).exists():
-            raise ValueError(
-                f"{path} does not exist: set ckpt_path to a checkpoint of this run, such as "
-                "lightning_logs/…/checkpoints/last.ckpt, or to `last` for the newest in checkpoint.dirpath and "
-                "autosave.dirpath"
-            )
-        return super().load_checkpoint(path, *args, **options)
+        if _is_local_file_protocol(path):
+            if Path(path).is_dir():
+                raise ValueError(
+                    f"{path} is a folder, as trainer.strategy fsdp2 saves: set trainer.strategy=fsdp2, which goes on "
+                    "from it on any number of GPUs, or export it and name the new folder in model.pretrained"
+                )
+            if not Path(path).exists():
+                raise ValueError(
+                    f"{path} does not exist: set ckpt_path to a checkpoint of this run, such as "
+                    "lightning_logs/…/checkpoints/last.ckpt, or to `last` for the newest in checkpoint.dirpath and "
+                    "autosave.dirpath"
+                )
+            if not zipfile.is_zipfile(path):  # its table of contents stands at its end
+                raise ValueError(f"{path} is not whole, or no checkpoint: take an earlier one")
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def remove_partials(folder: str | Path) -> list[Path]:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from dream_lightning.sharded import is_sharded, read_into, read_rest, write
 
@@ -113,6 +114,17 @@ def recount(checkpoint: dict[str, Any], accumulate: int) -> None:
     for counts in (progress["total"], progress["current"]):
         for name, count in counts.items():
             counts[name] = -(-count // before) * accumulate  # the last step of an epoch may be a short one
+
+
+def send_only_what_trains(module: torch.nn.Module) -> None:
+    """Keep DDP from sending frozen weights and buffers: every process has read them from the same files.
+
+    It would send them all at the start, and buffers again at every step: the scales of 4-bit layers, and of 8-bit ones
+    half the weights, in a type that process groups may not know.
+    """
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen + buffers)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2 over all processes", override=True)

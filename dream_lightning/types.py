@@ -7,6 +7,7 @@ Axis letters, used in every shape comment of the package:
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -113,6 +114,11 @@ class NoisedBatch:
     x_t: Tensor  # [B, L] int64
     is_masked: Tensor  # [B, L] bool
     t: Tensor  # [B, L] float32, the masking probability at each position
+
+    @cached_property
+    def where(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns [M] of what is masked. Counting them makes the process wait for a GPU: once is enough."""
+        return self.is_masked.nonzero(as_tuple=True)
 
 
 @dataclass

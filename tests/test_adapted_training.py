@@ -10,7 +10,7 @@ from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule,
 from dream_lightning.adapters import LoraParams
 from dream_lightning.export import export_checkpoint
 
-KINDS = [None, pytest.param("nf4", marks=pytest.mark.filterwarnings("ignore"))]
+KINDS = [None, "float8", pytest.param("nf4", marks=pytest.mark.filterwarnings("ignore"))]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def fit(model, tmp_path, steps, ckpt_path=None, callbacks=()):
 
 @pytest.mark.parametrize("quantize", KINDS)
 def test_only_adapters_train_and_are_saved_and_resume(base, tmp_path, quantize):
-    if quantize:
+    if quantize == "nf4":
         pytest.importorskip("bitsandbytes")
     model = module(base, quantize)
     after_three = ModelCheckpoint(tmp_path, filename="three", every_n_train_steps=3)
@@ -86,6 +86,29 @@ def test_only_adapters_train_and_are_saved_and_resume(base, tmp_path, quantize):
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert not torch.equal(whole.model.state_dict()[BIG], model.model.state_dict()[BIG])
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+def test_between_processes_ddp_sends_only_what_trains(base, tmp_path, quantize, monkeypatch):
+    """It sent the base at the start and its scales at every step; of 8-bit floats gloo knows nothing."""
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model, sent = module(base, quantize), []
+    model.configure_model()
+    send = torch.distributed._broadcast_coalesced
+    monkeypatch.setattr(
+        torch.distributed, "_broadcast_coalesced", lambda to, tensors, *a: (sent.extend(tensors), send(to, tensors, *a))
+    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        model.forward = lambda ids: model.model(ids).logits
+        parallel(torch.ones(1, 8, dtype=torch.int64)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {t.data_ptr() for t in sent} == {p.data_ptr() for p in trained}
+    assert all(p.grad is not None for p in trained)
 
 
 BIG = "model.layers.0.self_attn.q_proj.lora_A.default.weight"

@@ -19,9 +19,10 @@ MAY_IMPORT = {
     "optim": set(),
     "answering": {"types", "model", "sampling", "scoring"},
     "sharded": set(),
+    "sums": {"types"},
     "strategy": {"sharded"},
     "module": {
-        *("types", "answering", "building", "optim", "strategy"),
+        *("types", "answering", "building", "optim", "strategy", "sums"),
         *("model", "adapters", "diffusion", "sampling", "scoring"),
     },
     "watch": {"types", "data", "model", "sampling", "scoring", "building", "export"},

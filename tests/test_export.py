@@ -172,6 +172,7 @@ def test_bfloat16_is_rounded_once(scratch_checkpoint, tmp_path):
 
 
 def test_full_fine_tuning_takes_sizes_and_tokenizer_from_pretrained(model, sums, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
     base = export_model(model, tmp_path / "base", tokenizer="bytes")
     training = DreamModule(str(base), dtype="bfloat16", optimizer=paged_adamw, warmup_fraction=0)
     weights = fit(training, sums, tmp_path / "last.ckpt")

@@ -1,11 +1,15 @@
 """Training, validation and prediction through Lightning; that a step does not depend on its cut: test_invariance."""
 
 import json
+import math
+from itertools import product
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.callbacks import PredictionWriter
@@ -141,6 +145,22 @@ def test_resuming_in_the_middle_of_an_epoch_gives_the_same_losses(sums, tmp_path
     assert resumed.losses == whole.losses[stop_after:]
 
 
+@pytest.mark.parametrize("optimizers", [("AdamW", "SGD"), ("SGD", "AdamW"), ("Adam", "AdamW")])
+def test_another_optimiser_than_the_checkpoints_is_refused(sums, tmp_path, optimizers):
+    def using(name):
+        return module(optimizer=lambda groups: getattr(torch.optim, name)(groups, lr=1e-3))
+
+    first, second = optimizers
+    trained = trainer(tmp_path, max_steps=1)
+    trained.fit(using(first), data(sums, tmp_path))
+    trained.save_checkpoint(tmp_path / "one.ckpt")
+    resume = {"ckpt_path": tmp_path / "one.ckpt", "weights_only": True}
+    with pytest.raises(ValueError, match=f"states of {first} and model.optimizer is {second}"):
+        trainer(tmp_path, max_steps=2).fit(using(second), data(sums, tmp_path), **resume)
+    validation = trainer(tmp_path, limit_val_batches=1)
+    assert validation.validate(using(second), data(sums, tmp_path), verbose=False, **resume)
+
+
 def test_validation_is_the_same_every_time_and_for_any_batch_size(sums, tmp_path):
     model = module()
     run(sums, tmp_path, model=model, max_steps=60, batch_size=8)  # an untrained model answers by rounding errors
@@ -195,6 +215,47 @@ def test_everything_is_logged(sums, tmp_path):
         "val/unparsed",
         "val/tokens_per_forward",
     } <= logged
+
+
+def test_a_quartile_without_tokens_does_not_repeat_its_last_value(sums, tmp_path):
+    """One document a step has one t."""
+
+    class Notes(DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            seen.append({n: v for n, v in metrics.items() if n.startswith("train/nll_t")})
+
+    seen = []
+    fit = trainer(tmp_path, max_steps=8, log_every_n_steps=1, logger=Notes())
+    fit.fit(module(), data(sums, tmp_path, batch_size=1))
+    values = [[scalars[f"train/nll_t_quartile_{n}"] for n in (1, 2, 3, 4)] for scalars in seen]
+    assert len(values) == 8 and all(sum(map(math.isfinite, row)) == 1 for row in values)
+    assert len({row.index(min(row, key=math.isnan)) for row in values}) > 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"complementary_masks": True}, {"weighting": "cart", "treat_eos_as_one": True}]
+)
+def test_a_training_step_waits_for_the_device_once(sums, tmp_path, options):
+    """To count what is masked. Boolean indices would count again, and numbers from Python are copied there waiting."""
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+            if by_mask or name in ("nonzero", "_local_scalar_dense", "lift_fresh"):
+                waits.append(name)
+            return func(*args, **(kwargs or {}))
+
+    waits, model = [], module(**options)
+    step = model.training_step
+
+    def watched(*args):
+        with Waits():
+            return step(*args)
+
+    model.training_step = watched
+    trainer(tmp_path, max_steps=1).fit(model, data(sums, tmp_path, packing=True, max_length=200))
+    assert waits == ["nonzero"]
 
 
 def test_it_learns(sums, tmp_path):
@@ -282,6 +343,11 @@ def test_a_checkpoint_of_another_network_is_refused():
         ({"new_model": {}}, "needs a tokenizer"),
         ({"new_model": {}, "tokenizer": "bytes", "t_min": 0.0}, "t_min is 0.0"),
         ({"new_model": {}, "tokenizer": "bytes", "cart_p": 2.0}, "cart_p is 2.0"),
+        ({"new_model": {}, "tokenizer": "bytes", "t_min": 0.6, "complementary_masks": True}, "t_min is 0.6"),
+        ({"new_model": {}, "tokenizer": "bytes", "cart_p": 1.5}, "cart_p is 1.5"),
+        ({"new_model": {}, "tokenizer": "bytes", "focal_gamma": -1.0}, "focal_gamma is -1.0"),
+        ({"new_model": {}, "tokenizer": "bytes", "warmup_fraction": 2.0}, "warmup_fraction is 2.0"),
+        ({"new_model": {}, "tokenizer": "bytes", "gradient_checkpointing": -1}, "gradient_checkpointing is -1"),
     ],
 )
 def test_impossible_options_are_refused(options, words):
@@ -321,3 +387,26 @@ def test_attention_dropout_overrides_the_checkpoints_own(option, used):
 def test_a_new_model_names_its_sizes():
     with pytest.raises(ValueError, match="lacks hidden_size, intermediate_size"):
         DreamModule(new_model={"num_hidden_layers": 1, "num_attention_heads": 2}, tokenizer="bytes").configure_model()
+
+
+def test_compiled_layers_stay_compiled_whatever_comes(monkeypatch):
+    """Training, validation and answers meet more combinations than the 8 graphs that torch allows a function."""
+    compile_layer = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile_layer(layer, backend="eager"))
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+    torch._dynamo.reset()
+    dream = module(compile_layers=True)
+    dream.configure_model()
+    calls = 0
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for grad, rows, mask in product((True, False), (1, 2, 3), ("none", "padding", "pairs")):
+            ids = torch.ones(rows, 24 + calls, dtype=torch.int64)
+            real = ids.clone()
+            real[:, -3:] = 0
+            pairs = (real[:, :, None] == real[:, None, :])[:, None]
+            with torch.set_grad_enabled(grad):
+                dream.model(ids, {"none": None, "padding": real, "pairs": pairs}[mask])
+            calls += 1
+    torch._dynamo.reset()

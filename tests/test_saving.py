@@ -4,6 +4,7 @@ import resource
 import signal
 import tracemalloc
 from contextlib import contextmanager
+from functools import partial
 
 import lightning as L
 import pytest
@@ -93,6 +94,20 @@ def test_it_is_written_without_a_copy_in_memory(path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[0] < 100_000 and peaks[1] > 4_000_000
+
+
+def test_what_cannot_be_read_is_an_error_for_users(path, tmp_path):
+    """Such as the folder of a sharded run, with the strategy of one device."""
+    read = partial(SafeCheckpointIO().load_checkpoint, weights_only=True)
+    assert read(path)["step"] == 1
+    with pytest.raises(ValueError, match="is a folder, as trainer"):
+        read(path.parent)
+    with pytest.raises(ValueError, match="does not exist"):
+        read(tmp_path / "none.ckpt")
+    for content in (path.read_bytes()[:300], b"", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not whole, or no checkpoint"):
+            read(path)
 
 
 def test_urls_are_left_to_lightning():

@@ -1,5 +1,6 @@
 """Adapters on a frozen base: LoRA through PEFT, the base in 4 bits through bitsandbytes or in 8-bit floats."""
 
+from dream_lightning.adapters.belonging import base_hash, check_adapters, check_base
 from dream_lightning.adapters.float8 import load_float8
 from dream_lightning.adapters.lora import (
     LoraParams,
@@ -11,8 +12,6 @@ from dream_lightning.adapters.lora import (
 )
 from dream_lightning.adapters.quantization import (
     ParameterCount,
-    base_hash,
-    check_base,
     held_in_bfloat16,
     is_4bit,
     load_4bit,
@@ -26,6 +25,7 @@ __all__ = [
     "adapter_state",
     "add_lora",
     "base_hash",
+    "check_adapters",
     "check_base",
     "held_in_bfloat16",
     "is_4bit",

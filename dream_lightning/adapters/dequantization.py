@@ -18,7 +18,7 @@ def compile_with_layer(linear: nn.Module) -> None:
     state = linear.weight.quant_state
     if linear.weight.numel() * 2 % _BLOCK:
         raise ValueError(
-            f"a 4-bit layer of shape {list(state.shape)} does not fill blocks of {_BLOCK}: use compile_layers false"
+            f"a 4-bit layer of shape {list(state.shape)} does not fill blocks of {_BLOCK} weights: leave quantize out"
         )
     # As buffers they are inputs of the compiled code, which all layers then share.
     for name, tensor in (

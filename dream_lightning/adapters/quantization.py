@@ -1,7 +1,5 @@
-"""The frozen base under adapters: into 4 bits while it is read, its identity, and its size beside theirs."""
+"""The frozen base under adapters: into 4 bits while it is read, and its size beside theirs."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +12,6 @@ from safetensors import safe_open
 from torch import nn
 
 from dream_lightning.adapters.dequantization import compile_with_layer
-
-_BLOCK, _SAMPLES = 4096, 16  # bytes of one sample and samples of one tensor, in `base_hash`
 
 
 def quantize_layers(model: nn.Module) -> None:
@@ -130,52 +126,6 @@ def is_4bit(model: nn.Module) -> bool:
     return getattr(model, "is_loaded_in_4bit", False)
 
 
-def base_hash(files: dict[str, Path]) -> str:
-    """Content hash of a checkpoint, 64 hexadecimal digits; seconds for 15 GB, because most bytes are not read.
-
-    SHA-256 over every tensor's name, dtype and shape, and over 16 samples of 4 KiB spread evenly over its bytes (all
-    bytes of tensors up to 64 KiB). So it does not depend on how the tensors are spread over files. It tells apart
-    checkpoints that were trained, merged or cast differently, where changes are everywhere; it is no protection
-    against someone who changes single weights on purpose.
-
-    Args:
-        files: tensor name → safetensors file.
-    """
-    headers = {file: _header(file) for file in set(files.values())}
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        entry, data_start = headers[files[name]][0][name], headers[files[name]][1]
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        start, end = (data_start + offset for offset in entry["data_offsets"])
-        with open(files[name], "rb", buffering=0) as file:
-            if end - start <= _BLOCK * _SAMPLES:
-                file.seek(start)
-                digest.update(file.read(end - start))
-                continue
-            for sample in range(_SAMPLES):
-                file.seek(start + (end - start - _BLOCK) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
-
-
-def check_base(saved_hash: str, loaded_hash: str, *, saved_base: str, loaded_base: str) -> None:
-    """Refuse adapters that were trained on another base.
-
-    Args:
-        saved_hash: `base_hash` of the base under which the adapters were trained.
-        loaded_hash: that of the base at hand.
-        saved_base, loaded_base: their folders or hub ids, for the message.
-
-    Raises:
-        ValueError: the hashes differ.
-    """
-    if saved_hash != loaded_hash:
-        raise ValueError(
-            f"these adapters belong to {saved_base} (hash {saved_hash[:12]}), but the base loaded from {loaded_base} "
-            f"has other weights (hash {loaded_hash[:12]}): load the base that they were trained on"
-        )
-
-
 @dataclass(frozen=True)
 class ParameterCount:
     """Numbers of parameters; a packed 4-bit weight counts all its elements."""
@@ -196,13 +146,6 @@ def trainable_summary(model: nn.Module) -> ParameterCount:
         size = p.numel() if packed is None else math.prod(packed.shape)
         total, trainable = total + size, trainable + size * p.requires_grad
     return ParameterCount(trainable, total)
-
-
-def _header(file: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file and the place of its first data byte."""
-    with open(file, "rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        return json.loads(opened.read(size)), 8 + size
 
 
 def _bitsandbytes() -> ModuleType:

@@ -18,7 +18,7 @@ class Denoiser(Protocol):
 def features(
     denoiser: Denoiser,
     x_t: Tensor,
-    where: Tensor,
+    where: Tensor | tuple[Tensor, Tensor],
     attention_mask: Tensor | DocumentBounds | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
@@ -29,13 +29,13 @@ def features(
 
     Args:
         x_t: [B, L] int64.
-        where: [B, L] bool, the M positions to predict.
+        where: [B, L] bool, the M positions to predict; or their rows and columns, where these are known.
 
     Returns:
-        [M, D]; row m belongs to the m-th True of `where` in reading order.
+        [M, D]; row m belongs to the m-th position of `where`, in reading order.
     """
     hidden = denoiser.model(x_t, attention_mask, position_ids)  # [B, L, D]
-    return shifted(hidden, *where.nonzero(as_tuple=True))
+    return shifted(hidden, *(where if isinstance(where, tuple) else where.nonzero(as_tuple=True)))
 
 
 def shifted(hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def shifted(hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
 def logits(
     denoiser: Denoiser,
     x_t: Tensor,
-    where: Tensor,
+    where: Tensor | tuple[Tensor, Tensor],
     attention_mask: Tensor | DocumentBounds | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:

@@ -66,7 +66,7 @@ def reduce_nll(
     if focal_gamma:
         nll = focal_alpha * (1 - torch.exp(-nll)) ** focal_gamma * nll
     total = (nll * weight).sum()
-    masked_count = torch.tensor(nll.numel(), dtype=torch.float32, device=nll.device)
+    masked_count = torch.full((), nll.numel(), dtype=torch.float32, device=nll.device)
     match normalizer:
         case "masked":
             return LossTerms(total, masked_count)

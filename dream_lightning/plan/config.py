@@ -34,7 +34,7 @@ def setting_from(options: Namespace) -> Setting:
     bfloat16 = model.quantize is not None or precision in ("bf16-true", "bf16")
     return Setting(
         config,
-        rows=data.batch_size,
+        rows=data.batch_size * (2 if model.complementary_masks else 1),
         length=data.max_length,
         optimizer=_instantiate(OptimizerCallable, model.optimizer),
         dtype=torch.bfloat16 if bfloat16 else getattr(torch, model.dtype),

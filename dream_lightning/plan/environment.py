@@ -64,7 +64,7 @@ def _attention(cuda: bool) -> str:
         return "torch's, on the CPU"
     if torch.cuda.get_device_capability() < (8, 0):
         return "memory-efficient (the flash kernel needs an Ampere GPU or newer, as does bfloat16)"
-    return "flash where nothing is masked out, memory-efficient for rows with padding"
+    return "varlen flash for packed rows, memory-efficient for padded ones, else torch's choice (on Hopper cuDNN)"
 
 
 def _compile(cuda: bool) -> str:

@@ -40,7 +40,7 @@ class Setting:
     gpus: int = 1
     """over which weights, gradients and optimiser are sharded (FSDP2); under DDP each GPU is a single one"""
     head_chunk: int = 512
-    """rows of logits at a time, as in `dream_lightning.diffusion.objective.token_nll`"""
+    """rows of logits at a time, as in `dream_lightning.diffusion.head.token_nll`"""
 
     @property
     def tokens(self) -> int:

@@ -40,7 +40,7 @@ def loaded(folder) -> DreamModel:
 
 
 def test_every_row_uses_the_whole_range_and_one_outlier_spoils_one_row_only():
-    x = torch.randn(5, 64)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     x[2, 7] = 1e4
     q, scale = to_float8(x)
     assert (q.float().abs().amax(1) == 448).all()

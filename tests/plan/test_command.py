@@ -80,6 +80,13 @@ def test_what_to_change_where_it_does_not_fit(command, dream_7b):
     assert out.index("max_length=4096") < out.index("single_gpu_qlora") < out.index("fsdp_full.yaml on 2 GPUs")
 
 
+def test_rows_and_their_complements_are_both_in_memory(command, dream_7b):
+    own = config_of(dream_7b, model={"pretrained": str(dream_7b)}, data={"source": "nowhere", "batch_size": 3})
+    for given, rows in (("false", 3), ("true", 6)):
+        out, _ = command("plan", "--config", own, f"--model.complementary_masks={given}")
+        assert f"\n{rows} × 8,192 tokens" in out
+
+
 @pytest.mark.parametrize("strategy", ["fsdp2", {"class_path": "dream_lightning.strategy.FSDP2Strategy"}])
 def test_a_plan_for_gpus_that_are_not_here(command, dream_7b, monkeypatch, strategy):
     """No Trainer, module or tokenizer is built: the configuration would not go through here."""

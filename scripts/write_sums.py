@@ -9,6 +9,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from dream_lightning.data.sample_set import sample_rows
+from dream_lightning.errors import readable_errors
 
 
 def main(folder: str, digits: int = 8, train_rows: int = 200_000, validation_rows: int = 500, seed: int = 0) -> None:
@@ -31,4 +32,5 @@ def main(folder: str, digits: int = 8, train_rows: int = 200_000, validation_row
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    with readable_errors():
+        auto_cli(main, as_positional=False)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import product
 
 import lightning as L
 import pytest
@@ -387,26 +386,3 @@ def test_attention_dropout_overrides_the_checkpoints_own(option, used):
 def test_a_new_model_names_its_sizes():
     with pytest.raises(ValueError, match="lacks hidden_size, intermediate_size"):
         DreamModule(new_model={"num_hidden_layers": 1, "num_attention_heads": 2}, tokenizer="bytes").configure_model()
-
-
-def test_compiled_layers_stay_compiled_whatever_comes(monkeypatch):
-    """Training, validation and answers meet more combinations than the 8 graphs that torch allows a function."""
-    compile_layer = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile_layer(layer, backend="eager"))
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
-    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
-    torch._dynamo.reset()
-    dream = module(compile_layers=True)
-    dream.configure_model()
-    calls = 0
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for grad, rows, mask in product((True, False), (1, 2, 3), ("none", "padding", "pairs")):
-            ids = torch.ones(rows, 24 + calls, dtype=torch.int64)
-            real = ids.clone()
-            real[:, -3:] = 0
-            pairs = (real[:, :, None] == real[:, None, :])[:, None]
-            with torch.set_grad_enabled(grad):
-                dream.model(ids, {"none": None, "padding": real, "pairs": pairs}[mask])
-            calls += 1
-    torch._dynamo.reset()

@@ -107,5 +107,6 @@ def test_scripts(monkeypatch, capsys, tmp_path):
     assert "train.jsonl, row 1" in shown and "<think>\none and one\n</think>\n2⏹" in shown
     run_script(monkeypatch, "show.py", *given, "--t", "1")
     assert "⟦<think>\none and one\n</think>\n2⟧⟦⏹⟧" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="row is 2"):
+    with pytest.raises(SystemExit):
         run_script(monkeypatch, "show.py", *given, "--row", "2")
+    assert "error: row is 2" in capsys.readouterr().err

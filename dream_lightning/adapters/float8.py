@@ -7,8 +7,9 @@ one outlier spoils one row only. Every product is rounded by about 4 %, at rando
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+
+from dream_lightning.adapters.frozen import check_files, read_frozen
 
 _LARGEST = 448.0  # of e4m3
 
@@ -89,6 +90,7 @@ def load_float8(model: nn.Module, files: dict[str, Path], *, device: torch.devic
             f"{torch.cuda.get_device_name(device)} has no 8-bit floats (Ada, Hopper and later have): set quantize to "
             "nf4, or leave it out"
         )
+    check_files(model, files)
     head = model.get_output_embeddings()
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and linear is not head:
@@ -100,16 +102,4 @@ def load_float8(model: nn.Module, files: dict[str, Path], *, device: torch.devic
             model.set_submodule(
                 name, Float8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
             )
-    wanted = {name for name, _ in model.named_parameters()}
-    if lacking := sorted(wanted - files.keys()):
-        raise ValueError(f"the files lack {len(lacking)} of the model's tensors, {lacking[0]} first: copy them again")
-    for name in sorted(wanted, key=lambda n: (str(files[n]), n)):
-        with safe_open(files[name], framework="pt", device=str(device)) as file:
-            tensor = file.get_tensor(name).to(torch.bfloat16)
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if isinstance(module, Float8Linear) and attribute == "weight":
-            module.fill(tensor)
-        else:
-            tensor = tensor.clone() if device.type == "cpu" else tensor
-            setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+    read_frozen(model, files, device=device, kind=Float8Linear, quantize=Float8Linear.fill)

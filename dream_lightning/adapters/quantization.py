@@ -8,10 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from dream_lightning.adapters.dequantization import compile_with_layer
+from dream_lightning.adapters.frozen import check_files, read_frozen
 
 
 def quantize_layers(model: nn.Module) -> None:
@@ -70,26 +70,16 @@ def load_4bit(model: nn.Module, files: dict[str, Path], *, device: torch.device 
     Raises:
         ValueError: as `quantize_layers`; `files` lacks tensors of the model.
     """
-    wanted = {name for name, _ in model.named_parameters()}
-    if lacking := sorted(wanted - files.keys()):
-        raise ValueError(f"the files lack {len(lacking)} of the model's tensors, {lacking[0]} first: copy them again")
+    check_files(model, files)
     quantize_layers(model)
     bnb, device = _bitsandbytes(), torch.device(device)
-    packed = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    for name in sorted(wanted, key=lambda n: (str(files[n]), n)):
-        # Opened for each tensor, because pages of a mapped file count as this process's memory until it is closed.
-        with safe_open(files[name], framework="pt", device=str(device)) as file:
-            tensor = file.get_tensor(name).to(torch.bfloat16)
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if name in packed:
-            weight = bnb.nn.Params4bit(tensor, quant_type="nf4", compress_statistics=True, module=module)
-            setattr(module, attribute, weight.to(device))
-            compile_with_layer(module)
-        else:
-            if device.type == "cpu":
-                tensor = tensor.clone()  # otherwise it may be the mapped file itself
-            setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+
+    def quantize(layer: nn.Linear, weight: torch.Tensor) -> None:
+        packed = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, module=layer)
+        layer.weight = packed.to(device)
+        compile_with_layer(layer)
+
+    read_frozen(model, files, device=device, kind=bnb.nn.Linear4bit, quantize=quantize)
 
 
 @contextmanager

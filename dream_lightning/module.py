@@ -39,7 +39,7 @@ from dream_lightning.diffusion.weighting import Weighting, check_cart_p
 from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model.sharding import agree, local, shard, whole
-from dream_lightning.optim import PagedAdamW8bit, adamw
+from dream_lightning.optim import PagedAdamW8bit, adamw, decay_groups
 from dream_lightning.sampling import SamplingParams, release
 from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
 from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested, send_only_what_trains
@@ -383,11 +383,7 @@ class DreamModule(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over all trainable parameters, and its schedule, stepped every optimiser step."""
         trainable = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.dim() > 1]},
-            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = self.optimizer([group for group in groups if group["params"]])
+        optimizer = self.optimizer(decay_groups(trainable))
         if any(p.dtype == torch.bfloat16 for p in trainable) and not isinstance(optimizer, PagedAdamW8bit):
             raise ValueError(
                 f"model.optimizer is {type(optimizer).__name__} and bfloat16 weights train, which loses every small "

@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
-_SLICE = 2**26  # elements updated at a time: temporaries of 8 bytes each, 0.5 GiB
-_SMALL = 4096  # smaller parameters (biases, norms) keep float32 moments
-_PAGED = 100_000  # elements from which moments are worth paging
+BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
+SLICE = 2**26  # elements updated at a time: temporaries of 8 bytes each, 0.5 GiB
+SMALL = 4096  # smaller parameters (biases, norms) keep float32 moments
+PAGED = 100_000  # elements from which moments are worth paging
 _NO_TAIL = -(2**15)  # the tail of a float32 number that is a bfloat16 number
+
+
+def decay_groups(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Parameter groups for any optimiser: those with one dimension (norms, biases) get no weight decay."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def adamw(params: Iterable[Any]) -> torch.optim.AdamW:
@@ -98,8 +108,8 @@ class PagedAdamW8bit(torch.optim.Optimizer):
             if getattr(moment, "is_paged", False):
                 self._kernels.prefetch_tensor(moment)
         weight, gradient = p.view(-1), p.grad.reshape(-1)
-        for start in range(0, p.numel(), _SLICE):
-            part = slice(start, start + _SLICE)
+        for start in range(0, p.numel(), SLICE):
+            part = slice(start, start + SLICE)
             if "tail" in state:
                 master = join(weight[part], state["tail"][part])
                 self._adamw(master, gradient[part].float(), state, part, group)
@@ -117,7 +127,7 @@ class PagedAdamW8bit(torch.optim.Optimizer):
                 "adam", gradient, p, moment1, beta1, eps, step, lr, moment2, beta2, weight_decay=weight_decay
             )
             return
-        blocks = slice(part.start // _BLOCK, part.stop // _BLOCK)
+        blocks = slice(part.start // BLOCK, part.stop // BLOCK)
         signed, unsigned = self._codes(p.device)
         self._kernels.optimizer_update_8bit_blockwise(
             *("adam", gradient, p, moment1, moment2, beta1, beta2, 0.0, 0.0, eps, step, lr, signed, unsigned),
@@ -136,15 +146,15 @@ class PagedAdamW8bit(torch.optim.Optimizer):
         if p.dtype == torch.bfloat16:
             state["tail"] = torch.full((p.numel(),), _NO_TAIL, dtype=torch.int16, device=p.device)
         for i in (1, 2):
-            if p.numel() < _SMALL:
+            if p.numel() < SMALL:
                 state[f"moment{i}"] = torch.zeros(p.numel(), device=p.device)
             else:
                 state[f"moment{i}"] = self._new_moment(p)
-                state[f"scale{i}"] = torch.zeros(-(-p.numel() // _BLOCK), device=p.device)
+                state[f"scale{i}"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
         return state
 
     def _new_moment(self, p: Tensor) -> Tensor:
-        if not p.is_cuda or p.numel() < _PAGED:
+        if not p.is_cuda or p.numel() < PAGED:
             return torch.zeros(p.numel(), dtype=torch.uint8, device=p.device)
         moment = self._kernels.get_paged(p.numel(), dtype=torch.uint8, device=p.device)
         self._kernels.fill(moment, 0)
@@ -154,7 +164,7 @@ class PagedAdamW8bit(torch.optim.Optimizer):
         """Paged memory beyond what the card has would not fail but crawl, so it is refused."""
         for device in {p.device for p in self._parameters() if p.is_cuda}:
             here = [p for p in self._parameters() if p.device == device and p.requires_grad]
-            needed = sum(p.numel() * (2 + 8 / _BLOCK + 2 * (p.dtype == torch.bfloat16)) for p in here)
+            needed = sum(p.numel() * (2 + 8 / BLOCK + 2 * (p.dtype == torch.bfloat16)) for p in here)
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(device)
             if needed > free:

@@ -104,7 +104,7 @@ def test_weight_decay_too_small_for_bfloat16_is_kept():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [SIZE, 5 * 256 + 4096, 300_001, 1000], ids=["even", "three slices", "torn", "small"])
 def test_slices_equal_the_whole(monkeypatch, device, size):
-    monkeypatch.setattr(optim, "_SLICE", 2048)
+    monkeypatch.setattr(optim, "SLICE", 2048)
     parameter = torch.nn.Parameter(weights(size).to(device))
     optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
     train(parameter, optimizer, steps=5)

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_BLOCK = 256  # elements that share a float32 scale in bitsandbytes' 8-bit states
-_EIGHT_BIT_FROM = 4096  # elements; smaller parameters have float32 states
-_PAGED_FROM = 100_000  # elements; smaller states of paged optimisers stay on the GPU
-_SLICE = 2**26  # elements that `dream_lightning.optim` updates at a time
+from dream_lightning.optim import BLOCK, PAGED, SLICE, SMALL, PagedAdamW8bit, decay_groups
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,13 @@ def optimizer_memory(
         ValueError: the optimiser cannot step without real numbers, so its states cannot be counted.
     """
     shapes = [nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
-    groups = [[p for p in shapes if p.dim() > 1], [p for p in shapes if p.dim() <= 1]]
-    optimizer = make([{"params": group} for group in groups if group])
+    optimizer = make(decay_groups(shapes))
     bases = type(optimizer).__mro__
-    if any(base.__module__ == "dream_lightning.optim" for base in bases):  # 16-bit tails, updates in slices
+    if isinstance(optimizer, PagedAdamW8bit):  # 16-bit tails, updates in slices
         tails = sum(2 * p.numel() for p in shapes if p.dtype == torch.bfloat16)
-        eight_bit = _eight_bit(shapes, moments=2, from_size=_EIGHT_BIT_FROM, pages=True)
+        eight_bit = _eight_bit(shapes, moments=2, from_size=SMALL, pages=True)
         return OptimizerMemory(
-            eight_bit.states + tails, eight_bit.paged, 8 * min(_SLICE, max(map(Tensor.numel, shapes)))
+            eight_bit.states + tails, eight_bit.paged, 8 * min(SLICE, max(map(Tensor.numel, shapes)))
         )
     if any(base.__module__.startswith("bitsandbytes.") for base in bases):  # its kernels need real memory
         moments = 2 if any(base.__name__ == "Optimizer2State" for base in bases) else 1
@@ -75,8 +71,8 @@ def _eight_bit(parameters: Sequence[nn.Parameter], *, moments: int, from_size: i
     states = paged = 0
     for p in parameters:
         small = p.numel() < from_size
-        codes, scales = (4 * p.numel(), 0) if small else (p.numel(), 4 * -(-p.numel() // _BLOCK))
-        in_pages = pages and p.numel() >= _PAGED_FROM
+        codes, scales = (4 * p.numel(), 0) if small else (p.numel(), 4 * -(-p.numel() // BLOCK))
+        in_pages = pages and p.numel() >= PAGED
         paged += moments * codes * in_pages
         states += moments * (codes * (not in_pages) + scales)
     return OptimizerMemory(states, paged, 0)

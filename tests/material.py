@@ -16,6 +16,17 @@ def shared_path(relative: str) -> Path:
     return path
 
 
+# Of a Dream that trains in milliseconds.
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
 def addition_rows(count: int, *, start: int = 0) -> list[dict]:
     """s1K-shaped rows with traces of different lengths."""
     rows = []

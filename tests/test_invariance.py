@@ -16,19 +16,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import addition_rows, write_jsonl
+from material import SIZES, addition_rows, write_jsonl
 
 from dream_lightning import DreamModule, S1KDataModule
 
 TOLERANCE = 1e-5
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 OBJECTIVES = {
     "1/t": {"weighting": "original"},
     "linear": {"weighting": "linear"},

@@ -8,20 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from material import SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.callbacks import PredictionWriter
 from dream_lightning.types import Batch
-
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 
 
 class Recorder(L.Callback):

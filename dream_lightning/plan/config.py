@@ -40,7 +40,7 @@ def setting_from(options: Namespace) -> Setting:
         dtype=torch.bfloat16 if bfloat16 else getattr(torch, model.dtype),
         mixed=precision == "bf16-mixed",
         lora=_instantiate(LoraParams | None, model.lora),
-        four_bit=model.quantize == "nf4",
+        four_bit=model.quantize in ("nf4", "nf4_float8"),
         checkpointed=model.gradient_checkpointing,
         compiled=model.compile_layers,
         accumulation=trainer.accumulate_grad_batches,

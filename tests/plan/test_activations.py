@@ -15,7 +15,7 @@ from dream_lightning.plan.activations import checkpoint_keeps, layer_keeps, logi
 CONFIG = DreamConfig(
     vocab_size=96,
     hidden_size=64,
-    intermediate_size=160,
+    intermediate_size=192,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,

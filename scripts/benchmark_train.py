@@ -155,6 +155,7 @@ def time_ours(case: Case, pretrained: str, steps: int) -> dict[str, Any]:
             dtype=torch.bfloat16,
             lora=module.lora,
             four_bit=case.work in ("qlora", "qlora_float8"),
+            float8_products=case.work in ("lora_float8", "qlora_float8"),
             checkpointed=case.checkpointed,
             compiled=case.compiled,
             accumulation=case.accumulate,

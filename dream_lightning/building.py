@@ -11,6 +11,7 @@ from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
 from dream_lightning.model.sharding import read_shards
 
+Quantize = Literal["nf4", "nf4_float8", "float8"]
 _SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
@@ -40,15 +41,18 @@ def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBa
     return DreamModel(new_config(sizes, tokenizer))
 
 
-def quantized_model(pretrained: str, kind: Literal["nf4", "float8"], device: torch.device) -> DreamModel:
+def quantized_model(pretrained: str, kind: Quantize, device: torch.device) -> DreamModel:
     """A checkpoint whose layers go into 4 or 8 bits on the device, tensor by tensor.
 
     Raises:
         ValueError: as `DreamModel.from_pretrained`; as `load_4bit` and `load_float8`.
     """
     model = empty_model(pretrained)
-    load = load_4bit if kind == "nf4" else load_float8
-    load(model, weight_files(local_folder(pretrained)), device=device)
+    files = weight_files(local_folder(pretrained))
+    if kind == "float8":
+        load_float8(model, files, device=device)
+    else:
+        load_4bit(model, files, device=device, float8_products=kind == "nf4_float8")
     return model
 
 

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 from dream_lightning.adapters import LoraParams, check_adapters, trainable_summary
 from dream_lightning.answering import answer_questions
 from dream_lightning.building import (
+    Quantize,
     adapt,
     check_tokenizer,
     checkpoint_layers,
@@ -70,8 +71,9 @@ class DreamModule(L.LightningModule):
         dtype: element type of the weights. All weights trained: float32, computing in bfloat16 with
             `trainer.precision=bf16-mixed`, or bfloat16 with the optimiser `dream_lightning.optim.PagedAdamW8bit`.
         lora: train low-rank adapters beside frozen weights, and keep only them in checkpoints.
-        quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation: smallest) or 8
-            (`float8`: as large as bfloat16, fastest on Hopper and later GPUs); needs `lora`.
+        quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation: smallest), the same
+            with products in 8-bit floats (`nf4_float8`: faster on Hopper and later GPUs, with `compile_layers`), or in
+            8 bits (`float8`: as large as bfloat16, fastest there); needs `lora`.
         attention_dropout: probability of zeroing an attention weight in training; by default the checkpoint's own.
         gradient_checkpointing: recompute layers in the backward pass, all or so many of the first; saves memory, costs
             up to a third in time.
@@ -105,7 +107,7 @@ class DreamModule(L.LightningModule):
         tokenizer: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         lora: LoraParams | None = None,
-        quantize: Literal["nf4", "float8"] | None = None,
+        quantize: Quantize | None = None,
         attention_dropout: float | None = None,
         gradient_checkpointing: bool | int = False,
         compile_layers: bool = False,

@@ -33,7 +33,7 @@ PROMPT = 128  # tokens of a document that are never masked
 class Case:
     """One way to train."""
 
-    work: Literal["full", "lora", "lora_float8", "qlora"]
+    work: Literal["full", "lora", "lora_float8", "qlora", "qlora_float8"]
     rows: int
     length: int
     targets: list[str] | Literal["all-linear"] = "all-linear"
@@ -50,6 +50,7 @@ CASES = {
     "lora_float8": Case("lora_float8", 4, 2048),
     "lora_checkpointed": Case("lora", 4, 2048, checkpointed=True),
     "qlora": Case("qlora", 4, 2048),
+    "qlora_float8": Case("qlora_float8", 4, 2048),
     "qlora_checkpointed": Case("qlora", 4, 2048, checkpointed=True),
     "qlora_small": Case("qlora", 1, 2048, ["q_proj", "v_proj"], checkpointed=25),
     "qlora_8k": Case("qlora", 1, 8192, checkpointed=True),
@@ -126,7 +127,7 @@ def options_of(case: Case) -> dict[str, Any]:
     if case.work == "full":
         return options | {"optimizer": adamw_8bit}
     lora = LoraParams(rank=16, alpha=32, targets=case.targets)
-    quantize = {"qlora": "nf4", "lora_float8": "float8"}.get(case.work)
+    quantize = {"qlora": "nf4", "qlora_float8": "nf4_float8", "lora_float8": "float8"}.get(case.work)
     return options | {"optimizer": fused_adamw, "lora": lora, "quantize": quantize}
 
 
@@ -157,7 +158,8 @@ def time_ours(case: Case, pretrained: str, steps: int) -> dict[str, Any]:
             module.optimizer,
             dtype=torch.bfloat16,
             lora=module.lora,
-            four_bit=case.work == "qlora",
+            four_bit=case.work in ("qlora", "qlora_float8"),
+            float8_products=case.work in ("lora_float8", "qlora_float8"),
             checkpointed=case.checkpointed,
             compiled=case.compiled,
             accumulation=case.accumulate,

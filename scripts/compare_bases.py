@@ -1,4 +1,4 @@
-"""Does the loss stay equal where the frozen base is in 8-bit floats or 4 bits? Adapters for a new task, on each.
+"""Does the loss stay equal where the frozen base is in 8-bit floats, in 4 bits or in both? Adapters for a new task.
 
 bash scripts/quickstart.sh
 python scripts/export.py --checkpoint lightning_logs/tiny/checkpoints/last.ckpt --folder tiny --tokenizer bytes
@@ -79,7 +79,7 @@ def train(pretrained: str, base: str, seed: int, steps: int, folder: Path) -> tu
 
 def main(
     pretrained: str,
-    bases: tuple[str, ...] = ("bfloat16", "float8", "nf4"),
+    bases: tuple[str, ...] = ("bfloat16", "float8", "nf4", "nf4_float8"),
     seeds: int = 3,
     steps: int = 300,
 ) -> None:
@@ -87,7 +87,7 @@ def main(
 
     Args:
         pretrained: an official folder of the quickstart's model.
-        bases: among bfloat16, float8 and nf4.
+        bases: among bfloat16, float8, nf4 and nf4_float8.
         seeds: runs of each; a seed fixes adapters, data and noise.
         steps: optimiser steps of a run.
     """

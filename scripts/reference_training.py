@@ -52,7 +52,7 @@ def reference_model(work: str, pretrained: str, targets: Any, authors_code: str 
     with torch.device("meta"):
         model = authors_model(authors_code, config) if authors_code else DreamModel(DreamConfig.from_pretrained(folder))
     files = weight_files(folder)
-    if work == "qlora":
+    if work in ("qlora", "qlora_float8"):
         load_4bit(model, files, device=device)
     else:
         for file in sorted(set(files.values())):

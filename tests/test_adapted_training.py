@@ -10,7 +10,7 @@ from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule,
 from dream_lightning.adapters import LoraParams
 from dream_lightning.export import export_checkpoint
 
-KINDS = [None, "float8", pytest.param("nf4", marks=pytest.mark.filterwarnings("ignore"))]
+KINDS = [None, "float8", *(pytest.param(k, marks=pytest.mark.filterwarnings("ignore")) for k in ("nf4", "nf4_float8"))]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def fit(model, tmp_path, steps, ckpt_path=None, callbacks=()):
 
 @pytest.mark.parametrize("quantize", KINDS)
 def test_only_adapters_train_and_are_saved_and_resume(base, tmp_path, quantize):
-    if quantize == "nf4":
+    if quantize in ("nf4", "nf4_float8"):
         pytest.importorskip("bitsandbytes")
     model = module(base, quantize)
     after_three = ModelCheckpoint(tmp_path, filename="three", every_n_train_steps=3)
@@ -137,8 +137,9 @@ def test_export_merges_into_the_bfloat16_base(base, tmp_path):
 
 
 def test_what_cannot_work_is_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="quantised weights do not train"):
-        DreamModule(base, quantize="nf4")
+    for quantize in ("nf4", "nf4_float8"):
+        with pytest.raises(ValueError, match=f"quantize is {quantize}, but quantised weights do not train"):
+            DreamModule(base, quantize=quantize)
     model = module(base)
     trainer = L.Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="bf16-mixed"):

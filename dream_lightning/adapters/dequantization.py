@@ -10,17 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_BLOCK, _SUPERBLOCK = 64, 256  # weights that share a scale, scales that share a scale of theirs
+BLOCK, _SUPERBLOCK = 64, 256  # weights that share a scale, scales that share a scale of theirs
 
 
 def compile_with_layer(linear: nn.Module) -> None:
     """Let a filled bitsandbytes `Linear4bit` (nf4, double quantisation) compute in the open where it is compiled."""
+    hold_statistics(linear)
+    linear.forward = types.MethodType(_forward, linear)
+
+
+def hold_statistics(linear: nn.Module) -> None:
+    """Put what the packed weights are taken out with into buffers: as inputs of compiled code, which layers share.
+
+    Raises:
+        ValueError: rows do not fill blocks of 64 weights, which bitsandbytes' CPU kernels unpack wrongly.
+    """
     state = linear.weight.quant_state
-    if linear.weight.numel() * 2 % _BLOCK:
+    if linear.in_features % BLOCK:
         raise ValueError(
-            f"a 4-bit layer of shape {list(state.shape)} does not fill blocks of {_BLOCK} weights: leave quantize out"
+            f"a 4-bit layer of shape {list(state.shape)} has rows that do not fill blocks of {BLOCK} weights: leave "
+            "quantize out"
         )
-    # As buffers they are inputs of the compiled code, which all layers then share.
     for name, tensor in (
         ("levels", state.code),  # [16] float32
         ("scale_codes", state.absmax),  # [C] uint8, one a block
@@ -29,7 +39,19 @@ def compile_with_layer(linear: nn.Module) -> None:
         ("offset", state.offset),  # [] float32, the mean of the scales
     ):
         linear.register_buffer(name, tensor, persistent=False)
-    linear.forward = types.MethodType(_forward, linear)
+
+
+def block_scales(
+    scale_codes: Tensor, scale_levels: Tensor, superscales: Tensor, offset: Tensor, *, again: bool = False
+) -> Tensor:
+    """The scale of every block, [C, 1] float32.
+
+    Args:
+        again: the same in another shape from the start, for the reason that `dequantize` gives.
+    """
+    shape = (-1, 1) if again else (-1,)
+    superblock = torch.arange(len(scale_codes), device=scale_codes.device).view(shape) // _SUPERBLOCK
+    return (scale_levels[scale_codes.view(shape).int()] * superscales[superblock] + offset).view(-1, 1)
 
 
 def dequantize(
@@ -50,9 +72,8 @@ def dequantize(
         again: for the second time in a compiled graph: the same numbers by products written the other way round. If
             they were written alike, the compiler would find them equal and keep 16-bit weights until the backward pass.
     """
-    superblock = torch.arange(len(scale_codes), device=packed.device) // _SUPERBLOCK
-    scales = (scale_levels[scale_codes.int()] * superscales[superblock] + offset)[:, None]  # [C, 1]
-    packed = packed.view(-1, _BLOCK // 2)  # [C, 32]
+    scales = block_scales(scale_codes, scale_levels, superscales, offset, again=again)
+    packed = packed.view(-1, BLOCK // 2)  # [C, 32]
 
     def bits(code: Tensor) -> Tensor:
         level = levels[code.int()]

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from dream_lightning.adapters.frozen import check_files, read_frozen
 
-_LARGEST = 448.0  # of e4m3
+LARGEST = 448.0  # of e4m3
 
 
 def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     """[M, K] → float8 [M, K] and float32 scales [M, 1], the largest of every row becoming 448."""
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / _LARGEST
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -85,21 +85,32 @@ def load_float8(model: nn.Module, files: dict[str, Path], *, device: torch.devic
         ValueError: `files` lacks tensors of the model; a layer's sizes are no multiples of 16; a GPU without float8.
     """
     device = torch.device(device)
+    check_float8(model, device)
+    check_files(model, files)
+    for name, linear in _layers(model):
+        model.set_submodule(name, Float8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None))
+    read_frozen(model, files, device=device, kind=Float8Linear, quantize=Float8Linear.fill)
+
+
+def check_float8(model: nn.Module, device: torch.device) -> None:
+    """Refuse a model, before it is loaded, whose layers cannot be multiplied in float8 on this device.
+
+    Raises:
+        ValueError: a GPU without float8; a layer's sizes are no multiples of 16.
+    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(
             f"{torch.cuda.get_device_name(device)} has no 8-bit floats (Ada, Hopper and later have): set quantize to "
             "nf4, or leave it out"
         )
-    check_files(model, files)
-    head = model.get_output_embeddings()
-    for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and linear is not head:
-            if linear.in_features % 16 or linear.out_features % 16:
-                raise ValueError(
-                    f"{name} is {linear.out_features} × {linear.in_features}: float8 products need multiples of 16; "
-                    "leave quantize out"
-                )
-            model.set_submodule(
-                name, Float8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    for name, linear in _layers(model):
+        if linear.in_features % 16 or linear.out_features % 16:
+            raise ValueError(
+                f"{name} is {linear.out_features} × {linear.in_features}: float8 products need multiples of 16; "
+                "leave quantize out"
             )
-    read_frozen(model, files, device=device, kind=Float8Linear, quantize=Float8Linear.fill)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    head = model.get_output_embeddings()
+    return [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]

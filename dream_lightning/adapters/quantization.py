@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from dream_lightning.adapters.dequantization import compile_with_layer
+from dream_lightning.adapters.float8 import check_float8
 from dream_lightning.adapters.frozen import check_files, read_frozen
+from dream_lightning.adapters.nf4_float8 import multiply_in_float8
 
 
 def quantize_layers(model: nn.Module) -> None:
@@ -54,7 +56,9 @@ def quantize_layers(model: nn.Module) -> None:
     model.is_loaded_in_4bit = True  # where PEFT and transformers look
 
 
-def load_4bit(model: nn.Module, files: dict[str, Path], *, device: torch.device | str = "cpu") -> None:
+def load_4bit(
+    model: nn.Module, files: dict[str, Path], *, device: torch.device | str = "cpu", float8_products: bool = False
+) -> None:
     """Fill a model on the meta device from safetensors, its layers in 4 bits; everything is frozen.
 
     Goes tensor by tensor: beyond the result, the host holds one tensor (at most 1.02 GiB for Dream 7B, the head) and
@@ -66,18 +70,22 @@ def load_4bit(model: nn.Module, files: dict[str, Path], *, device: torch.device 
         model: a DreamModel on the meta device.
         files: tensor name → file, as `dream_lightning.model.loading.weight_files` finds them.
         device: where the weights go and are quantised.
+        float8_products: multiply in 8-bit floats instead of bfloat16, see `nf4_float8`.
 
     Raises:
-        ValueError: as `quantize_layers`; `files` lacks tensors of the model.
+        ValueError: as `quantize_layers`; `files` lacks tensors of the model; as `check_float8` with float8 products.
     """
+    device = torch.device(device)
+    if float8_products:
+        check_float8(model, device)
     check_files(model, files)
     quantize_layers(model)
-    bnb, device = _bitsandbytes(), torch.device(device)
+    bnb, set_up = _bitsandbytes(), multiply_in_float8 if float8_products else compile_with_layer
 
     def quantize(layer: nn.Linear, weight: torch.Tensor) -> None:
         packed = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, module=layer)
         layer.weight = packed.to(device)
-        compile_with_layer(layer)
+        set_up(layer)
 
     read_frozen(model, files, device=device, kind=bnb.nn.Linear4bit, quantize=quantize)
 

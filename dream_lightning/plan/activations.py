@@ -6,6 +6,7 @@ Letters: D hidden size, I MLP size, V vocabulary. A test compares the terms with
 from dream_lightning.plan.setting import Setting
 
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EAGER_DEQUANTIZATION = 9 + 9 / 16  # bytes a weight at its peak, 4 bits to float8, not compiled
 _SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layers that read the same input
 
 
@@ -62,6 +63,21 @@ def layer_temporaries(s: Setting) -> int:
     stream.
     """
     return 3 * s.compute * s.config.intermediate_size + 2 * s.stream * s.config.hidden_size
+
+
+def float8_temporaries(s: Setting) -> float:
+    """Bytes that the widest product in 8-bit floats takes beyond one in bfloat16.
+
+    Its gradient in 8 bits; uncompiled also twice in float32, and before that 4-bit weights with their levels and codes.
+    Compiled weights take no more: float8, and again transposed, instead of bfloat16.
+    """
+    if not s.float8_products:
+        return 0
+    wide = s.tokens * s.config.intermediate_size
+    if s.compiled:
+        return wide
+    weights = s.config.hidden_size * s.config.intermediate_size * s.four_bit
+    return max(9 * wide, (EAGER_DEQUANTIZATION - s.compute) * weights)
 
 
 def checkpoint_keeps(s: Setting) -> int:

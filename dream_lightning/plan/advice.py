@@ -58,4 +58,7 @@ def _fewer_bits(s: Setting) -> Iterator[tuple[str, Setting]]:
         options = "--config configs/single_gpu_full.yaml (bfloat16 weights with exact updates, 8-bit moments)"
         yield options, replace(s, dtype=torch.bfloat16, mixed=True, optimizer=PagedAdamW8bit)
     options = "--config configs/single_gpu_qlora.yaml (trains adapters on a 4-bit base)"
-    yield options, replace(s, four_bit=True, dtype=torch.bfloat16, mixed=True, lora=s.lora or LoraParams())
+    yield (
+        options,
+        replace(s, four_bit=True, float8_products=False, dtype=torch.bfloat16, mixed=True, lora=s.lora or LoraParams()),
+    )

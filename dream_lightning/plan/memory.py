@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dream_lightning.plan.activations import (
     checkpoint_keeps,
+    float8_temporaries,
     layer_keeps,
     layer_temporaries,
     logits_bytes,
@@ -93,7 +94,7 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
     layer = s.tokens * sum(layer_keeps(s).values())
     top = s.tokens * top_keeps(s)
     kept = recomputed * s.tokens * checkpoint_keeps(s) + (layers - recomputed) * layer + top
-    temporary = s.tokens * layer_temporaries(s)
+    temporary = s.tokens * layer_temporaries(s) + float8_temporaries(s)
 
     gradients = p.gradients / s.gpus
     # Lightning frees the last step's gradients between forward and backward; while they accumulate, not at all.

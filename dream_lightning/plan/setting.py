@@ -31,6 +31,8 @@ class Setting:
     """bfloat16 arithmetic over float32 or bfloat16 weights (`precision=bf16-mixed`)"""
     lora: LoraParams | None = None
     four_bit: bool = False
+    float8_products: bool = False
+    """of the frozen base: on its 4-bit weights, or on float8 ones, which take as much as bfloat16"""
     checkpointed: bool | int = True
     """whether all layers are recomputed in the backward pass, or so many of the first"""
     compiled: bool = False

@@ -1,21 +1,27 @@
 """The terms of the plan against what autograd saves, storage by storage."""
 
+from dataclasses import replace
+from itertools import accumulate
+
 import pytest
 import torch
 import torch._functorch.config
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from dream_lightning.adapters import LoraParams, add_lora
+from dream_lightning.adapters.float8 import to_float8
+from dream_lightning.adapters.nf4_float8 import dequantize
 from dream_lightning.diffusion.head import token_nll
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.modeling import rotary_angles
-from dream_lightning.plan import Setting
-from dream_lightning.plan.activations import checkpoint_keeps, layer_keeps, logits_bytes
+from dream_lightning.plan import Setting, make_plan
+from dream_lightning.plan.activations import EAGER_DEQUANTIZATION, checkpoint_keeps, layer_keeps, logits_bytes
 
 CONFIG = DreamConfig(
     vocab_size=96,
     hidden_size=64,
-    intermediate_size=160,
+    intermediate_size=192,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -111,6 +117,31 @@ def test_a_four_bit_layer_keeps_no_more(tmp_path):
     ignored = weights_of(model) | {t.untyped_storage().data_ptr() for t in rotation}
     copies = 2 * sum(p.numel() for p in layer.parameters() if p.requires_grad)
     assert saved_bytes(run, ignored) - copies == s.tokens * sum(layer_keeps(s).values())
+
+
+def peak_bytes(run) -> int:
+    """What a function allocates at most, its result included, as torch's profiler counts it."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_uncompiled_float8_products_take_what_the_plan_says():
+    x = torch.randn(512, 1024, dtype=torch.bfloat16)
+    assert peak_bytes(lambda: to_float8(x)) == pytest.approx(9 * x.numel(), rel=0.01)
+    blocks = x.numel() // 64
+    codes = torch.zeros(blocks, dtype=torch.uint8)
+    quantized = (x.view(torch.uint8)[:, ::4].reshape(-1), torch.ones(16), codes, torch.ones(256), torch.ones(blocks))
+    peak = peak_bytes(lambda: dequantize(*quantized, torch.zeros(())))
+    assert peak == pytest.approx(EAGER_DEQUANTIZATION * x.numel(), rel=0.01)
+    s = replace(setting(torch.bfloat16, True, LoraParams()), compiled=True)
+    eager = replace(s, float8_products=True, compiled=False)
+    plans = [make_plan(each).moments["backward, first layer"] for each in (s, replace(eager, compiled=True), eager)]
+    plain, *float8 = (moment.temporaries for moment in plans)
+    wide = s.tokens * CONFIG.intermediate_size
+    assert [size - plain for size in float8] == [wide, 9 * wide]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -97,11 +97,12 @@ def test_a_plan_for_gpus_that_are_not_here(command, dream_7b, monkeypatch, strat
     assert "sharded over 8 GPUs" in out and "It fits" in out
 
 
-def test_without_bitsandbytes(command, dream_7b, monkeypatch):
+@pytest.mark.parametrize("quantize", ["nf4", "nf4_float8"])
+def test_without_bitsandbytes(command, dream_7b, monkeypatch, quantize):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(environment, "version", lambda name: _absent() if name == "bitsandbytes" else "1")
     data = {"source": "nowhere"}
-    own = config_of(dream_7b, model={"pretrained": str(dream_7b), "quantize": "nf4", "lora": {"rank": 8}}, data=data)
+    own = config_of(dream_7b, model={"pretrained": str(dream_7b), "quantize": quantize, "lora": {"rank": 8}}, data=data)
     out, _ = command("plan", "--config", own)
     assert "missing: pip install bitsandbytes" in out and "(nf4)" in out and "No GPU is visible" in out
 

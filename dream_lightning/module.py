@@ -167,7 +167,7 @@ class DreamModule(L.LightningModule):
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
         self.sampling = sampling
         self.model: DreamModel | None = None  # built in configure_model
-        self.base: dict[str, str] | None = None  # under adapters: the name and content hash of what they belong to
+        self.base: dict[str, str] | None = None  # under adapters: name, content hash and kind of what they belong to
         self._saved_optimizer: str | None = None  # of the checkpoint that training goes on from
         self.val_nll, self.val_answers = MeanMetric(), AnswerAccuracy()
         self.val_speed = TokensPerForward()
@@ -202,6 +202,7 @@ class DreamModule(L.LightningModule):
         if self.lora is not None:
             place = device if self.sharded else None
             self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed, device=place)
+            self.base["quantize"] = self.quantize or "none"
             if not self.sharded:
                 send_only_what_trains(self)
         if self.attention_dropout is not None:

@@ -121,6 +121,12 @@ def test_other_checkpoints_are_refused(base, tmp_path):
         fit(DreamModule(base), tmp_path, 2, ckpt_path=tmp_path / "one.ckpt")
 
 
+def test_a_base_held_differently_is_said(base, tmp_path):
+    fit(module(base), tmp_path, steps=1).save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.warns(UserWarning, match="model.quantize none, now it is float8"):
+        fit(module(base, "float8"), tmp_path, 2, ckpt_path=tmp_path / "one.ckpt")
+
+
 def test_export_merges_into_the_bfloat16_base(base, tmp_path):
     model = module(base)
     fit(model, tmp_path, steps=3).save_checkpoint(tmp_path / "three.ckpt")

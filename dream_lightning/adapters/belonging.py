@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,10 @@ def check_adapters(checkpoint: dict[str, Any], params: LoraParams | None, base: 
     Args:
         checkpoint: of a DreamModule; one with adapters holds `lora`, their LoraParams, and `base`.
         params: the model's adapters, None if all its weights train.
-        base: name and hash of the model's base, as `building.adapt` gives them.
+        base: name and hash of the model's base, as `building.adapt` gives them, and `quantize`, how it is held.
+
+    Warns:
+        The bases are held differently: nothing is wrong with that, but their rounding differs.
 
     Raises:
         ValueError: with adapters where the model has none, or the other way round, or other ones; the contents of the
@@ -80,6 +84,12 @@ def check_adapters(checkpoint: dict[str, Any], params: LoraParams | None, base: 
     check_base(saved["hash"], base["hash"], saved_base=saved["name"], loaded_base=base["name"])
     if not params.computes_as(LoraParams(**checkpoint["lora"])):
         raise ValueError(f"the checkpoint's adapters are {checkpoint['lora']}, model.lora is {asdict(params)}")
+    if saved["quantize"] != base["quantize"]:
+        warnings.warn(
+            f"the adapters were trained beside a base with model.quantize {saved['quantize']}, now it is "
+            f"{base['quantize']}: losses and answers change a little",
+            stacklevel=2,
+        )
 
 
 def _header(file: Path) -> tuple[dict, int]:

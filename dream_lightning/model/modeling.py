@@ -5,6 +5,7 @@ Axis letters as in `dream_lightning/types.py`; K = key/value heads, E = size of 
 
 import inspect
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from dream_lightning.model.cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.configuration import DreamConfig
+from dream_lightning.model.joint import Joint, joined, lay_together, products
 from dream_lightning.model.loading import check_weights, local_folder
 from dream_lightning.types import DocumentBounds
 
@@ -46,10 +48,12 @@ class DreamMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.joint: Joint | None = None  # gate and up, while `joint.joined` lasts
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(x, (self.gate_proj, self.up_proj), self.joint)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DreamAttention(nn.Module):
@@ -64,6 +68,7 @@ class DreamAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.joint: Joint | None = None  # q, k and v, while `joint.joined` lasts
 
     def forward(
         self,
@@ -74,8 +79,8 @@ class DreamAttention(nn.Module):
     ) -> Tensor:
         """[B, L, D] → [B, L, D]; `rotation` from `rotary_angles`, `cache` see `DreamBaseModel.forward`."""
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
+            for out in products(x, (self.q_proj, self.k_proj, self.v_proj), self.joint)
         )
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
@@ -229,6 +234,14 @@ class DreamBaseModel(DreamPreTrainedModel):
         c, weight = self.config, self.embed_tokens.weight
         shape = (rows, c.num_key_value_heads, length, c.head_dim)
         return KeyValueCache(len(self.layers), shape, dtype=weight.dtype, device=weight.device)
+
+    def lay_together(self) -> None:
+        """See `joint.lay_together`."""
+        lay_together(self)
+
+    def joined(self, tokens: int) -> AbstractContextManager[None]:
+        """See `joint.joined`."""
+        return joined(self, tokens)
 
     def _mask(
         self, attention_mask: Tensor | DocumentBounds | None, input_ids: Tensor, columns: Tensor | None = None

@@ -86,6 +86,7 @@ class GraphedTrunk:
         self._graphs: dict[tuple, _Graph] = {}
         self._caches: dict[tuple[int, int], Any] = {}
         self._pool = None
+        self._trunk().lay_together()
         self._addresses = [p.data_ptr() for p in self._trunk().parameters()]
 
     def refresh(self) -> None:
@@ -122,7 +123,8 @@ class GraphedTrunk:
         trunk = self._trunk()
 
         def forward() -> Tensor:
-            return trunk(ids, attention_mask, position_ids, cache, columns)
+            with trunk.joined(ids.numel()):
+                return trunk(ids, attention_mask, position_ids, cache, columns)
 
         if not self._capture:
             return _Graph(static, forward)

@@ -144,15 +144,21 @@ class GraphedTrunk:
 
 
 class _Graph:
-    """A forward with fixed inputs, into which those of a call are copied."""
+    """A forward with fixed inputs, into which those of a call are copied.
+
+    Of all but the ids, which hooks may change in place, only those that are not the last call's tensors.
+    """
 
     def __init__(self, static: list[Tensor | None], run: Any, output: Tensor | None = None) -> None:
         self._static, self._run, self._output = static, run, output
+        self._last: list[Tensor | None] = [None] * len(static)
 
     def __call__(self, inputs: list[Tensor | None]) -> Tensor:
-        for static, given in zip(self._static, inputs, strict=True):
-            if static is not None:
+        ids, *_ = self._static
+        for static, given, last in zip(self._static, inputs, self._last, strict=True):
+            if static is ids or given is not last:
                 static.copy_(given)
+        self._last = inputs
         returned = self._run()
         return returned if self._output is None else self._output
 

@@ -48,6 +48,7 @@ class Network:
     def keep(self, canvas: Canvas) -> None:
         """Predict for other rows; what was remembered is forgotten."""
         self.canvas, self.cache, self.period = canvas, None, None
+        self._windows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def start_block(self, first: int, last: int) -> None:
         """Work on columns first … last − 1; everything is computed at the next prediction."""
@@ -80,7 +81,12 @@ class Network:
         first, last = self.first - 1, self.last if self.mode == "dual" else length
         if period != self.period:
             self.period, first, last = period, 0, length
-        columns = torch.arange(first, last, device=x.device)
-        return self.model.model(
-            x[:, first:last], real, self.canvas.positions[:, first:last], self.cache, columns
-        ), first
+        columns, positions = self._window(first, last)
+        return self.model.model(x[:, first:last], real, positions, self.cache, columns), first
+
+    def _window(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Columns [W] and positions [B, W], the same tensors at every step: compiled models copy new ones only."""
+        if (first, last) not in self._windows:
+            columns = torch.arange(first, last, device=self.canvas.x.device)
+            self._windows[first, last] = (columns, self.canvas.positions[:, first:last])
+        return self._windows[first, last]

@@ -158,7 +158,7 @@ def _with_required(network: Network, canvas: Canvas, params: SamplingParams, con
             f"required_tokens are {len(params.required_tokens)}, and a row has {int(where.sum(1).min())} masks: leave "
             "room for them"
         )
-    row, column = locate(where, int(where.sum()))
+    row, column, _ = locate(where, int(where.sum()))
     logits = network(canvas.x, row, column, 0)
     x, last = place_required(logits, row, column, canvas.x, params.required_tokens)
     canvas = replace(canvas, x=x, eos_from=torch.maximum(canvas.eos_from, last + 1))

@@ -172,6 +172,18 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torc
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+class DreamRotaryEmbedding(nn.Module):
+    """`rotary_angles` of a model; a module, because it can then be compiled as the others are."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[B, L] → cos and sin [B, 1, L, E]."""
+        return rotary_angles(position_ids, self.head_dim, self.theta, dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, the rotate-half form. Shapes [B, H, L, E]."""
     first, second = x.chunk(2, dim=-1)
@@ -197,6 +209,7 @@ class DreamBaseModel(DreamPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DreamDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = DreamRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.checkpointed_layers = config.num_hidden_layers  # under gradient checkpointing: so many of the first
         self.post_init()
@@ -219,7 +232,7 @@ class DreamBaseModel(DreamPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)  # [B, L, D]
-        rotation = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        rotation = self.rotary(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
             if cache is not None:
                 x = layer(x, rotation, mask, cache.of_layer(i, columns))

@@ -128,7 +128,7 @@ class GraphedTrunk:
 
         if not self._capture:
             return _Graph(static, forward)
-        with _compiled_layers(trunk, self._mode), _no_autocast_cache():
+        with _compiled_parts(trunk, self._mode), _no_autocast_cache():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -184,19 +184,20 @@ def release(model: nn.Module) -> None:
 
 
 @contextmanager
-def _compiled_layers(trunk: nn.Module, mode: str | None) -> Iterator[None]:
-    """Decoder layers compiled for the shapes that come, and afterwards as they were."""
-    before = [layer._compiled_call_impl for layer in trunk.layers]
-    for layer in trunk.layers:
-        layer.compile(dynamic=False, mode=mode)
+def _compiled_parts(trunk: nn.Module, mode: str | None) -> Iterator[None]:
+    """Layers, and what is many small kernels beside them, compiled for the shapes that come; afterwards as before."""
+    parts = (trunk.rotary, *trunk.layers, trunk.norm)
+    before = [part._compiled_call_impl for part in parts]
+    for part in parts:
+        part.compile(dynamic=False, mode=mode)
     try:
         # All layers share one compilation a shape. Beyond the limit torch would run them uncompiled, so raise instead.
         limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096}
         with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
             yield
     finally:
-        for layer, impl in zip(trunk.layers, before, strict=True):
-            layer._compiled_call_impl = impl
+        for part, impl in zip(parts, before, strict=True):
+            part._compiled_call_impl = impl
 
 
 @contextmanager

@@ -101,7 +101,11 @@ def reverse_process(
             answer = torch.cat([where.sum(1), masked.any(1), _finite(sums, where)]).cpu()
             left, is_open, finite = answer.tensor_split([len(where), 2 * len(where)])
             _check_finite(sums, finite)
-            if stops and (params.cache == "none" or i == 0) and len(stay := _let_go(rows, predict, is_open)) < len(left):
+            if (
+                stops
+                and (params.cache == "none" or i == 0)
+                and len(stay := _let_go(rows, predict, is_open)) < len(left)
+            ):
                 left, where = left[stay], None
         full = full or (lasting and not left.any())
         counts = left if params.adaptive or params.alg == "origin" else scheduled(left, shares[i], averaged=as_authors)

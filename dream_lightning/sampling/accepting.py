@@ -75,10 +75,7 @@ def choose_positions(grid: Tensor, counts: Tensor, *, most: int | None = None) -
     Args:
         most: the largest of the counts, where the host knows it: for one a maximum does, which is cheaper than to sort.
     """
-    if most == 1:
-        order = grid.argmax(dim=-1, keepdim=True)  # [B, 1], the first of a tie
-    else:
-        order = grid.argsort(dim=-1, descending=True, stable=True)  # [B, L]
+    order = grid.argmax(-1, keepdim=True) if most == 1 else grid.argsort(dim=-1, descending=True, stable=True)
     first = torch.arange(order.shape[1], device=grid.device) < counts[:, None]
     return torch.zeros_like(grid, dtype=torch.bool).scatter(1, order, first)
 

@@ -101,12 +101,10 @@ def reverse_process(
             answer = torch.cat([where.sum(1), masked.any(1), _finite(sums, where)]).cpu()
             left, is_open, finite = answer.tensor_split([len(where), 2 * len(where)])
             _check_finite(sums, finite)
-            if (
-                stops
-                and (params.cache == "none" or i == 0)
-                and len(stay := _let_go(rows, predict, is_open)) < len(left)
-            ):
-                left, where = left[stay], None
+            if stops and (params.cache == "none" or i == 0):
+                stay = _let_go(rows, predict, is_open)
+                if len(stay) < len(left):
+                    left, where = left[stay], None
         full = full or (lasting and not left.any())
         counts = left if params.adaptive or params.alg == "origin" else scheduled(left, shares[i], averaged=as_authors)
 
@@ -233,11 +231,11 @@ def _finite(sums: dict[int, Tensor], like: Tensor) -> Tensor:
 
 def _check_finite(sums: dict[int, Tensor], finite: Tensor) -> None:
     """Report the first step with confidences that are not finite, or forget these sums; `finite` is on the host."""
-    steps = list(sums)
+    wrong = [step for step, fine in zip(sums, finite.tolist(), strict=True) if not fine]
     sums.clear()
-    if not finite.all():
+    if wrong:
         raise ValueError(
-            f"the model's logits are not finite at step {steps[int(finite.int().argmin())]}: check the weights (a diverged run?), and use bfloat16 "
+            f"the model's logits are not finite at step {wrong[0]}: check the weights (a diverged run?), and use bfloat16 "
             "or float32 rather than float16"
         )
 

@@ -26,7 +26,7 @@ class State:
     def fill(
         self, chosen: Tensor, tokens: Tensor, certainty: Tensor, *, step: int, mask_token_id: int | None
     ) -> "State":
-        """With the `tokens` [B, L] where `chosen` [B, L]; a mask token among them, if there may be one, fills nothing."""
+        """With the `tokens` [B, L] where `chosen` [B, L]; a mask token, if one may be there, fills nothing."""
         filled = chosen if mask_token_id is None else chosen & (tokens != mask_token_id)
         return State(
             torch.where(chosen, tokens, self.x),

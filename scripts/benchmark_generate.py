@@ -203,9 +203,8 @@ def main(
 
 def gpu_memory() -> str:
     """What torch holds."""
-    return (
-        f"{torch.cuda.memory_allocated() / 2**30:.2f} GiB in use, {torch.cuda.memory_reserved() / 2**30:.2f} reserved"
-    )
+    used, reserved = torch.cuda.memory_allocated() / 2**30, torch.cuda.memory_reserved() / 2**30
+    return f"{used:.2f} GiB in use, {reserved:.2f} reserved"
 
 
 def whole_answers(bench: Bench, fast: CompiledDenoiser, one: dict[int, float], sizes: tuple[int, ...]) -> None:

@@ -76,8 +76,9 @@ class DreamAttention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask: "AttentionMask | None",
         cache: LayerCache | None = None,
+        since: int = 0,
     ) -> Tensor:
-        """[B, L, D] → [B, L, D]; `rotation` from `rotary_angles`, `cache` see `DreamBaseModel.forward`."""
+        """[B, L, D] → [B, L − since, D]; `rotation` from `rotary_angles`, the others see `DreamBaseModel.forward`."""
         q, k, v = (
             out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
             for out in products(x, (self.q_proj, self.k_proj, self.v_proj), self.joint)
@@ -86,19 +87,19 @@ class DreamAttention(nn.Module):
         if cache is not None:
             k, v = store(cache, k, v)
         packed = isinstance(mask, DocumentBounds)
-        out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask)  # [B, H, L, E]
+        out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask, since)  # [B, H, L, E]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None") -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None", since: int) -> Tensor:
         out = F.scaled_dot_product_attention(
-            q,
+            q[:, :, since:],
             k,
             v,
             attn_mask=None if mask is None else mask.may_attend,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out if mask is None else out * mask.sees_something
+        return out if mask is None else out * mask.sees_something[:, :, since:]
 
 
 def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:
@@ -132,9 +133,10 @@ class DreamDecoderLayer(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask: "AttentionMask | None",
         cache: LayerCache | None = None,
+        since: int = 0,
     ) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        """[B, L, D] → [B, L − since, D]."""
+        x = x[:, since:] + self.self_attn(self.input_layernorm(x), rotation, mask, cache, since)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -221,12 +223,16 @@ class DreamBaseModel(DreamPreTrainedModel):
         position_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
         columns: Tensor | None = None,
+        since: int = 0,
     ) -> Tensor:
         """Hidden states [B, L, D] after the last norm; arguments as in `DreamModel.forward`.
 
         With a `cache` of L columns, `input_ids` and `position_ids` are those of the `columns` [W] int64 only, the
         result is [B, W, D], and `attention_mask` is None or [B, L]: keys and values of the columns are computed and
         stored, those of all others come from the cache. Without gradients only.
+
+        `since`: only the hidden states of the columns from this one on, [B, L − since, D], so that the last layer need
+        not make the others. With neither cache nor a mask of another shape than [B, L].
         """
         mask = self._mask(attention_mask, input_ids, columns)
         if position_ids is None:
@@ -238,6 +244,8 @@ class DreamBaseModel(DreamPreTrainedModel):
                 x = layer(x, rotation, mask, cache.of_layer(i, columns))
             elif self.gradient_checkpointing and self.training and i < self.checkpointed_layers:
                 x = self._gradient_checkpointing_func(layer.__call__, x, rotation, mask)
+            elif since and i == len(self.layers) - 1:
+                x = layer(x, rotation, mask, None, since)
             else:
                 x = layer(x, rotation, mask)
         return self.norm(x)

@@ -36,12 +36,14 @@ class Network:
         canvas: the rows.
         cache: see SamplingParams.
         refresh_every: see SamplingParams.
+        since: the first column whose hidden state is needed where all are computed without a cache; above 0 the model
+            has to take it, too.
     """
 
     def __init__(
-        self, model: Any, canvas: Canvas, *, cache: CacheMode = "none", refresh_every: int | None = None
+        self, model: Any, canvas: Canvas, *, cache: CacheMode = "none", refresh_every: int | None = None, since: int = 0
     ) -> None:
-        self.model, self.mode, self.refresh_every = model, cache, refresh_every
+        self.model, self.mode, self.refresh_every, self.since = model, cache, refresh_every, since
         self.first, self.last = 0, canvas.x.shape[1]
         self.keep(canvas)
 
@@ -65,7 +67,9 @@ class Network:
         """Hidden states of the columns that were computed, and the first of these."""
         real = self.canvas.real if self.canvas.padded else None
         if self.mode == "none":
-            return self.model.model(x, real, None if real is None else self.canvas.positions), 0
+            inputs = (x, real, None if real is None else self.canvas.positions)
+            hidden = self.model.model(*inputs, since=self.since) if self.since else self.model.model(*inputs)
+            return hidden, self.since
         length = x.shape[1]
         if self.cache is None:
             self.cache = self.model.model.new_cache(len(x), length)

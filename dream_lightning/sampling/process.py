@@ -235,8 +235,8 @@ def _check_finite(sums: dict[int, Tensor], finite: Tensor) -> None:
     sums.clear()
     if wrong:
         raise ValueError(
-            f"the model's logits are not finite at step {wrong[0]}: check the weights (a diverged run?), and use bfloat16 "
-            "or float32 rather than float16"
+            f"the model's logits are not finite at step {wrong[0]}: check the weights (a diverged run?), and use "
+            "bfloat16 or float32 rather than float16"
         )
 
 

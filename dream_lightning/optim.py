@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
-SLICE = 2**26  # elements updated at a time: temporaries of 8 bytes each, 0.5 GiB
-SMALL = 4096  # smaller parameters (biases, norms) keep float32 moments
+BLOCK = 256  # elements of a moment that share a scale
+SMALL = 4096  # smaller parameters (biases, norms), and those that do not fill their blocks, keep float32 moments
 PAGED = 100_000  # elements from which moments are worth paging
 _NO_TAIL = -(2**15)  # the tail of a float32 number that is a bfloat16 number
+
+
+def in_8_bits(p: Tensor) -> bool:
+    """Whether a parameter's moments are kept in 8 bits."""
+    return p.numel() >= SMALL and p.numel() % BLOCK == 0
 
 
 def decay_groups(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
@@ -41,9 +45,10 @@ class PagedAdamW8bit(torch.optim.Optimizer):
 
     Gradients are what autograd leaves in them: of bfloat16 weights, summed over micro-batches in bfloat16.
 
-    Bytes a parameter: weight 2, gradient 2, moments 2.03, tail 2; for Dream 7B 57 GiB, and about 0.5 GiB while a step
-    is made, so that 80 GB leave 20 GiB for activations (float32 weights, gradients and AdamW take 114 GiB). Moments of
-    large parameters lie in paged memory, which the card lends out when activations need it for a moment.
+    Bytes a parameter: weight 2, gradient 2, moments 2.03, tail 2; for Dream 7B 57 GiB, so that 80 GB leave 20 GiB for
+    activations (float32 weights, gradients and AdamW take 114 GiB). Moments of large parameters lie in paged memory,
+    which the card lends out when activations need it for a moment. On a GPU a parameter's update is compiled into one
+    kernel, which reads and writes every number once.
 
     Args:
         params: parameters or groups, in bfloat16 or float32.
@@ -70,9 +75,9 @@ class PagedAdamW8bit(torch.optim.Optimizer):
                 f"lr is {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}: wanted lr and weight_decay of at "
                 "least 0, eps above 0, and betas from 0 to below 1"
             )
-        self._kernels = _bitsandbytes().functional
-        self._loaded: dict[int, dict[str, Any]] = {}
-        self._code: dict[torch.device, tuple[Tensor, Tensor]] = {}  # the values of the 256 codes, signed and unsigned
+        self._library = _bitsandbytes().functional
+        self._pages: dict[int, Tensor] = {}  # by address, what the library knows of paged moments
+        self._levels: dict[torch.device, tuple[Tensor, Tensor]] = {}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for p in self._parameters():
             if p.dtype not in (torch.bfloat16, torch.float32):
@@ -88,56 +93,41 @@ class PagedAdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._place_loaded()
         if not self.state:
             self._check_memory()
         for group in self.param_groups:
+            numbers: dict[tuple, Tensor] = {}  # one copy to the device for all parameters that took as many steps
             for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
-        for device in {p.device for p in self._parameters() if p.is_cuda}:
-            torch.cuda.synchronize(device)  # kernels on paged memory are not ordered with reads by the host
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(self._new_state(p))
+                state["step"] += 1
+                key = (state["step"], p.device)
+                if key not in numbers:
+                    numbers[key] = _numbers(group, state["step"]).to(p.device)
+                self._update(p, state, numbers[key])
         return loss
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if not state:
-            state.update(self._new_state(p))
-        state["step"] += 1
-        for moment in (state["moment1"], state["moment2"]):
-            if getattr(moment, "is_paged", False):
-                self._kernels.prefetch_tensor(moment)
-        weight, gradient = p.view(-1), p.grad.reshape(-1)
-        for start in range(0, p.numel(), SLICE):
-            part = slice(start, start + SLICE)
-            if "tail" in state:
-                master = join(weight[part], state["tail"][part])
-                self._adamw(master, gradient[part].float(), state, part, group)
-                split(master, weight[part], state["tail"][part])
-            else:
-                self._adamw(weight[part], gradient[part].float(), state, part, group)
-
-    def _adamw(self, p: Tensor, gradient: Tensor, state: dict[str, Any], part: slice, group: dict[str, Any]) -> None:
-        """One slice of float32 weights, in place."""
-        (beta1, beta2), step = group["betas"], state["step"]
-        lr, eps, weight_decay = float(group["lr"]), group["eps"], group["weight_decay"]
-        moment1, moment2 = (_slice(state[name], part) for name in ("moment1", "moment2"))
-        if "scale1" not in state:
-            self._kernels.optimizer_update_32bit(
-                "adam", gradient, p, moment1, beta1, eps, step, lr, moment2, beta2, weight_decay=weight_decay
-            )
-            return
-        blocks = slice(part.start // BLOCK, part.stop // BLOCK)
-        signed, unsigned = self._codes(p.device)
-        self._kernels.optimizer_update_8bit_blockwise(
-            *("adam", gradient, p, moment1, moment2, beta1, beta2, 0.0, 0.0, eps, step, lr, signed, unsigned),
-            *(state["scale1"][blocks], state["scale2"][blocks], weight_decay),
+    def _update(self, p: Tensor, state: dict[str, Any], numbers: Tensor) -> None:
+        for name in ("moment1", "moment2"):
+            if (address := state[name].data_ptr()) in self._pages:
+                self._library.prefetch_tensor(self._pages[address])
+        update = _compiled_update if p.is_cuda else adamw_update
+        update(
+            p.view(-1),
+            p.grad.reshape(-1),
+            state.get("tail"),
+            *(state["moment1"], state.get("scale1"), state["moment2"], state.get("scale2")),
+            *(*self._levels_on(p.device), numbers),
         )
 
-    def _codes(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._code:
-            self._code[device] = tuple(self._kernels.create_dynamic_map(signed).to(device) for signed in (True, False))
-        return self._code[device]
+    def _levels_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._levels:
+            levels = (self._library.create_dynamic_map(signed).to(device) for signed in (True, False))
+            self._levels[device] = tuple(levels)
+        return self._levels[device]
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -145,20 +135,20 @@ class PagedAdamW8bit(torch.optim.Optimizer):
         state: dict[str, Any] = {"step": 0}
         if p.dtype == torch.bfloat16:
             state["tail"] = torch.full((p.numel(),), _NO_TAIL, dtype=torch.int16, device=p.device)
-        for i in (1, 2):
-            if p.numel() < SMALL:
-                state[f"moment{i}"] = torch.zeros(p.numel(), device=p.device)
+        for i, levels in enumerate(self._levels_on(p.device), 1):
+            if in_8_bits(p):
+                state[f"moment{i}"] = self._new_moment(p).fill_(int(levels.abs().argmin()))  # the code of zero
+                state[f"scale{i}"] = torch.zeros(p.numel() // BLOCK, device=p.device)
             else:
-                state[f"moment{i}"] = self._new_moment(p)
-                state[f"scale{i}"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
+                state[f"moment{i}"] = torch.zeros(p.numel(), device=p.device)
         return state
 
     def _new_moment(self, p: Tensor) -> Tensor:
         if not p.is_cuda or p.numel() < PAGED:
-            return torch.zeros(p.numel(), dtype=torch.uint8, device=p.device)
-        moment = self._kernels.get_paged(p.numel(), dtype=torch.uint8, device=p.device)
-        self._kernels.fill(moment, 0)
-        return moment
+            return torch.empty(p.numel(), dtype=torch.uint8, device=p.device)
+        pages = self._library.get_paged(p.numel(), dtype=torch.uint8, device=p.device)
+        self._pages[pages.data_ptr()] = pages
+        return torch.as_tensor(_OnDevice(pages), device=p.device)
 
     def _check_memory(self) -> None:
         """Paged memory beyond what the card has would not fail but crawl, so it is refused."""
@@ -173,23 +163,13 @@ class PagedAdamW8bit(torch.optim.Optimizer):
                     "free beside weights and gradients: train adapters (model.lora), or shard over several GPUs"
                 )
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but no element type is changed; tensors go to their devices at the next step."""
+        """As torch's, but no element type is changed, and large moments go into paged memory again."""
         super().load_state_dict({**state_dict, "state": {}})  # torch would make every tensor bfloat16
-        self._loaded = {i: dict(saved) for i, saved in state_dict["state"].items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's."""
-        self._place_loaded()
-        return super().state_dict()
-
-    def _place_loaded(self) -> None:
-        """Not while loading, because Lightning would then move paged memory to the GPU, where it already lies."""
-        if self._loaded:
-            self._check_memory()
+        self._check_memory()
         parameters = self._parameters()
-        while self._loaded:
-            i, saved = self._loaded.popitem()
+        for i, saved in state_dict["state"].items():
             state = self.state[parameters[i]] = self._new_state(parameters[i])
             for name, value in saved.items():
                 if isinstance(value, Tensor):
@@ -198,28 +178,98 @@ class PagedAdamW8bit(torch.optim.Optimizer):
                     state[name] = value
 
 
+def _numbers(group: dict[str, Any], step: int) -> Tensor:
+    """What a step needs beside tensors, as one tensor: it changes from step to step, and compiled code stays."""
+    beta1, beta2 = group["betas"]
+    return torch.tensor(
+        [group["lr"], group["weight_decay"], group["eps"], beta1, beta2, 1 - beta1**step, 1 - beta2**step]
+    )
+
+
+def adamw_update(
+    weight: Tensor,
+    gradient: Tensor,
+    tail: Tensor | None,
+    moment1: Tensor,
+    scale1: Tensor | None,
+    moment2: Tensor,
+    scale2: Tensor | None,
+    signed: Tensor,
+    unsigned: Tensor,
+    numbers: Tensor,
+) -> None:
+    """One AdamW step of one parameter with N elements, in place.
+
+    Args:
+        weight: [N] bfloat16 or float32.
+        gradient: [N].
+        tail: [N] int16, of bfloat16 weights.
+        moment1: [N] uint8 codes, or float32 where there are no scales.
+        scale1: [N / BLOCK] float32.
+        moment2: as moment1.
+        scale2: as scale1.
+        signed: [256] float32, rising, what the codes of moment1 stand for.
+        unsigned: the same of moment2.
+        numbers: [7] float32 of `_numbers`.
+    """
+    lr, weight_decay, eps, beta1, beta2, correction1, correction2 = numbers.unbind()
+    master = (weight if tail is None else join(weight, tail)).view(-1, BLOCK if scale1 is not None else 1)
+    g = gradient.float().view_as(master)
+    first = beta1 * decode(moment1, scale1, signed).view_as(master) + (1 - beta1) * g
+    second = beta2 * decode(moment2, scale2, unsigned).view_as(master) + (1 - beta2) * g * g
+    change = (first / correction1) / ((second / correction2).sqrt() + eps) + weight_decay * master
+    master = (master - lr * change).view(-1)
+    encode(first, moment1, scale1, signed)
+    encode(second, moment2, scale2, unsigned)
+    if tail is None:
+        weight.copy_(master)
+    else:
+        split(master, weight, tail)
+
+
+_compiled_update = torch.compile(adamw_update, dynamic=True)
+
+
+def decode(codes: Tensor, scales: Tensor | None, levels: Tensor) -> Tensor:
+    """8-bit codes [N] with scales [N / BLOCK] → numbers [N / BLOCK, BLOCK]; without scales they are numbers already."""
+    return codes if scales is None else levels[codes.view(-1, BLOCK).int()] * scales[:, None]
+
+
+def encode(numbers: Tensor, codes: Tensor, scales: Tensor | None, levels: Tensor) -> None:
+    """Write numbers [N / BLOCK, BLOCK] as the codes of their nearest levels, the largest of a block being its scale."""
+    if scales is None:
+        codes.copy_(numbers.view(-1))
+        return
+    largest = numbers.abs().amax(-1)
+    shares = numbers / largest.clamp(min=1e-38)[:, None]
+    between = (levels[1:] + levels[:-1]) / 2
+    codes.copy_(torch.bucketize(shares, between, out_int32=True).view(-1))
+    scales.copy_(largest)
+
+
 def split(master: Tensor, weight: Tensor, tail: Tensor) -> None:
-    """Write float32 numbers [N] as their nearest bfloat16 numbers [N] and 16-bit tails [N]; clobbers `master`.
+    """Write float32 numbers [N] as their nearest bfloat16 numbers [N] and 16-bit tails [N].
 
     A float32 number's upper 16 bits are a bfloat16 number. Half a unit of its last place is added first, so that
     cutting the lower bits off rounds to nearest, ties away from zero; the tail is what is cut off.
     """
-    halves = master.view(torch.int32).add_(2**15).view(torch.int16).view(-1, 2)  # lower half first: little endian
-    weight.view(torch.int16).copy_(halves[:, 1])
-    tail.copy_(halves[:, 0])
+    bits = master.view(torch.int32) + 2**15
+    weight.view(torch.int16).copy_(bits >> 16)
+    tail.copy_(bits)
 
 
 def join(weight: Tensor, tail: Tensor) -> Tensor:
     """The float32 numbers [N] that `split` wrote, bit for bit."""
-    halves = torch.stack((tail, weight.view(torch.int16)), dim=-1)  # [N, 2]
-    return halves.view(torch.int32).sub_(2**15).view(-1).view(torch.float32)
+    upper, lower = weight.view(torch.int16).int() << 16, tail.int() & 0xFFFF
+    return ((upper | lower) - 2**15).view(torch.float32)
 
 
-def _slice(tensor: Tensor, part: slice) -> Tensor:
-    result = tensor[part]
-    if getattr(tensor, "is_paged", False):
-        result.is_paged = True  # where bitsandbytes looks; a slice does not inherit it
-    return result
+class _OnDevice:
+    """Paged memory, which bitsandbytes hands out as the host's, as what it is to the GPU."""
+
+    def __init__(self, pages: Tensor) -> None:
+        shape, address = (pages.numel(),), (pages.data_ptr(), False)
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "|u1", "data": address, "version": 3}
 
 
 def _bitsandbytes() -> ModuleType:

@@ -5,6 +5,7 @@ python scripts/benchmark_train.py --pretrained /tmp/dream7b --cases '[full, lora
 """
 
 import gc
+import resource
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -87,13 +88,16 @@ class PackedRows(Dataset):
 
 
 class Clock(L.Callback):
-    """When each optimiser step ended, and the loss."""
+    """When training began and each optimiser step ended, the loss, and memory."""
 
     def __init__(self) -> None:
         self.ends, self.losses = [], []
 
     def on_train_start(self, trainer, pl_module) -> None:
+        self.loaded, self.host = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.loading_peak = 0.0
         if torch.cuda.is_available():
+            self.loading_peak = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -164,6 +168,9 @@ def time_ours(case: Case, pretrained: str, steps: int) -> dict[str, Any]:
         "plan_moment": plan.peak_moment,
         "tokens_per_second": case.rows * case.length * case.accumulate / seconds,
         "peak": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan"),
+        "loading": clock.loaded - started,
+        "loading_peak": clock.loading_peak,
+        "host": clock.host,
         "first_step": clock.ends[0] - started,
         "useful": rows.useful,
         "losses": clock.losses,
@@ -187,6 +194,9 @@ def main(
 ) -> None:
     """Train a few optimiser steps of every case and of its reference, and print a table.
 
+    Host memory is the most that the process has held until training began, interpreter and libraries included; it never
+    falls, so only the first case of a run says what its own loading takes.
+
     Args:
         pretrained: an official-format folder with its tokenizer.
         cases: names in CASES.
@@ -196,8 +206,9 @@ def main(
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     table = [
-        f"| {device} | tok/s | peak GiB | planned GiB | first step after s | reference tok/s | its peak GiB | times |",
-        "|---" * 8 + "|",
+        f"| {device} | tok/s | peak GiB | planned GiB | loaded after s | with GiB | on the host GiB "
+        "| first step after s | reference tok/s | its peak GiB | times |",
+        "|---" * 11 + "|",
     ]
     for name in cases:
         case = CASES[name]
@@ -233,9 +244,10 @@ def _guarded(measure) -> dict[str, Any] | str:
 def _line(case: Case, ours: dict | str, other: dict | str | None) -> str:
     cells = [describe(case)]
     if isinstance(ours, str):
-        cells += [ours, "–", "–", "–"]
+        cells += [ours, *["–"] * 6]
     else:
         cells += [f"{ours['tokens_per_second']:,.0f}", f"{ours['peak']:.1f}", f"{ours['plan']:.1f}"]
+        cells += [f"{ours['loading']:.0f}", f"{ours['loading_peak']:.1f}", f"{ours['host']:.1f}"]
         cells += [f"{ours['first_step']:.0f}"]
     if not isinstance(other, dict):
         return "| " + " | ".join([*cells, other or "–", "–", "–"]) + " |"

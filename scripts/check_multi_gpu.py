@@ -59,6 +59,7 @@ def main(
     steps: int = 8,
     accumulate: int = 2,
     length: int = 8192,
+    resume: bool = True,
     alone: bool = True,
     accelerator: str = "gpu",
     options: list[str] = [],  # noqa: B006 (jsonargparse wants a list)
@@ -73,10 +74,15 @@ def main(
         steps: of a run; saved once, after half of them and one more.
         accumulate: micro-batches a step.
         length: tokens of a row.
+        resume: go on from the checkpoint in a second run.
         alone: train on one GPU too; it must hold everything.
         accelerator: gpu or cpu.
         options: more options for fit, such as [--model.compile_layers=false].
     """
+    if steps < 8:
+        raise ValueError(
+            f"steps is {steps}: wanted at least 8, half of them and one to save and {CALIBRATION} to warm up"
+        )
     place, name = Path(folder), Path(recipe).stem
     place.mkdir(parents=True, exist_ok=True)
     write_rows(place / "rows.jsonl", length)
@@ -102,15 +108,16 @@ def main(
     validation = f"--trainer.val_check_interval={(steps - 1) * accumulate}"  # once, with generation
 
     first = fit(place / f"{name}-first", [*common, *several, validation], until=steps)
-    again = fit(place / f"{name}-again", [*common, *several, "--ckpt_path=last"], until=steps)
     print(f"{name}, {devices} × {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
     report("first run", first, skip=(save_at + 1, steps))
-    report("killed, gone on", again)
     saving = first["lines"][save_at + 1]["seconds"] - first["lines"][save_at]["seconds"] - first["step_seconds"]
-    print(f"  saving after step {save_at}: {saving:.0f} s, {size_gb(place / name):.1f} GB")
-    for step in range(save_at + 1, steps + 1):
-        before, after = first["lines"][step], again["lines"][step]
-        print(f"  step {step}: loss {before['loss']:.5f} and, gone on, {after['loss']:.5f}")
+    print(f"  saving after step {save_at}: {saving:.0f} s, {size_gb(place / name):.1f} GB", flush=True)
+    if resume:
+        again = fit(place / f"{name}-again", [*common, *several, "--ckpt_path=last"], until=steps)
+        report("killed, gone on", again)
+        for step in range(save_at + 1, steps + 1):
+            before, after = first["lines"][step], again["lines"][step]
+            print(f"  step {step}: loss {before['loss']:.5f} and, gone on, {after['loss']:.5f}", flush=True)
     if alone:
         one = fit(place / f"{name}-one", [*common, "--trainer.devices=1"], until=steps // 2 + CALIBRATION)
         report("one GPU", one)

@@ -1,10 +1,18 @@
-"""Where the time of a training loop goes: the share of the model's forward and backward, and of everything else.
+"""Where the time of a training loop goes: on the CPU the model's share of it, on a GPU how long that is idle.
 
 OMP_NUM_THREADS=2 python scripts/profile_fit.py --config configs/tiny.yaml --trainer.max_steps 200
+python scripts/profile_fit.py --config configs/single_gpu_qlora.yaml --trainer.max_steps 8
 """
 
 import sys
 import tempfile
+import time
+from collections.abc import Iterable
+
+import lightning as L
+import psutil
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dream_lightning import DreamModule
 from dream_lightning.cli import DreamCLI
@@ -27,15 +35,77 @@ def on_the_clock(masked_nll):
     return timed
 
 
+class GPUTime(L.Callback):
+    """How long the GPU works and is idle over some optimiser steps, as the driver records it."""
+
+    WARM_UP, STEPS = 3, 4
+
+    def __init__(self) -> None:
+        self._profile = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
+        """Record from a step's first micro-batch on."""
+        if self._profile is None and trainer.global_step == self.WARM_UP:
+            torch.cuda.synchronize()
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            self._profile.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
+        """Print after the first and after the last."""
+        if trainer.global_step == 1 and (batch_idx + 1) == trainer.accumulate_grad_batches:
+            torch.cuda.synchronize()
+            seconds = time.time() - psutil.Process().create_time()
+            print(f"from the start of the program to the end of the first step: {seconds:.0f} s")
+        if self._profile is not None and trainer.global_step == self.WARM_UP + self.STEPS:
+            self._profile.__exit__(None, None, None)  # waits for the GPU
+            events = self._profile.profiler.kineto_results.events()
+            on_gpu = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if "CUDA" in str(e.device_type())]
+            busy, gaps = busy_and_gaps(on_gpu)
+            whole = max(end for _, end in on_gpu) - min(start for start, _ in on_gpu)
+            long = [gap for gap in gaps if gap > 1e6]
+            print(
+                f"{self.STEPS} steps, {whole / 1e9:.2f} s, {len(on_gpu):,} kernels and copies: the GPU is idle "
+                f"{100 * (1 - busy / whole):.2f} % of the time, {len(long)} times for more than 1 ms, "
+                f"{max(gaps, default=0) / 1e6:.1f} ms at the longest"
+            )
+            self._profile, self.WARM_UP = None, -1
+
+
+class GPUTimeCLI(DreamCLI):
+    """With GPUTime among the callbacks."""
+
+    def instantiate_trainer(self, **options) -> L.Trainer:
+        """As DreamCLI's."""
+        trainer = super().instantiate_trainer(**options)
+        trainer.callbacks.append(GPUTime())
+        return trainer
+
+
+def busy_and_gaps(intervals: Iterable[tuple[int, int]]) -> tuple[int, list[int]]:
+    """Length of the union of (start, end), and of what lies between its parts."""
+    busy, gaps, until = 0, [], None
+    for start, end in sorted(intervals):
+        if until is not None and start > until:
+            gaps.append(start - until)
+        busy += max(0, end - max(start, until if until is not None else start))
+        until = end if until is None else max(until, end)
+    return busy, gaps
+
+
 def main() -> None:
     """Run `fit` with the options of the command line, without validation and checkpoints, and print the shares."""
     options = sys.argv[1:]
     folder = tempfile.mkdtemp(prefix="dream-profile-")
-    quiet = ["--trainer.profiler=simple", "--trainer.limit_val_batches=0"]
+    quiet = ["--trainer.limit_val_batches=0", *([] if torch.cuda.is_available() else ["--trainer.profiler=simple"])]
     folders = [f"--{name}.dirpath={folder}" for name in ("checkpoint", "autosave")] + [
         f"--trainer.logger.init_args.save_dir={folder}"
     ]
     sys.argv[1:] = ["fit", *options, *quiet, *folders, "--autosave.every_n_train_steps=1000000000"]
+    if torch.cuda.is_available():
+        GPUTimeCLI()
+        return
     DreamModule.masked_nll = on_the_clock(DreamModule.masked_nll)
     profiler = DreamCLI().trainer.profiler
     spent = {name: sum(seconds) for name, seconds in profiler.recorded_durations.items()}

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from dream_lightning.optim import BLOCK, PAGED, SLICE, SMALL, PagedAdamW8bit, decay_groups
+from dream_lightning.optim import BLOCK, PAGED, PagedAdamW8bit, decay_groups, in_8_bits
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,14 @@ def optimizer_memory(
     shapes = [nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
     optimizer = make(decay_groups(shapes))
     bases = type(optimizer).__mro__
-    if isinstance(optimizer, PagedAdamW8bit):  # 16-bit tails, updates in slices
+    if isinstance(optimizer, PagedAdamW8bit):  # and 16-bit tails
         tails = sum(2 * p.numel() for p in shapes if p.dtype == torch.bfloat16)
-        eight_bit = _eight_bit(shapes, moments=2, from_size=SMALL, pages=True)
-        return OptimizerMemory(
-            eight_bit.states + tails, eight_bit.paged, 8 * min(SLICE, max(map(Tensor.numel, shapes)))
-        )
+        eight_bit = _eight_bit(shapes, moments=2, small=lambda p: not in_8_bits(p), pages=True)
+        return replace(eight_bit, states=eight_bit.states + tails)
     if any(base.__module__.startswith("bitsandbytes.") for base in bases):  # its kernels need real memory
         moments = 2 if any(base.__name__ == "Optimizer2State" for base in bases) else 1
         from_size = optimizer.args.min_8bit_size if optimizer.args.optim_bits == 8 else sys.maxsize
-        return _eight_bit(shapes, moments=moments, from_size=from_size, pages=optimizer.is_paged)
+        return _eight_bit(shapes, moments=moments, small=lambda p: p.numel() < from_size, pages=optimizer.is_paged)
     for group in optimizer.param_groups:
         group["fused"] = False  # the fused kernels, which keep the same, are for real devices
     for p in shapes:
@@ -66,12 +64,13 @@ def optimizer_memory(
     return OptimizerMemory(total, 0, second if foreach else 0)
 
 
-def _eight_bit(parameters: Sequence[nn.Parameter], *, moments: int, from_size: int, pages: bool) -> OptimizerMemory:
-    """A moment has a byte an element and a float32 scale a block; below `from_size` elements 4 bytes an element."""
+def _eight_bit(
+    parameters: Sequence[nn.Parameter], *, moments: int, small: Callable[[Tensor], bool], pages: bool
+) -> OptimizerMemory:
+    """A moment has a byte an element and a float32 scale a block; those of small parameters 4 bytes an element."""
     states = paged = 0
     for p in parameters:
-        small = p.numel() < from_size
-        codes, scales = (4 * p.numel(), 0) if small else (p.numel(), 4 * -(-p.numel() // BLOCK))
+        codes, scales = (4 * p.numel(), 0) if small(p) else (p.numel(), 4 * -(-p.numel() // BLOCK))
         in_pages = pages and p.numel() >= PAGED
         paged += moments * codes * in_pages
         states += moments * (codes * (not in_pages) + scales)

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 def script(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts")
     yield importlib.import_module
-    for name in ("benchmark_train", "reference_training", "compare_bases"):
+    for name in ("benchmark_train", "reference_training", "compare_bases", "profile_fit"):
         sys.modules.pop(name, None)
 
 
@@ -35,7 +35,7 @@ def test_every_case_stands_beside_its_reference(script, folder, monkeypatch, cap
     benchmark.main(folder, cases=["small"], steps=3)
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
     assert cells[0] == "lora, r 16 on all-linear, 2 × 64, 2 micro-batches a step"
-    ours, reference, times = (float(cells[i].replace(",", "")) for i in (1, 5, 7))
+    ours, reference, times = (float(cells[i].replace(",", "")) for i in (1, 8, 10))
     assert times == pytest.approx(ours / reference, abs=0.01)
 
 
@@ -50,3 +50,8 @@ def test_bases_are_compared(script, folder, capsys):
     script("compare_bases").main(folder, bases=("bfloat16", "float8"), seeds=1, steps=2)
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split("|")[1].strip() for line in lines] == ["bfloat16", "float8"]
+
+
+def test_idle_time_is_what_no_kernel_covers(script):
+    busy, gaps = script("profile_fit").busy_and_gaps([(10, 12), (0, 4), (2, 5), (11, 15)])
+    assert busy == 10 and gaps == [5]

@@ -11,6 +11,7 @@ from torch import nn
 
 from dream_lightning.adapters import LoraParams, add_lora
 from dream_lightning.model import DreamModel
+from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.sampling import CompiledDenoiser, SamplingParams, diffusion_generate
 
 FEW, MANY = 1024, 1025
@@ -75,17 +76,21 @@ def test_weights_changed_in_place_are_seen(model, ids):
     assert not torch.allclose(joint, before)
 
 
-def test_nobody_notices(model, ids):
+@pytest.mark.parametrize(
+    ("optimizer_class", "dtype"), [(torch.optim.AdamW, torch.float32), (PagedAdamW8bit, torch.bfloat16)]
+)
+def test_nobody_notices(model, ids, optimizer_class, dtype):
     """Training goes on to the bit as without: same parameters, same gradients, same states of the optimiser."""
+    model.to(dtype)
     other, parameters = copy.deepcopy(model), dict(model.named_parameters())
     losses = []
     for trained in (model, other):
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+        optimizer = optimizer_class(trained.parameters(), lr=1e-2)
         for step in range(4):
             if trained is model and step in (0, 2):
                 with torch.inference_mode():  # as Lightning validates
                     trained.model.lay_together()
-            loss = trained(ids).logits.logsumexp(-1).mean()
+            loss = trained(ids).logits.float().logsumexp(-1).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

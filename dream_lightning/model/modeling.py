@@ -5,6 +5,7 @@ Axis letters as in `dream_lightning/types.py`; K = key/value heads, E = size of 
 
 import inspect
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from dream_lightning.model.cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.configuration import DreamConfig
+from dream_lightning.model.joint import Joint, joined, lay_together, products
 from dream_lightning.model.loading import check_weights, local_folder
 from dream_lightning.types import DocumentBounds
 
@@ -46,10 +48,12 @@ class DreamMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.joint: Joint | None = None  # gate and up, while `joint.joined` lasts
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(x, (self.gate_proj, self.up_proj), self.joint)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DreamAttention(nn.Module):
@@ -64,6 +68,7 @@ class DreamAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.joint: Joint | None = None  # q, k and v, while `joint.joined` lasts
 
     def forward(
         self,
@@ -71,29 +76,30 @@ class DreamAttention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask: "AttentionMask | None",
         cache: LayerCache | None = None,
+        since: int = 0,
     ) -> Tensor:
-        """[B, L, D] → [B, L, D]; `rotation` from `rotary_angles`, `cache` see `DreamBaseModel.forward`."""
+        """[B, L, D] → [B, L − since, D]; `rotation` from `rotary_angles`, the others see `DreamBaseModel.forward`."""
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
+            for out in products(x, (self.q_proj, self.k_proj, self.v_proj), self.joint)
         )
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = store(cache, k, v)
         packed = isinstance(mask, DocumentBounds)
-        out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask)  # [B, H, L, E]
+        out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask, since)  # [B, H, L, E]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None") -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None", since: int) -> Tensor:
         out = F.scaled_dot_product_attention(
-            q,
+            q[:, :, since:],
             k,
             v,
             attn_mask=None if mask is None else mask.may_attend,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out if mask is None else out * mask.sees_something
+        return out if mask is None else out * mask.sees_something[:, :, since:]
 
 
 def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:
@@ -127,9 +133,10 @@ class DreamDecoderLayer(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask: "AttentionMask | None",
         cache: LayerCache | None = None,
+        since: int = 0,
     ) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        """[B, L, D] → [B, L − since, D]."""
+        x = x[:, since:] + self.self_attn(self.input_layernorm(x), rotation, mask, cache, since)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -167,6 +174,18 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torc
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+class DreamRotaryEmbedding(nn.Module):
+    """`rotary_angles` of a model; a module, because it can then be compiled as the others are."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[B, L] → cos and sin [B, 1, L, E]."""
+        return rotary_angles(position_ids, self.head_dim, self.theta, dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, the rotate-half form. Shapes [B, H, L, E]."""
     first, second = x.chunk(2, dim=-1)
@@ -192,6 +211,7 @@ class DreamBaseModel(DreamPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DreamDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = DreamRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.checkpointed_layers = config.num_hidden_layers  # under gradient checkpointing: so many of the first
         self.post_init()
@@ -203,23 +223,29 @@ class DreamBaseModel(DreamPreTrainedModel):
         position_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
         columns: Tensor | None = None,
+        since: int = 0,
     ) -> Tensor:
         """Hidden states [B, L, D] after the last norm; arguments as in `DreamModel.forward`.
 
         With a `cache` of L columns, `input_ids` and `position_ids` are those of the `columns` [W] int64 only, the
         result is [B, W, D], and `attention_mask` is None or [B, L]: keys and values of the columns are computed and
         stored, those of all others come from the cache. Without gradients only.
+
+        `since`: only the hidden states of the columns from this one on, [B, L − since, D], so that the last layer need
+        not make the others. With neither cache nor a mask of another shape than [B, L].
         """
         mask = self._mask(attention_mask, input_ids, columns)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)  # [B, L, D]
-        rotation = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        rotation = self.rotary(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
             if cache is not None:
                 x = layer(x, rotation, mask, cache.of_layer(i, columns))
             elif self.gradient_checkpointing and self.training and i < self.checkpointed_layers:
                 x = self._gradient_checkpointing_func(layer.__call__, x, rotation, mask)
+            elif since and i == len(self.layers) - 1:
+                x = layer(x, rotation, mask, None, since)
             else:
                 x = layer(x, rotation, mask)
         return self.norm(x)
@@ -229,6 +255,14 @@ class DreamBaseModel(DreamPreTrainedModel):
         c, weight = self.config, self.embed_tokens.weight
         shape = (rows, c.num_key_value_heads, length, c.head_dim)
         return KeyValueCache(len(self.layers), shape, dtype=weight.dtype, device=weight.device)
+
+    def lay_together(self) -> None:
+        """See `joint.lay_together`."""
+        lay_together(self)
+
+    def joined(self, tokens: int) -> AbstractContextManager[None]:
+        """See `joint.joined`."""
+        return joined(self, tokens)
 
     def _mask(
         self, attention_mask: Tensor | DocumentBounds | None, input_ids: Tensor, columns: Tensor | None = None

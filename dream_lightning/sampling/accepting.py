@@ -67,14 +67,17 @@ def adaptive_counts(grid: Tensor, left: Tensor, params: SamplingParams) -> Tenso
     return torch.minimum(counts.clamp(min=1), left)
 
 
-def choose_positions(grid: Tensor, counts: Tensor) -> Tensor:
+def choose_positions(grid: Tensor, counts: Tensor, *, most: int | None = None) -> Tensor:
     """The `counts` [B] most confident positions of every row; of a tie, the leftmost. [B, L] → [B, L] bool.
 
     Ties are common: a trained model gives float32 probability 1.0 to many positions of an eos tail.
+
+    Args:
+        most: the largest of the counts, where the host knows it: for one a maximum does, which is cheaper than to sort.
     """
-    order = grid.argsort(dim=-1, descending=True, stable=True)  # [B, L]
-    first = torch.arange(grid.shape[1], device=grid.device) < counts[:, None]
-    return torch.zeros_like(first).scatter(1, order, first)
+    order = grid.argmax(-1, keepdim=True) if most == 1 else grid.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(order.shape[1], device=grid.device) < counts[:, None]
+    return torch.zeros_like(grid, dtype=torch.bool).scatter(1, order, first)
 
 
 def choose_too_many(grid: Tensor, count: int) -> Tensor:

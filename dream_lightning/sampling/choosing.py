@@ -3,6 +3,7 @@
 Formulas: `sample_tokens`, `top_p_logits`, `top_k_logits` of the authors' generation_utils.py. All in float32.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -103,8 +104,19 @@ def best_tokens(logits: Tensor, alg: Algorithm, forbidden: int | None = None) ->
     if forbidden is not None:
         logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) == forbidden, -torch.inf)
     probs = logits.softmax(-1)
-    tokens = probs.max(-1).indices
+    tokens = _first_maximum(probs)
     return tokens, confidence_of(probs, tokens, alg)
+
+
+def _first_maximum(probs: Tensor) -> Tensor:
+    """`probs.max(-1).indices` by way of the maxima of parts: compiled for a GPU, one row alone keeps it from working.
+
+    [M, V] → [M] int64.
+    """
+    width = math.gcd(probs.shape[-1], 512)
+    value, inside = probs.unflatten(-1, (-1, width)).max(-1)  # [M, V / width]
+    part = value.max(-1, keepdim=True).indices  # [M, 1]
+    return (part * width + inside.gather(-1, part)).squeeze(-1)
 
 
 Rules = Callable[[Tensor, Tensor, Tensor], Tensor]  # float32 logits [m, V], row [m], column [m] → logits [m, V]
@@ -154,4 +166,4 @@ def candidates(
             confidence = confidence_of(probs, token, alg)
         tokens.append(token)
         confidences.append(confidence)
-    return torch.cat(tokens), torch.cat(confidences)
+    return (tokens[0], confidences[0]) if len(tokens) == 1 else (torch.cat(tokens), torch.cat(confidences))

@@ -86,6 +86,7 @@ class GraphedTrunk:
         self._graphs: dict[tuple, _Graph] = {}
         self._caches: dict[tuple[int, int], Any] = {}
         self._pool = None
+        self._trunk().lay_together()
         self._addresses = [p.data_ptr() for p in self._trunk().parameters()]
 
     def refresh(self) -> None:
@@ -107,26 +108,28 @@ class GraphedTrunk:
         position_ids: Tensor | None = None,
         cache: Any = None,
         columns: Tensor | None = None,
+        since: int = 0,
     ) -> Tensor:
         """As `DreamBaseModel.forward`. The result is overwritten by the next call."""
         inputs = [input_ids, attention_mask, position_ids, columns]
-        key = (*(None if t is None else t.shape for t in inputs), id(cache), *_autocast(input_ids.device.type))
+        key = (*(None if t is None else t.shape for t in inputs), id(cache), since, *_autocast(input_ids.device.type))
         if key not in self._graphs:
             with torch.inference_mode(False), torch.no_grad():
-                self._graphs[key] = self._new_graph(inputs, cache)
+                self._graphs[key] = self._new_graph(inputs, cache, since)
         return self._graphs[key](inputs)
 
-    def _new_graph(self, inputs: list[Tensor | None], cache: Any) -> "_Graph":
+    def _new_graph(self, inputs: list[Tensor | None], cache: Any, since: int) -> "_Graph":
         static = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in inputs]
         ids, attention_mask, position_ids, columns = static
         trunk = self._trunk()
 
         def forward() -> Tensor:
-            return trunk(ids, attention_mask, position_ids, cache, columns)
+            with trunk.joined(ids.numel()):
+                return trunk(ids, attention_mask, position_ids, cache, columns, since)
 
         if not self._capture:
             return _Graph(static, forward)
-        with _compiled_layers(trunk, self._mode), _no_autocast_cache():
+        with _compiled_parts(trunk, self._mode), _no_autocast_cache():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -142,15 +145,21 @@ class GraphedTrunk:
 
 
 class _Graph:
-    """A forward with fixed inputs, into which those of a call are copied."""
+    """A forward with fixed inputs, into which those of a call are copied.
+
+    Of all but the ids, which hooks may change in place, only those that are not the last call's tensors.
+    """
 
     def __init__(self, static: list[Tensor | None], run: Any, output: Tensor | None = None) -> None:
         self._static, self._run, self._output = static, run, output
+        self._last: list[Tensor | None] = [None] * len(static)
 
     def __call__(self, inputs: list[Tensor | None]) -> Tensor:
-        for static, given in zip(self._static, inputs, strict=True):
-            if static is not None:
+        ids, *_ = self._static
+        for static, given, last in zip(self._static, inputs, self._last, strict=True):
+            if static is ids or given is not last:
                 static.copy_(given)
+        self._last = inputs
         returned = self._run()
         return returned if self._output is None else self._output
 
@@ -176,19 +185,20 @@ def release(model: nn.Module) -> None:
 
 
 @contextmanager
-def _compiled_layers(trunk: nn.Module, mode: str | None) -> Iterator[None]:
-    """Decoder layers compiled for the shapes that come, and afterwards as they were."""
-    before = [layer._compiled_call_impl for layer in trunk.layers]
-    for layer in trunk.layers:
-        layer.compile(dynamic=False, mode=mode)
+def _compiled_parts(trunk: nn.Module, mode: str | None) -> Iterator[None]:
+    """Layers, and what is many small kernels beside them, compiled for the shapes that come; afterwards as before."""
+    parts = (trunk.rotary, *trunk.layers, trunk.norm)
+    before = [part._compiled_call_impl for part in parts]
+    for part in parts:
+        part.compile(dynamic=False, mode=mode)
     try:
         # All layers share one compilation a shape. Beyond the limit torch would run them uncompiled, so raise instead.
         limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096}
         with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
             yield
     finally:
-        for layer, impl in zip(trunk.layers, before, strict=True):
-            layer._compiled_call_impl = impl
+        for part, impl in zip(parts, before, strict=True):
+            part._compiled_call_impl = impl
 
 
 @contextmanager

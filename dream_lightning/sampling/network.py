@@ -36,18 +36,21 @@ class Network:
         canvas: the rows.
         cache: see SamplingParams.
         refresh_every: see SamplingParams.
+        since: the first column whose hidden state is needed where all are computed without a cache; above 0 the model
+            has to take it, too.
     """
 
     def __init__(
-        self, model: Any, canvas: Canvas, *, cache: CacheMode = "none", refresh_every: int | None = None
+        self, model: Any, canvas: Canvas, *, cache: CacheMode = "none", refresh_every: int | None = None, since: int = 0
     ) -> None:
-        self.model, self.mode, self.refresh_every = model, cache, refresh_every
+        self.model, self.mode, self.refresh_every, self.since = model, cache, refresh_every, since
         self.first, self.last = 0, canvas.x.shape[1]
         self.keep(canvas)
 
     def keep(self, canvas: Canvas) -> None:
         """Predict for other rows; what was remembered is forgotten."""
         self.canvas, self.cache, self.period = canvas, None, None
+        self._windows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def start_block(self, first: int, last: int) -> None:
         """Work on columns first … last − 1; everything is computed at the next prediction."""
@@ -64,7 +67,9 @@ class Network:
         """Hidden states of the columns that were computed, and the first of these."""
         real = self.canvas.real if self.canvas.padded else None
         if self.mode == "none":
-            return self.model.model(x, real, None if real is None else self.canvas.positions), 0
+            inputs = (x, real, None if real is None else self.canvas.positions)
+            hidden = self.model.model(*inputs, since=self.since) if self.since else self.model.model(*inputs)
+            return hidden, self.since
         length = x.shape[1]
         if self.cache is None:
             self.cache = self.model.model.new_cache(len(x), length)
@@ -80,7 +85,12 @@ class Network:
         first, last = self.first - 1, self.last if self.mode == "dual" else length
         if period != self.period:
             self.period, first, last = period, 0, length
-        columns = torch.arange(first, last, device=x.device)
-        return self.model.model(
-            x[:, first:last], real, self.canvas.positions[:, first:last], self.cache, columns
-        ), first
+        columns, positions = self._window(first, last)
+        return self.model.model(x[:, first:last], real, positions, self.cache, columns), first
+
+    def _window(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Columns [W] and positions [B, W], the same tensors at every step: compiled models copy new ones only."""
+        if (first, last) not in self._windows:
+            columns = torch.arange(first, last, device=self.canvas.x.device)
+            self._windows[first, last] = (columns, self.canvas.positions[:, first:last])
+        return self._windows[first, last]

@@ -27,7 +27,6 @@ from dream_lightning.sampling.params import SamplingParams
 from dream_lightning.sampling.rows import Rows, State, locate
 
 _TOKEN, _ORDER = 0, 1  # the last key of a random number's address: what it is used for
-_NEVER = 2**62
 
 
 @torch.no_grad()
@@ -87,10 +86,10 @@ def reverse_process(
     foreseen = params.forbid_mask and params.alg != "origin" and not stops and tokens_hook is None
     lasting = params.forbid_mask and params.alg != "origin" and tokens_hook is None  # what is full stays full
     rows = Rows(canvas, forwards)
-    trouble = torch.full((), _NEVER, device=canvas.x.device)  # [] the first step with confidences that are not finite
+    sums: dict[int, Tensor] = {}  # step → sum of its confidences [], not looked at yet
 
     for step in range(params.steps):
-        block, i = divmod(step, steps)
+        (block, i), where = divmod(step, steps), None
         if i == 0:
             inside, full = _start_block(predict, canvas, params, block), False  # [L] bool, whether the block is full
         if params.stop_at_eos and not full:
@@ -99,33 +98,40 @@ def reverse_process(
             masked = rows.state.x == mask_token_id  # [b, L]
             where = _where(masked & inside, rows.canvas, params, step, shares[i])
             # The one wait: how many positions of every row to predict, whether a row has any left, whether all is well.
-            answer = torch.cat([where.sum(1), masked.any(1), trouble[None]]).cpu()
-            left, is_open, first = answer.tensor_split([len(where), 2 * len(where)])
-            _check_finite(int(first))
+            answer = torch.cat([where.sum(1), masked.any(1), _finite(sums, where)]).cpu()
+            left, is_open, finite = answer.tensor_split([len(where), 2 * len(where)])
+            _check_finite(sums, finite)
             if stops and (params.cache == "none" or i == 0):
-                left = left[_let_go(rows, predict, is_open)]
+                stay = _let_go(rows, predict, is_open)
+                if len(stay) < len(left):
+                    left, where = left[stay], None
         full = full or (lasting and not left.any())
         counts = left if params.adaptive or params.alg == "origin" else scheduled(left, shares[i], averaged=as_authors)
 
         if counts.any():
-            where = _where((rows.state.x == mask_token_id) & inside, rows.canvas, params, step, shares[i])  # [b, L]
+            if where is None:
+                where = _where((rows.state.x == mask_token_id) & inside, rows.canvas, params, step, shares[i])  # [b, L]
             number = int(left.sum())  # M
-            row, column = locate(where, bucket(number))  # [≥ M], [≥ M]
+            row, column, place = locate(where, bucket(number))  # [≥ M], [≥ M], [b, L]
             logits = predict(rows.state.x, row, column, i)  # [≥ M, V]
             rules = rules_for(params, rows.canvas, eos_token_id, hook=logits_hook, step=step, x=rows.state.x)
-            proposal = _propose(logits, row, column, number, rows, params, step, mask_token_id, rules, best)
-            trouble = torch.where(proposal.finite, trouble, trouble.clamp(max=step))
+            proposal, confidence = _propose(
+                logits, row, column, where, place, rows.canvas, params, step, mask_token_id, rules, best
+            )
+            sums[step] = confidence[:number].sum()
             if params.alg == "origin" or (params.adaptive and i == steps - 1):
                 chosen = where
             elif params.adaptive:
-                chosen = choose_positions(proposal.order, adaptive_counts(proposal.order, where.sum(1), params))
+                there = adaptive_counts(proposal.order, where.sum(1), params)
+                chosen = choose_positions(proposal.order, there, most=params.tokens_per_step)
             elif (counts > left).any():
                 chosen = choose_too_many(proposal.order, int(counts[0]))
             else:  # on the device the same counts again: copying them there would wait
                 there = counts.to(where.device) if as_authors else scheduled(where.sum(1), shares[i])
-                chosen = choose_positions(proposal.order, there)
+                chosen = choose_positions(proposal.order, there, most=int(counts.max()))
+            may_be_mask = None if params.forbid_mask else mask_token_id
             rows.state = rows.state.fill(
-                chosen, proposal.tokens, proposal.certainty, step=step, mask_token_id=mask_token_id
+                chosen, proposal.tokens, proposal.certainty, step=step, mask_token_id=may_be_mask
             )
             if foreseen:
                 left = left - (left.clamp(max=params.tokens_per_step) if params.adaptive else counts)
@@ -135,7 +141,7 @@ def reverse_process(
         if tokens_hook is not None:
             rows.state = replace(rows.state, x=hooked_tokens(tokens_hook, step, rows.state.x))
         if step == params.steps - 1:
-            _check_finite(int(trouble))
+            _check_finite(sums, _finite(sums, canvas.x).cpu())
         yield rows.batch
 
 
@@ -143,28 +149,28 @@ def reverse_process(
 class _Proposal:
     """What the model would fill in at a step, on the grid of the rows at work."""
 
-    tokens: Tensor  # [b, L] int64, the mask token where nothing is predicted
-    certainty: Tensor  # [b, L] float32
+    tokens: Tensor  # [b, L] int64; where nothing is predicted the mask token, or with forbid_mask any
+    certainty: Tensor  # [b, L] float32, 0 where nothing is predicted
     order: Tensor  # [b, L], the larger the earlier; −inf where nothing is predicted
-    finite: Tensor  # [] bool
 
 
 def _propose(
     logits: Tensor,
     row: Tensor,
     column: Tensor,
-    number: int,
-    rows: Rows,
+    where: Tensor,
+    place: Tensor,
+    canvas: Canvas,
     params: SamplingParams,
     step: int,
     mask_token_id: int,
     rules: Rules | None,
     best: Callable,
-) -> _Proposal:
-    """Tokens for the first `number` of the positions (row, column), from their logits [≥ M, V]."""
+) -> tuple[_Proposal, Tensor]:
+    """Tokens from the logits [≥ M, V] of the positions (row, column), see `locate`; and the confidences [≥ M]."""
     token, confidence = candidates(
         logits,
-        _noise(rows.canvas, params.seed, step, _TOKEN)[row, column] if params.temperature > 0 else None,
+        _noise(canvas, params.seed, step, _TOKEN)[row, column] if params.temperature > 0 else None,
         alg=params.alg,
         temperature=params.temperature,
         top_p=params.top_p,
@@ -174,15 +180,14 @@ def _propose(
         places=(row, column),
         best=best,
     )  # [≥ M], [≥ M]
-    row, column, token, confidence = (v[:number] for v in (row, column, token, confidence))
-    finite, sure = confidence.isfinite().all(), certainty(confidence, params.alg)
+    nowhere = ~where  # [b, L]
+    tokens, order = token[place], confidence[place].masked_fill(nowhere, -torch.inf)
+    sure = certainty(order, params.alg)
+    if not params.forbid_mask:  # then positions may be chosen that were not asked for, see `choose_too_many`
+        tokens = tokens.masked_fill(nowhere, mask_token_id)
     if params.alg_temp:
-        confidence = perturb(confidence, params.alg_temp, _noise(rows.canvas, params.seed, step, _ORDER)[row, column])
-    x = rows.state.x
-    tokens, on_grid = torch.full_like(x, mask_token_id), torch.zeros_like(rows.state.confidence)
-    order = torch.full(x.shape, -torch.inf, dtype=confidence.dtype, device=x.device)
-    tokens[row, column], on_grid[row, column], order[row, column] = token, sure, confidence
-    return _Proposal(tokens, on_grid, order, finite)
+        order = perturb(order, params.alg_temp, _noise(canvas, params.seed, step, _ORDER))
+    return _Proposal(tokens, sure, order), confidence
 
 
 def _start_block(predict: Predictor, canvas: Canvas, params: SamplingParams, block: int) -> Tensor:
@@ -219,11 +224,19 @@ def _let_go(rows: Rows, predict: Predictor, is_open: Tensor) -> Tensor:
     return stay
 
 
-def _check_finite(first: int) -> None:
-    if first < _NEVER:
+def _finite(sums: dict[int, Tensor], like: Tensor) -> Tensor:
+    """Which of the sums are finite: bool, on the device of `like`."""
+    return torch.stack([*sums.values()]).isfinite() if sums else like.new_zeros(0, dtype=torch.bool)
+
+
+def _check_finite(sums: dict[int, Tensor], finite: Tensor) -> None:
+    """Report the first step with confidences that are not finite, or forget these sums; `finite` is on the host."""
+    wrong = [step for step, fine in zip(sums, finite.tolist(), strict=True) if not fine]
+    sums.clear()
+    if wrong:
         raise ValueError(
-            f"the model's logits are not finite at step {first}: check the weights (a diverged run?), and use bfloat16 "
-            "or float32 rather than float16"
+            f"the model's logits are not finite at step {wrong[0]}: check the weights (a diverged run?), and use "
+            "bfloat16 or float32 rather than float16"
         )
 
 

@@ -23,9 +23,11 @@ class State:
         nothing = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         return cls(x, torch.full_like(x, -1), nothing, x.new_full((len(x),), forwards))
 
-    def fill(self, chosen: Tensor, tokens: Tensor, certainty: Tensor, *, step: int, mask_token_id: int) -> "State":
-        """With the `tokens` [B, L] where `chosen` [B, L]; a mask token among them fills nothing."""
-        filled = chosen & (tokens != mask_token_id)
+    def fill(
+        self, chosen: Tensor, tokens: Tensor, certainty: Tensor, *, step: int, mask_token_id: int | None
+    ) -> "State":
+        """With the `tokens` [B, L] where `chosen` [B, L]; a mask token, if one may be there, fills nothing."""
+        filled = chosen if mask_token_id is None else chosen & (tokens != mask_token_id)
         return State(
             torch.where(chosen, tokens, self.x),
             self.filled_at.masked_fill(filled, step),
@@ -83,16 +85,21 @@ def has_ended(new: Tensor, mask_token_id: int, eos_token_id: int) -> Tensor:
     return ends[:, -1] & ~((new == mask_token_id) & ~ends).any(1)
 
 
-def locate(where: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Row and column of the True positions in reading order, without waiting for the device as `nonzero` does.
+def locate(where: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The True positions in reading order, without waiting for the device as `nonzero` does.
 
     Args:
         where: [B, L] bool.
-        number: length of the result, at least the number of True positions; what is over is (0, 0).
+        number: at least that of the True positions.
+
+    Returns:
+        Their rows and columns, [number] each, (0, 0) where there are no more; and the place of every True position in
+        this order, [B, L], −1 … number − 1 also elsewhere.
     """
     flat = where.flatten()
+    place = flat.cumsum(0) - 1  # [B · L]
     # masked_fill, because torch.where copies a number to the device, and waits.
-    target = (flat.long().cumsum(0) - 1).masked_fill(~flat, number)  # [B · L], the others go behind the end
-    places = flat.new_zeros(number + 1, dtype=torch.int64)
-    places = places.scatter(0, target, torch.arange(len(flat), device=flat.device))[:number]
-    return places // where.shape[1], places % where.shape[1]
+    target = place.masked_fill(~flat, number)  # the others go behind the end
+    found = flat.new_zeros(number + 1, dtype=torch.int64)
+    found = found.scatter(0, target, torch.arange(len(flat), device=flat.device))[:number]
+    return found // where.shape[1], found % where.shape[1], place.view(where.shape)

@@ -121,15 +121,17 @@ def _denoise(
     config, (rows, length) = model.config, canvas.x.shape
     if params.top_k is None:
         params = replace(params, top_k=getattr(config, "default_top_k", None))
-    fast = {}
+    fast, since = {}, 0
     if params.compile or isinstance(model, CompiledDenoiser):
         if not params.forbid_mask:
             raise ValueError("a compiled model pads the batch, which must not count: set forbid_mask to True")
         model = compiled(model)
         canvas = model.into_bucket(canvas)
         fast = {"bucket": model.positions, "best": model.best}
+        if not (infill or tokens_hook):  # masks of the prompt, which a hook may put there
+            since = canvas.prompt_length - 1
     with _evaluating(model):
-        network = Network(model, canvas, cache=params.cache, refresh_every=params.refresh_every)
+        network = Network(model, canvas, cache=params.cache, refresh_every=params.refresh_every, since=since)
         if params.required_tokens:
             canvas = _with_required(network, canvas, params, config)
         states = reverse_process(
@@ -158,7 +160,7 @@ def _with_required(network: Network, canvas: Canvas, params: SamplingParams, con
             f"required_tokens are {len(params.required_tokens)}, and a row has {int(where.sum(1).min())} masks: leave "
             "room for them"
         )
-    row, column = locate(where, int(where.sum()))
+    row, column, _ = locate(where, int(where.sum()))
     logits = network(canvas.x, row, column, 0)
     x, last = place_required(logits, row, column, canvas.x, params.required_tokens)
     canvas = replace(canvas, x=x, eos_from=torch.maximum(canvas.eos_from, last + 1))

@@ -194,3 +194,14 @@ class TestBrokenFolders:
         (tmp_path / "config.json").write_text('{"model_type": "Dr')
         with pytest.raises(ValueError, match=r"no config\.json can be read"):
             DreamModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_the_last_columns_alone(deep, prompts, padding):
+    ids, mask = prompts(2, 12), None
+    if padding:
+        mask = (torch.arange(12) >= padding).expand(2, 12).clone()
+        mask[1] = True
+    with torch.no_grad():
+        for since in (2, 7):
+            torch.testing.assert_close(deep.model(ids, mask, since=since), deep.model(ids, mask)[:, since:])

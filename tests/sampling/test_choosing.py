@@ -105,6 +105,9 @@ def test_most_confident_positions_leftmost_of_ties():
     assert [row.nonzero().flatten().tolist() for row in chosen] == [[1, 2], [1]]
     assert not choose_positions(grid, torch.tensor([0, 0])).any()
     assert torch.equal(choose_positions(grid, torch.tensor([4, 3])), grid > -inf)
+    for counts in ([1, 1], [0, 1]):
+        counts = torch.tensor(counts)
+        assert torch.equal(choose_positions(grid, counts, most=1), choose_positions(grid, counts))
 
 
 def test_perturbed_order_draws_without_replacement_from_the_softmax():

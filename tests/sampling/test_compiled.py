@@ -31,6 +31,24 @@ def test_fixed_shapes_give_the_same_answers(deep, prompts, run, way):
         torch.testing.assert_close(plain.confidence, quick.confidence)
 
 
+def test_hidden_states_of_the_prompt_are_left_out_where_nobody_reads_them(deep, prompts, run, monkeypatch):
+    """The last layer's MLP sees what predicts new tokens; or all where a hook may mask the prompt again."""
+    fast, last, seen = CompiledDenoiser(deep, capture=False), deep.model.layers[-1].mlp, []
+    forward = last.forward
+    monkeypatch.setattr(last, "forward", lambda x: (seen.append(x.shape[1]), forward(x))[1])
+
+    def hide(step, x):
+        x[:, -25] = 57 if step == 5 else x[:, -25]  # the prompt's last token
+        return x
+
+    for hook, columns in ((None, 25), (hide, 64)):
+        expected = run(deep, prompts(2), tokens_hook=hook)
+        seen.clear()
+        assert torch.equal(run(fast, prompts(2), tokens_hook=hook).history, expected.history)
+        assert set(seen) == {columns}
+    assert (expected.filled_at[:, 6] > 5).all()
+
+
 def test_fixed_shapes_know_where_the_new_tokens_begin(deep, prompts, run, monkeypatch):
     """With a token as eos that the model likes: it is kept from the same columns, and ends the same rows."""
     fast, ids = CompiledDenoiser(deep, capture=False), prompts(5)

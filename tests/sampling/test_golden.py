@@ -1,6 +1,7 @@
 """Equal to the authors' numbers, at every position of every step."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -28,15 +29,19 @@ def model(shared):
     return DreamModel.from_pretrained(shared("golden/dream-tiny")).float()
 
 
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", RUNS)
-def test_generation_equals_the_authors(model, golden, shared, name):
+def test_generation_equals_the_authors(model, golden, shared, name, joint):
     run = json.loads((shared("golden/dream-tiny") / "golden.json").read_text())["generate"][name]
     prompt, attention_mask = golden["generate.prompt"], None
     if run.pop("leftpad"):
         prompt, attention_mask = golden["generate.prompt_leftpad"], golden["generate.attention_mask_leftpad"]
 
     params = SamplingParams(**run)
-    out = diffusion_generate(model, prompt, attention_mask, params=params, return_history=True)
+    if joint:  # as compiled models compute
+        model.model.lay_together()
+    with model.model.joined(prompt.numel()) if joint else nullcontext():
+        out = diffusion_generate(model, prompt, attention_mask, params=params, return_history=True)
 
     assert torch.equal(out.history, golden[f"{name}.history"])
     assert torch.equal(out.sequences, golden[f"{name}.sequences"])

@@ -104,7 +104,8 @@ def test_locating_is_nonzero():
     where = torch.rand(5, 9, generator=torch.Generator().manual_seed(0)) < 0.4
     number = int(where.sum())
     for at_least in (number, number + 6):
-        row, column = locate(where, at_least)
+        row, column, place = locate(where, at_least)
         assert torch.equal(torch.stack([row, column], 1)[:number], where.nonzero())
+        assert torch.equal(place[where], torch.arange(number)) and place.min() >= -1 and place.max() < number
         assert len(row) == at_least and not row[number:].any() and not column[number:].any()
-    assert [len(part) for part in locate(torch.zeros(2, 3).bool(), 0)] == [0, 0]
+    assert [len(part) for part in locate(torch.zeros(2, 3).bool(), 0)[:2]] == [0, 0]

@@ -1,5 +1,11 @@
 """LoRA and QLoRA through Lightning: what trains, what is saved, what comes back."""
 
+import faulthandler
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -88,24 +94,38 @@ def test_only_adapters_train_and_are_saved_and_resume(base, tmp_path, quantize):
     assert not torch.equal(whole.model.state_dict()[BIG], model.model.state_dict()[BIG])
 
 
-@pytest.mark.parametrize("quantize", [None, "float8"])  # nf4 passes too, but hung once in a whole run
-def test_between_processes_ddp_sends_only_what_trains(base, tmp_path, quantize, monkeypatch):
-    """It sent the base at the start and its scales at every step; of 8-bit floats gloo knows nothing."""
-    model, sent = module(base, quantize), []
+def test_between_processes_ddp_sends_only_what_trains(base, tmp_path):
+    """It sent the base at the start and its scales at every step; of 8-bit floats gloo knows nothing.
+
+    In a process of its own, because among all other tests it stood still once (nf4, in the backward pass; never seen
+    again, its cause unproven). There Python's signals, and so pytest's limit of time, do not reach it; what watches
+    here needs no Python, ends the process and shows where every thread stood.
+    """
+    pytest.importorskip("bitsandbytes")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, __file__, base, str(tmp_path), "none", "float8", "nf4"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def one_backward_under_ddp(base, meeting, quantize):
+    model, sent = module(base, None if quantize == "none" else quantize), []
     model.configure_model()
     send = torch.distributed._broadcast_coalesced
-    monkeypatch.setattr(
-        torch.distributed, "_broadcast_coalesced", lambda to, tensors, *a: (sent.extend(tensors), send(to, tensors, *a))
-    )
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    try:
+
+    def note(to, tensors, *how):
+        sent.extend(tensors)
+        send(to, tensors, *how)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "_broadcast_coalesced", note)
         parallel = torch.nn.parallel.DistributedDataParallel(model)
-        model.forward = lambda ids: model.model(ids).logits
-        parallel(torch.ones(1, 8, dtype=torch.int64)).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    model.forward = lambda ids: model.model(ids).logits
+    parallel(torch.ones(1, 8, dtype=torch.int64)).sum().backward()
+    torch.distributed.destroy_process_group()
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert {t.data_ptr() for t in sent} == {p.data_ptr() for p in trained}
+    assert trained and {t.data_ptr() for t in sent} == {p.data_ptr() for p in trained}
     assert all(p.grad is not None for p in trained)
 
 
@@ -150,3 +170,10 @@ def test_what_cannot_work_is_refused(base, tmp_path):
     trainer = L.Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="bf16-mixed"):
         trainer.fit(model, S1KDataModule("bundled", tokenizer=model.tokenizer, first_n=4, validation_source="bundled"))
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(200, exit=True)  # standing still is a failure that shows where
+    torch.set_num_threads(1)
+    for kind in sys.argv[3:]:
+        one_backward_under_ddp(sys.argv[1], Path(sys.argv[2]) / kind, kind)

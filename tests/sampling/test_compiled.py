@@ -32,21 +32,19 @@ def test_fixed_shapes_give_the_same_answers(deep, prompts, run, way):
 
 
 def test_hidden_states_of_the_prompt_are_left_out_where_nobody_reads_them(deep, prompts, run, monkeypatch):
-    """The last layer's MLP sees what predicts new tokens; or all where a hook may mask the prompt again."""
+    """The last layer's MLP sees what predicts new tokens; or all where the prompt has masks."""
     fast, last, seen = CompiledDenoiser(deep, capture=False), deep.model.layers[-1].mlp, []
     forward = last.forward
     monkeypatch.setattr(last, "forward", lambda x: (seen.append(x.shape[1]), forward(x))[1])
 
-    def hide(step, x):
-        x[:, -25] = 57 if step == 5 else x[:, -25]  # the prompt's last token
-        return x
-
-    for hook, columns in ((None, 25), (hide, 64)):
-        expected = run(deep, prompts(2), tokens_hook=hook)
+    gaps = prompts(2)
+    gaps[:, [2, 6]] = 57
+    for ids, infill, columns in ((prompts(2), False, 25), (gaps, True, 64)):
+        expected = run(deep, ids, infill=infill)
         seen.clear()
-        assert torch.equal(run(fast, prompts(2), tokens_hook=hook).history, expected.history)
+        assert torch.equal(run(fast, ids, infill=infill).history, expected.history)
         assert set(seen) == {columns}
-    assert (expected.filled_at[:, 6] > 5).all()
+    assert (expected.filled_at[:, [2, 6]] >= 0).all()
 
 
 def test_fixed_shapes_know_where_the_new_tokens_begin(deep, prompts, run, monkeypatch):
@@ -117,6 +115,13 @@ def test_two_generations_at_a_time_do_not_share_a_cache_unnoticed(deep, prompts)
     by_turns(deep, **blocks)  # every generation has a cache of its own
     with pytest.raises(ValueError, match="another generation by this compiled model has begun"):
         by_turns(fast, **blocks)
+
+
+def test_hooks_do_not_see_what_pads_the_batch(deep, prompts, run):
+    for name in ("logits_hook", "tokens_hook"):
+        for model, options in ((CompiledDenoiser(deep, capture=False), {}), (deep, {"compile": True})):
+            with pytest.raises(ValueError, match="leave out compile, and pass the model itself"):
+                run(model, prompts(3), **options, **{name: lambda *a: a[-1]})
 
 
 def test_a_cpu_is_refused(deep, prompts, run):

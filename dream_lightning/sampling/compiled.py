@@ -87,11 +87,11 @@ class GraphedTrunk:
         self._caches: dict[tuple[int, int], Any] = {}
         self._pool = None
         self._trunk().lay_together()
-        self._addresses = [p.data_ptr() for p in self._trunk().parameters()]
+        self._captured = _captured(self._trunk())
 
     def refresh(self) -> None:
-        """Forget the graphs if a weight has moved; weights changed in place are seen as they are."""
-        if self._addresses != [p.data_ptr() for p in self._trunk().parameters()]:
+        """Forget the graphs if a weight has moved or adapters were switched; graphs see weights changed in place."""
+        if self._captured != _captured(self._trunk()):
             self._forget()
 
     def new_cache(self, rows: int, length: int) -> Any:
@@ -142,6 +142,13 @@ class GraphedTrunk:
                 output = forward()
         self._pool = self._pool or graph.pool()
         return _Graph(static, graph.replay, output)
+
+
+def _captured(trunk: nn.Module) -> list:
+    """What graphs take as it is: the places and types of weights, and how PEFT's adapters are switched."""
+    adapted = [layer for layer in trunk.modules() if hasattr(layer, "merged_adapters")]
+    switches = [(a.disable_adapters, *a.active_adapters, *a.merged_adapters, *a.scaling.values()) for a in adapted]
+    return [(p.data_ptr(), p.dtype) for p in trunk.parameters()] + switches
 
 
 class _Graph:

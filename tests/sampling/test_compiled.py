@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
+from dream_lightning.adapters import LoraParams, add_lora
 from dream_lightning.sampling import CompiledDenoiser, SamplingParams, denoising_steps
 from dream_lightning.sampling.canvas import prepare
 from dream_lightning.sampling.compiled import compiled
@@ -85,14 +87,39 @@ def test_columns_come_in_few_lengths(deep, length, columns):
 
 
 def test_one_for_a_model_and_new_graphs_for_moved_weights(deep, prompts, run, monkeypatch):
+    """Moved to another place, or read as another type in the same place."""
     fast = CompiledDenoiser(deep, capture=False)
     run(fast, prompts(2))
     graphs = dict(fast.model._graphs)
     run(fast, prompts(2))
     assert fast.model._graphs == graphs
     weight = deep.model.norm.weight
-    monkeypatch.setattr(weight, "data", weight.data.clone())
+    moved, fine = weight.data.clone(), weight.data.bfloat16()  # the latter in half of the place
+    monkeypatch.setattr(weight, "data", moved)
     assert compiled(fast) is fast and not fast.model._graphs
+    fast.model._graphs = graphs
+    weight.data = moved.view(torch.bfloat16)[: len(fine)]
+    assert weight.data_ptr() == moved.data_ptr()
+    assert not compiled(fast).model._graphs
+
+
+def test_new_graphs_for_switched_adapters(prompts, run):
+    """Graphs hold what was computed: adapters that are merged or switched off would be added all the same."""
+    model = tiny_model(1)
+    add_lora(model, LoraParams(rank=2, targets=["q_proj"]), generator=torch.Generator().manual_seed(0))
+    fast, layer = CompiledDenoiser(model, capture=False), model.model.layers[0].self_attn.q_proj
+    switches = [
+        lambda: layer.enable_adapters(False),
+        lambda: layer.enable_adapters(True),
+        lambda: layer.set_scale("default", 3.0),
+        layer.merge,
+        layer.unmerge,
+    ]
+    for switch in switches:
+        run(fast, prompts(1), max_new_tokens=4, steps=1)
+        assert compiled(fast).model._graphs
+        switch()
+        assert not compiled(fast).model._graphs
 
 
 def test_buffers_serve_inside_and_outside_of_inference_mode(deep, prompts, run):

@@ -35,9 +35,6 @@ class CompiledDenoiser:
     """
 
     def __init__(self, model: nn.Module, *, capture: bool = True, mode: str | None = None) -> None:
-        parameter = next(model.parameters())
-        if capture and parameter.device.type != "cuda":
-            raise ValueError(f"the model is on {parameter.device}, CUDA graphs need a GPU: set compile to False")
         if any(hasattr(p, "device_mesh") for p in model.parameters()):
             raise ValueError(
                 "the model's weights are sharded over ranks, which a graph cannot gather: set compile to False"
@@ -83,6 +80,9 @@ class GraphedTrunk:
         self._forget()
 
     def _forget(self) -> None:
+        device = next(self._trunk().parameters()).device
+        if self._capture and device.type != "cuda":  # what runs elsewhere is not captured, and never runs again
+            raise ValueError(f"the model is on {device}, CUDA graphs need a GPU: set compile to False")
         self._graphs: dict[tuple, _Graph] = {}
         self._caches: dict[tuple[int, int], Any] = {}
         self._pool = None
@@ -129,7 +129,8 @@ class GraphedTrunk:
 
         if not self._capture:
             return _Graph(static, forward)
-        with _compiled_parts(trunk, self._mode), _no_autocast_cache():
+        # Of the weights' device, which need not be the current one.
+        with torch.cuda.device(ids.device), _compiled_parts(trunk, self._mode), _no_autocast_cache():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

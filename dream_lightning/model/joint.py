@@ -37,7 +37,6 @@ def lay_together(trunk: nn.Module) -> None:
     Needs memory for one group beside the model. Adapted, quantised and hooked layers stay where they are, and so do
     groups of which only a part is trained: `torch.save` of that part would write all.
     """
-    moved = False
     with torch.inference_mode(False), torch.no_grad():  # Lightning validates in inference mode, and then trains
         for _, layers, _ in _groups(trunk):
             for tensors in _parameters(layers):
@@ -45,9 +44,8 @@ def lay_together(trunk: nn.Module) -> None:
                     whole = torch.cat([t.data for t in tensors])
                     for tensor, part in zip(tensors, whole.split([len(t) for t in tensors]), strict=True):
                         tensor.data = part
-                    moved = moved or whole.is_cuda
-    if moved:
-        torch.cuda.empty_cache()  # the old places are too small for the next group, so they lie about unused
+                    if whole.is_cuda:  # the old places are too small for the next group, and would lie about unused
+                        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -172,17 +172,30 @@ class PagedAdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but no element type is changed, and large moments go into paged memory again."""
+        """As torch's, but no element type is changed, and large moments go into paged memory again.
+
+        Raises:
+            ValueError: the states are of parameters of other sizes or another element type.
+        """
         super().load_state_dict({**state_dict, "state": {}})  # torch would make every tensor bfloat16
         self._check_memory()
         parameters = self._parameters()
         for i, saved in state_dict["state"].items():
             state = self.state[parameters[i]] = self._new_state(parameters[i])
+            if _shapes(saved) != _shapes(state):
+                raise ValueError(
+                    f"the saved states of parameter {i} are {_shapes(saved)}, here {_shapes(state)}: go on with the "
+                    "model.dtype of the run that saved them, the tail is half of a bfloat16 weight"
+                )
             for name, value in saved.items():
                 if isinstance(value, Tensor):
                     state[name].copy_(value)
                 else:
                     state[name] = value
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in sorted(state.items()) if isinstance(value, Tensor)}
 
 
 def _numbers(group: dict[str, Any], step: int) -> Tensor:

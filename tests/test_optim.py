@@ -237,6 +237,17 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(tmp_path, device):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed.state[q][name])), name
 
 
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_states_of_another_element_type_are_refused(saved):
+    """Into float32 the tails would go nowhere, into bfloat16 the lower halves would be lost in silence."""
+    other = {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[saved]
+    first, second = (torch.nn.Parameter(weights().to(dtype)) for dtype in (saved, other))
+    optimizer = optim.PagedAdamW8bit([first])
+    train(first, optimizer, steps=1)
+    with pytest.raises(ValueError, match=r"tail.*model\.dtype of the run that saved them"):
+        optim.PagedAdamW8bit([second]).load_state_dict(optimizer.state_dict())
+
+
 def module(optimizer=None):
     return DreamModule(
         new_model={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2},

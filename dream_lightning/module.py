@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
-from dream_lightning.adapters import LoraParams, check_adapters, trainable_summary
+from dream_lightning.adapters import LoraParams, check_adapters, train_in_float8, trainable_summary
 from dream_lightning.answering import answer_questions
 from dream_lightning.building import (
     Quantize,
@@ -74,6 +74,8 @@ class DreamModule(L.LightningModule):
         quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation: smallest), the same
             with products in 8-bit floats (`nf4_float8`: faster on Hopper and later GPUs, with `compile_layers`), or in
             8 bits (`float8`: as large as bfloat16, fastest there); needs `lora`.
+        float8_products: multiply trained weights in 8-bit floats, fast on Hopper and later GPUs with `compile_layers`;
+            weights, their gradients and evaluation stay as they are.
         attention_dropout: probability of zeroing an attention weight in training; by default the checkpoint's own.
         gradient_checkpointing: recompute layers in the backward pass, all or so many of the first; saves memory, costs
             up to a third in time.
@@ -108,6 +110,7 @@ class DreamModule(L.LightningModule):
         dtype: Literal["float32", "bfloat16"] = "float32",
         lora: LoraParams | None = None,
         quantize: Quantize | None = None,
+        float8_products: bool = False,
         attention_dropout: float | None = None,
         gradient_checkpointing: bool | int = False,
         compile_layers: bool = False,
@@ -138,6 +141,11 @@ class DreamModule(L.LightningModule):
             raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
         if quantize is not None and lora is None:
             raise ValueError(f"quantize is {quantize}, but quantised weights do not train: set model.lora too")
+        if float8_products and lora is not None:
+            raise ValueError(
+                "float8_products is for weights that train, and beside adapters they are frozen: set model.quantize to "
+                "float8 or nf4_float8 instead"
+            )
         if lora is not None and pretrained is None:
             raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")
         if attention_dropout is not None and not 0 <= attention_dropout < 1:
@@ -159,6 +167,7 @@ class DreamModule(L.LightningModule):
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
         self.weights_dtype, self.gradient_checkpointing = getattr(torch, dtype), gradient_checkpointing
         self.attention_dropout, self.compile_layers = attention_dropout, compile_layers
+        self.float8_products = float8_products
         self.weighting, self.cart_p, self.normalizer = weighting, cart_p, normalizer
         self.focal_alpha, self.focal_gamma, self.treat_eos_as_one = focal_alpha, focal_gamma, treat_eos_as_one
         self.stratified_t, self.t_min, self.seed = stratified_t, t_min, seed
@@ -205,6 +214,8 @@ class DreamModule(L.LightningModule):
             self.base["quantize"] = self.quantize or "none"
             if not self.sharded:
                 send_only_what_trains(self)
+        if self.float8_products:
+            train_in_float8(self.model, device)
         if self.attention_dropout is not None:
             for layer in self.model.model.layers:
                 layer.self_attn.dropout = self.attention_dropout

@@ -33,7 +33,7 @@ PROMPT = 128  # tokens of a document that are never masked
 class Case:
     """One way to train."""
 
-    work: Literal["full", "lora", "lora_float8", "qlora", "qlora_float8"]
+    work: Literal["full", "full_float8", "lora", "lora_float8", "qlora", "qlora_float8"]
     rows: int
     length: int
     targets: list[str] | Literal["all-linear"] = "all-linear"
@@ -44,12 +44,15 @@ class Case:
 
 CASES = {
     "full": Case("full", 2, 2048),
+    "full_float8": Case("full_float8", 2, 2048),
     "full_partly_checkpointed": Case("full", 2, 2048, checkpointed=10),
     "full_checkpointed": Case("full", 4, 2048, checkpointed=True),
     "lora": Case("lora", 4, 2048),
+    "lora_8_rows": Case("lora", 8, 2048),
     "lora_float8": Case("lora_float8", 4, 2048),
     "lora_checkpointed": Case("lora", 4, 2048, checkpointed=True),
     "qlora": Case("qlora", 4, 2048),
+    "qlora_8_rows": Case("qlora", 8, 2048),
     "qlora_float8": Case("qlora_float8", 4, 2048),
     "qlora_checkpointed": Case("qlora", 4, 2048, checkpointed=True),
     "qlora_small": Case("qlora", 1, 2048, ["q_proj", "v_proj"], checkpointed=25),
@@ -124,8 +127,8 @@ def adamw_8bit(groups):
 def options_of(case: Case) -> dict[str, Any]:
     """Arguments of DreamModule."""
     options = {"dtype": "bfloat16", "gradient_checkpointing": case.checkpointed, "compile_layers": case.compiled}
-    if case.work == "full":
-        return options | {"optimizer": adamw_8bit}
+    if case.work.startswith("full"):
+        return options | {"optimizer": adamw_8bit, "float8_products": case.work == "full_float8"}
     lora = LoraParams(rank=16, alpha=32, targets=case.targets)
     quantize = {"qlora": "nf4", "qlora_float8": "nf4_float8", "lora_float8": "float8"}.get(case.work)
     return options | {"optimizer": fused_adamw, "lora": lora, "quantize": quantize}
@@ -159,7 +162,7 @@ def time_ours(case: Case, pretrained: str, steps: int) -> dict[str, Any]:
             dtype=torch.bfloat16,
             lora=module.lora,
             four_bit=case.work in ("qlora", "qlora_float8"),
-            float8_products=case.work in ("lora_float8", "qlora_float8"),
+            float8_products=case.work.endswith("_float8"),
             checkpointed=case.checkpointed,
             compiled=case.compiled,
             accumulation=case.accumulate,
@@ -181,7 +184,8 @@ def time_ours(case: Case, pretrained: str, steps: int) -> dict[str, Any]:
 
 def describe(case: Case) -> str:
     """A case in words."""
-    parts = [case.work, *([] if case.work == "full" else [f"r 16 on {case.targets}"]), f"{case.rows} × {case.length}"]
+    adapters = [] if case.work.startswith("full") else [f"r 16 on {case.targets}"]
+    parts = [case.work, *adapters, f"{case.rows} × {case.length}"]
     if case.checkpointed:
         parts.append("checkpointing" if case.checkpointed is True else f"{case.checkpointed} layers checkpointed")
     return ", ".join([*parts, *(["compiled"] if case.compiled else []), f"{case.accumulate} micro-batches a step"])

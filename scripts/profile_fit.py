@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dream_lightning import DreamModule
 from dream_lightning.cli import DreamCLI
+from dream_lightning.errors import readable_errors
 
 ACTIONS = {  # part → the end of its name in Lightning's profiler
     "model forward, head and loss included": "model forward",
@@ -120,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

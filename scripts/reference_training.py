@@ -65,7 +65,7 @@ def reference_model(work: str, pretrained: str, targets: Any, authors_code: str 
                 module.__init__(config=model.config)
     for module in model.modules():  # bitsandbytes' own layers, without what load_4bit adds
         module.__dict__.pop("forward", None)
-    if work != "full":
+    if not work.startswith("full"):
         model.requires_grad_(False)
         names = (
             targets if isinstance(targets, list) else [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]

@@ -1,7 +1,11 @@
-"""Adapters on a frozen base: LoRA through PEFT, the base in 4 bits through bitsandbytes or in 8-bit floats."""
+"""Adapters on a frozen base: LoRA through PEFT, the base in 4 bits through bitsandbytes or in 8-bit floats.
+
+And 8-bit floats for weights that train.
+"""
 
 from dream_lightning.adapters.belonging import base_hash, check_adapters, check_base
 from dream_lightning.adapters.float8 import load_float8
+from dream_lightning.adapters.float8_training import train_in_float8
 from dream_lightning.adapters.lora import (
     LoraParams,
     adapter_state,
@@ -35,5 +39,6 @@ __all__ = [
     "merge_lora",
     "quantize_layers",
     "save_peft_folder",
+    "train_in_float8",
     "trainable_summary",
 ]

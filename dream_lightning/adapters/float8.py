@@ -87,7 +87,7 @@ def load_float8(model: nn.Module, files: dict[str, Path], *, device: torch.devic
     device = torch.device(device)
     check_float8(model, device)
     check_files(model, files)
-    for name, linear in _layers(model):
+    for name, linear in linear_layers(model):
         model.set_submodule(name, Float8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None))
     read_frozen(model, files, device=device, kind=Float8Linear, quantize=Float8Linear.fill)
 
@@ -100,17 +100,18 @@ def check_float8(model: nn.Module, device: torch.device) -> None:
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(
-            f"{torch.cuda.get_device_name(device)} has no 8-bit floats (Ada, Hopper and later have): set quantize to "
-            "nf4, or leave it out"
+            f"{torch.cuda.get_device_name(device)} has no 8-bit floats (Ada, Hopper and later have): leave "
+            "model.float8_products out, and set model.quantize to nf4 or leave it out"
         )
-    for name, linear in _layers(model):
+    for name, linear in linear_layers(model):
         if linear.in_features % 16 or linear.out_features % 16:
             raise ValueError(
                 f"{name} is {linear.out_features} × {linear.in_features}: float8 products need multiples of 16; "
-                "leave quantize out"
+                "leave model.quantize and model.float8_products out"
             )
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Those that are multiplied in float8: all plain ones but the head."""
     head = model.get_output_embeddings()
     return [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]

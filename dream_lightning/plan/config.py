@@ -41,7 +41,7 @@ def setting_from(options: Namespace) -> Setting:
         mixed=precision == "bf16-mixed",
         lora=_instantiate(LoraParams | None, model.lora),
         four_bit=model.quantize in ("nf4", "nf4_float8"),
-        float8_products=model.quantize in ("nf4_float8", "float8"),
+        float8_products=model.float8_products or model.quantize in ("nf4_float8", "float8"),
         checkpointed=model.gradient_checkpointing,
         compiled=model.compile_layers,
         accumulation=trainer.accumulate_grad_batches,

@@ -32,7 +32,7 @@ class Setting:
     lora: LoraParams | None = None
     four_bit: bool = False
     float8_products: bool = False
-    """of the frozen base: on its 4-bit weights, or on float8 ones, which take as much as bfloat16"""
+    """of trained weights, or of the frozen base: 4-bit weights, or float8 ones, which take as much as bfloat16"""
     checkpointed: bool | int = True
     """whether all layers are recomputed in the backward pass, or so many of the first"""
     compiled: bool = False

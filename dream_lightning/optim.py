@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 BLOCK = 256  # elements of a moment that share a scale
 SMALL = 4096  # smaller parameters (biases, norms), and those that do not fill their blocks, keep float32 moments
@@ -61,8 +62,8 @@ class PagedAdamW8bit(torch.optim.Optimizer):
         weight_decay: decoupled; a step multiplies the weights by 1 − lr · weight_decay.
 
     Raises:
-        ValueError: bitsandbytes is not installed; a parameter of another dtype; at the first step, less free memory
-            on the GPU than the optimiser's state needs.
+        ValueError: bitsandbytes is not installed; a parameter of another dtype, or divided over processes; at the
+            first step, less free memory on the GPU than the optimiser's state needs.
     """
 
     def __init__(
@@ -83,6 +84,11 @@ class PagedAdamW8bit(torch.optim.Optimizer):
         self._levels: dict[torch.device, tuple[Levels, Levels]] = {}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for p in self._parameters():
+            if isinstance(p, DTensor):
+                raise ValueError(
+                    "the weights are divided over processes, whose blocks of moments would not be whole: set "
+                    "model.optimizer to torch.optim.AdamW, as in configs/fsdp_full.yaml"
+                )
             if p.dtype not in (torch.bfloat16, torch.float32):
                 raise ValueError(f"a parameter is {p.dtype}, wanted bfloat16 or float32: set model.dtype to bfloat16")
 

@@ -1,6 +1,7 @@
 """AdamW with 8-bit moments over exact float32 master weights in bfloat16 parameters."""
 
 import sys
+from contextlib import contextmanager
 
 import lightning as L
 import pytest
@@ -8,6 +9,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch._dynamo.testing import CompileCounter
 from torch._inductor import metrics
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dream_lightning import DreamModule, S1KDataModule, optim
 
@@ -15,6 +19,16 @@ pytest.importorskip("bitsandbytes")
 LR, STEPS, SIZE = 2e-6, 50, 8192
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+@contextmanager
+def fake_processes(number):
+    """A mesh of so many processes, of which this is the first and the others are not there."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield init_device_mesh("cpu", (number,))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def weights(size=SIZE, seed=0):
@@ -301,6 +315,11 @@ def test_impossible_settings_are_refused(options, words):
 def test_other_element_types_are_refused():
     with pytest.raises(ValueError, match=r"float16, wanted bfloat16 or float32"):
         optim.PagedAdamW8bit([torch.nn.Parameter(weights().half())])
+
+
+def test_divided_weights_are_refused():
+    with fake_processes(2) as mesh, pytest.raises(ValueError, match=r"divided.*torch\.optim\.AdamW"):
+        optim.PagedAdamW8bit([torch.nn.Parameter(distribute_tensor(weights(), mesh, [Shard(0)], src_data_rank=None))])
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):

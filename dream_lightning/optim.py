@@ -159,7 +159,8 @@ class PagedAdamW8bit(torch.optim.Optimizer):
     def _new_moment(self, p: Tensor) -> Tensor:
         if not p.is_cuda or p.numel() < PAGED:
             return torch.empty(p.numel(), dtype=torch.uint8, device=p.device)
-        pages = self._library.get_paged(p.numel(), dtype=torch.uint8, device=p.device)
+        with torch.cuda.device(p.device):  # whose memory it is from then on: from another one torch would make a copy
+            pages = self._library.get_paged(p.numel(), dtype=torch.uint8, device=p.device)
         self._pages[pages.data_ptr()] = pages
         return torch.as_tensor(_OnDevice(pages), device=p.device)
 

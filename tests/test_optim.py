@@ -200,6 +200,8 @@ def test_on_a_gpu_an_update_is_one_kernel_and_takes_no_memory(shape):
     optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
     train(parameter, optimizer, steps=2)
     assert metrics.generated_kernel_count == 1
+    moment = optimizer.state[parameter]["moment1"]
+    assert (moment.data_ptr() in optimizer._pages) == optim.in_8_bits(parameter)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     optimizer.step()

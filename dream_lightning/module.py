@@ -184,7 +184,13 @@ class DreamModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what is not tested together, before anything is loaded."""
         dora = self.lora is not None and self.lora.dora
-        refuse_untested(self.trainer, adapted=self.lora is not None, quantized=self.quantize is not None, dora=dora)
+        refuse_untested(
+            self.trainer,
+            adapted=self.lora is not None,
+            quantized=self.quantize is not None,
+            dora=dora,
+            compiled_answers=self.sampling.compile,
+        )
         if self.sharded:  # what is gathered in inference mode could not be trained on afterwards
             for loop in (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop):
                 loop.inference_mode = False

@@ -136,7 +136,9 @@ _INSTEAD = {
 }
 
 
-def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, dora: bool) -> None:
+def refuse_untested(
+    trainer: L.Trainer, *, adapted: bool, quantized: bool, dora: bool, compiled_answers: bool = False
+) -> None:
     """Stop a run before anything is loaded whose strategy, precision and kind of training were not tested together.
 
     Raises:
@@ -152,6 +154,8 @@ def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, dora:
         raise ValueError("trainer.strategy is fsdp2, but quantised weights are not divided: set trainer.strategy=ddp")
     if sharded and dora:
         raise ValueError("trainer.strategy is fsdp2, but lora.dora needs whole weights: set trainer.strategy=ddp")
+    if sharded and compiled_answers:  # sampling refuses it too, once everything is loaded
+        raise ValueError("trainer.strategy is fsdp2, but graphs gather no weights: set model.sampling.compile=false")
     if adapted and precision == "bf16-true":
         raise ValueError("trainer.precision bf16-true would round the adapters: set it to bf16-mixed")
     tested = ("32-true", "bf16-mixed") if sharded else ("32-true", "bf16-mixed", "bf16-true")

@@ -196,7 +196,7 @@ def main(
     if answers:
         whole_answers(bench, fast, one, (1, many, most))
     if four_bit and device == "cuda":
-        del model, fast
+        del model, fast, run
         nf4_steps(bench, pretrained, compile_mode)
     bench.print()
 

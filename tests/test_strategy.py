@@ -47,6 +47,7 @@ def test_untested_strategies_are_refused(strategy, instead):
     [
         ((FSDP2Strategy,), {"quantized": True}, "quantised weights .* trainer.strategy=ddp"),
         ((FSDP2Strategy,), {"dora": True}, "lora.dora needs whole weights"),
+        ((FSDP2Strategy,), {"compiled_answers": True}, "set model.sampling.compile=false"),
         ((FSDP2Strategy, "bf16-true"), {}, "precision is bf16-true, .* 32-true or bf16-mixed"),
         ((SingleDeviceStrategy, "bf16-true"), {"adapted": True}, "round the adapters: set it to bf16-mixed"),
         ((DDPStrategy, "16-mixed"), {}, "precision is 16-mixed, .* bf16-mixed"),

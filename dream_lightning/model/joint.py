@@ -27,6 +27,7 @@ def products(x: Tensor, layers: Sequence[nn.Module], joint: Joint | None) -> Seq
     """What each of the layers makes of x [..., D]; by one product where they are `joined`."""
     if joint is None:
         return [layer(x) for layer in layers]
+    assert not torch.is_grad_enabled(), "the layers would get no gradients"
     return F.linear(x, *joint).split([layer.out_features for layer in layers], dim=-1)
 
 

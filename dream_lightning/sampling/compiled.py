@@ -35,9 +35,6 @@ class CompiledDenoiser:
     """
 
     def __init__(self, model: nn.Module, *, capture: bool = True, mode: str | None = None) -> None:
-        parameter = next(model.parameters())
-        if capture and parameter.device.type != "cuda":
-            raise ValueError(f"the model is on {parameter.device}, CUDA graphs need a GPU: set compile to False")
         if any(hasattr(p, "device_mesh") for p in model.parameters()):
             raise ValueError(
                 "the model's weights are sharded over ranks, which a graph cannot gather: set compile to False"
@@ -83,15 +80,18 @@ class GraphedTrunk:
         self._forget()
 
     def _forget(self) -> None:
+        device = next(self._trunk().parameters()).device
+        if self._capture and device.type != "cuda":  # what runs elsewhere is not captured, and never runs again
+            raise ValueError(f"the model is on {device}, CUDA graphs need a GPU: set compile to False")
         self._graphs: dict[tuple, _Graph] = {}
         self._caches: dict[tuple[int, int], Any] = {}
         self._pool = None
         self._trunk().lay_together()
-        self._addresses = [p.data_ptr() for p in self._trunk().parameters()]
+        self._captured = _captured(self._trunk())
 
     def refresh(self) -> None:
-        """Forget the graphs if a weight has moved; weights changed in place are seen as they are."""
-        if self._addresses != [p.data_ptr() for p in self._trunk().parameters()]:
+        """Forget the graphs if a weight has moved or adapters were switched; graphs see weights changed in place."""
+        if self._captured != _captured(self._trunk()):
             self._forget()
 
     def new_cache(self, rows: int, length: int) -> Any:
@@ -129,7 +129,8 @@ class GraphedTrunk:
 
         if not self._capture:
             return _Graph(static, forward)
-        with _compiled_parts(trunk, self._mode), _no_autocast_cache():
+        # Of the weights' device, which need not be the current one.
+        with torch.cuda.device(ids.device), _compiled_parts(trunk, self._mode), _no_autocast_cache():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -142,6 +143,13 @@ class GraphedTrunk:
                 output = forward()
         self._pool = self._pool or graph.pool()
         return _Graph(static, graph.replay, output)
+
+
+def _captured(trunk: nn.Module) -> list:
+    """What graphs take as it is: the places and types of weights, and how PEFT's adapters are switched."""
+    adapted = [layer for layer in trunk.modules() if hasattr(layer, "merged_adapters")]
+    switches = [(a.disable_adapters, *a.active_adapters, *a.merged_adapters, *a.scaling.values()) for a in adapted]
+    return [(p.data_ptr(), p.dtype) for p in trunk.parameters()] + switches
 
 
 class _Graph:

@@ -125,10 +125,15 @@ def _denoise(
     if params.compile or isinstance(model, CompiledDenoiser):
         if not params.forbid_mask:
             raise ValueError("a compiled model pads the batch, which must not count: set forbid_mask to True")
+        if logits_hook or tokens_hook:
+            raise ValueError(
+                "hooks would see the rows and columns with which a compiled model pads the batch, and positions that "
+                "are predicted in vain: leave out compile, and pass the model itself"
+            )
         model = compiled(model)
         canvas = model.into_bucket(canvas)
         fast = {"bucket": model.positions, "best": model.best}
-        if not (infill or tokens_hook):  # masks of the prompt, which a hook may put there
+        if not infill:  # the prompt has no masks
             since = canvas.prompt_length - 1
     with _evaluating(model):
         network = Network(model, canvas, cache=params.cache, refresh_every=params.refresh_every, since=since)
@@ -185,10 +190,6 @@ def _check_hooks(params: SamplingParams, logits_hook: LogitsHook | None, tokens_
         raise ValueError("hooks see the whole batch, which rows leave with threshold and factor: use tokens_per_step")
     if tokens_hook and params.cache != "none":
         raise ValueError("tokens_hook may change tokens whose keys are kept: set cache to none")
-    if logits_hook and params.compile:
-        raise ValueError(
-            "compiled runs predict some positions in vain, which a logits_hook would see: leave out compile"
-        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from dream_lightning.adapters import LoraParams, add_lora
 from dream_lightning.model import DreamModel
+from dream_lightning.model.joint import lay_together
 from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.sampling import CompiledDenoiser, SamplingParams, diffusion_generate
 
@@ -103,6 +105,12 @@ def test_nobody_notices(model, ids, optimizer_class, dtype):
         assert torch.equal(a, b), name
 
 
+def test_no_gradient_is_lost_unnoticed(model, ids):
+    model.model.lay_together()
+    with model.model.joined(FEW), pytest.raises(AssertionError, match="no gradients"):
+        model.model(ids)
+
+
 def test_files_are_as_before(model, tmp_path):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     model.save_pretrained(tmp_path / "apart")
@@ -141,6 +149,15 @@ def test_only_plain_layers_of_one_kind_are_moved(model, ids):
     layer.mlp.up_proj.weight.requires_grad = False
     model.model.lay_together()
     assert lie_together(model, GATE_UP) == [True, False]
+
+
+def test_weights_that_would_begin_between_multiples_of_16_bytes_stay():
+    """Compiled code for a GPU would read beside them."""
+    groups = {owner: SimpleNamespace(**{n: nn.Linear(3, 5) for n in names}) for owner, names in (Q_K_V, GATE_UP)}
+    weights = [p for group in groups.values() for linear in vars(group).values() for p in linear.parameters()]
+    before = [p.data_ptr() for p in weights]
+    lay_together(SimpleNamespace(layers=[SimpleNamespace(**groups)]))
+    assert [p.data_ptr() for p in weights] == before
 
 
 def test_moved_weights_are_laid_together_again(model, ids):

@@ -222,6 +222,23 @@ def test_a_predicted_mask_stays_unless_forbidden():
         assert ((end.filled_at[:, 7:] >= 0) == forbid).all() and ((end.forwards > 0) == forbid).all()
 
 
+def test_too_many_for_a_row_overwrite_it_with_masks_as_the_authors_do():
+    """Without forbid_mask, at temperature 0, the count is the mean of the rows' masks: here (5 + 8 + 5) / 3."""
+    config = SimpleNamespace(mask_token_id=MASK, vocab_size=VOCABULARY, max_position_embeddings=64)
+
+    class Undecided(Always):
+        def __call__(self, x, row, column, step_of_block):
+            return torch.nn.functional.one_hot(torch.where(row == 1, MASK, 3), VOCABULARY) * self.value
+
+    ids, params = prompts(3), SamplingParams(max_new_tokens=8, steps=2)
+    *_, end = reverse_process(Undecided(3), prepare(config, ids, None, params), params, mask_token_id=MASK)
+    assert (end.x[1, 7:] == MASK).all() and torch.equal(end.x[1, :7], ids[1])
+    for row in (0, 2):
+        kept = torch.cat([ids[row], torch.full((8,), 3)])
+        lost = end.x[row] != kept
+        assert lost.sum() == 1 and (end.x[row][lost] == MASK).all()
+
+
 def test_watching_gives_the_same_states(model):
     params = SamplingParams(max_new_tokens=8, steps=5)
     states = list(denoising_steps(model, prompts(2), params=params))
@@ -243,11 +260,24 @@ def test_modes_come_back_and_no_gradient_is_kept(model):
         model.eval()
 
 
-def test_logits_that_are_not_finite(model):
-    canvas_params = SamplingParams(max_new_tokens=4, steps=2, temperature=1.0)
-    canvas = prepare(model.config, prompts(1), None, canvas_params)
-    with pytest.raises(ValueError, match="not finite at step 0"):
-        list(reverse_process(Always(1, torch.nan), canvas, canvas_params, mask_token_id=MASK))
+@pytest.mark.parametrize("first", [0, 2, 3])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1.0}, {"forbid_mask": True}, {"forbid_mask": True, "threshold": 0.9}], ids=str
+)
+def test_logits_that_are_not_finite(model, options, first):
+    """Reported with their step, be it the last, and whether the host asks the device at every step or not."""
+    params = SamplingParams(max_new_tokens=8, steps=4, **options)
+
+    class Diverging(Always):
+        forwards = 0
+
+        def __call__(self, *args):
+            self.forwards += 1
+            return super().__call__(*args) * (torch.nan if self.forwards > first else 1.0)
+
+    predict = Diverging(1, value=1.0)
+    with pytest.raises(ValueError, match=f"not finite at step {first}"):
+        list(reverse_process(predict, prepare(model.config, prompts(1), None, params), params, mask_token_id=MASK))
 
 
 @pytest.mark.parametrize("alg", ALGORITHMS)

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 BLOCK = 256  # elements of a moment that share a scale
 SMALL = 4096  # smaller parameters (biases, norms), and those that do not fill their blocks, keep float32 moments
 PAGED = 100_000  # elements from which moments are worth paging
 _NO_TAIL = -(2**15)  # the tail of a float32 number that is a bfloat16 number
+
+
+Levels = tuple[Tensor, Tensor]  # what 8-bit codes stand for, [256] rising, and the middles between neighbours [255]
 
 
 def in_8_bits(p: Tensor) -> bool:
@@ -48,7 +52,7 @@ class PagedAdamW8bit(torch.optim.Optimizer):
     Bytes a parameter: weight 2, gradient 2, moments 2.03, tail 2; for Dream 7B 57 GiB, so that 80 GB leave 20 GiB for
     activations (float32 weights, gradients and AdamW take 114 GiB). Moments of large parameters lie in paged memory,
     which the card lends out when activations need it for a moment. On a GPU a parameter's update is compiled into one
-    kernel, which reads and writes every number once.
+    kernel, which reads and writes every number once and takes no memory.
 
     Args:
         params: parameters or groups, in bfloat16 or float32.
@@ -58,8 +62,8 @@ class PagedAdamW8bit(torch.optim.Optimizer):
         weight_decay: decoupled; a step multiplies the weights by 1 − lr · weight_decay.
 
     Raises:
-        ValueError: bitsandbytes is not installed; a parameter of another dtype; at the first step, less free memory
-            on the GPU than the optimiser's state needs.
+        ValueError: bitsandbytes is not installed; a parameter of another dtype, or divided over processes; at the
+            first step, less free memory on the GPU than the optimiser's state needs.
     """
 
     def __init__(
@@ -77,9 +81,14 @@ class PagedAdamW8bit(torch.optim.Optimizer):
             )
         self._library = _bitsandbytes().functional
         self._pages: dict[int, Tensor] = {}  # by address, what the library knows of paged moments
-        self._levels: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._levels: dict[torch.device, tuple[Levels, Levels]] = {}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for p in self._parameters():
+            if isinstance(p, DTensor):
+                raise ValueError(
+                    "the weights are divided over processes, whose blocks of moments would not be whole: set "
+                    "model.optimizer to torch.optim.AdamW, as in configs/fsdp_full.yaml"
+                )
             if p.dtype not in (torch.bfloat16, torch.float32):
                 raise ValueError(f"a parameter is {p.dtype}, wanted bfloat16 or float32: set model.dtype to bfloat16")
 
@@ -106,7 +115,7 @@ class PagedAdamW8bit(torch.optim.Optimizer):
                 state["step"] += 1
                 key = (state["step"], p.device)
                 if key not in numbers:
-                    numbers[key] = _numbers(group, state["step"]).to(p.device)
+                    numbers[key] = _numbers(group, state["step"]).to(p.device, non_blocking=True)
                 self._update(p, state, numbers[key])
         return loss
 
@@ -115,38 +124,43 @@ class PagedAdamW8bit(torch.optim.Optimizer):
             if (address := state[name].data_ptr()) in self._pages:
                 self._library.prefetch_tensor(self._pages[address])
         update = _compiled_update if p.is_cuda else adamw_update
+        shape = state["moment1"].shape
         update(
-            p.view(-1),
-            p.grad.reshape(-1),
+            p.view(shape),
+            p.grad.reshape(shape),
             state.get("tail"),
             *(state["moment1"], state.get("scale1"), state["moment2"], state.get("scale2")),
             *(*self._levels_on(p.device), numbers),
         )
 
-    def _levels_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _levels_on(self, device: torch.device) -> tuple[Levels, Levels]:
+        """Of the first and of the second moment."""
         if device not in self._levels:
-            levels = (self._library.create_dynamic_map(signed).to(device) for signed in (True, False))
-            self._levels[device] = tuple(levels)
+            both = (self._library.create_dynamic_map(signed).to(device) for signed in (True, False))
+            self._levels[device] = tuple((levels, (levels[1:] + levels[:-1]) / 2) for levels in both)
         return self._levels[device]
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _new_state(self, p: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0}
+        shape = (p.numel() // BLOCK, BLOCK) if in_8_bits(p) else (p.numel(),)
         if p.dtype == torch.bfloat16:
-            state["tail"] = torch.full((p.numel(),), _NO_TAIL, dtype=torch.int16, device=p.device)
-        for i, levels in enumerate(self._levels_on(p.device), 1):
+            state["tail"] = torch.full(shape, _NO_TAIL, dtype=torch.int16, device=p.device)
+        for i, (levels, _) in enumerate(self._levels_on(p.device), 1):
             if in_8_bits(p):
-                state[f"moment{i}"] = self._new_moment(p).fill_(int(levels.abs().argmin()))  # the code of zero
-                state[f"scale{i}"] = torch.zeros(p.numel() // BLOCK, device=p.device)
+                zero = int(levels.abs().argmin())
+                state[f"moment{i}"] = self._new_moment(p).fill_(zero).view(shape)
+                state[f"scale{i}"] = torch.zeros(shape[0], 1, device=p.device)
             else:
-                state[f"moment{i}"] = torch.zeros(p.numel(), device=p.device)
+                state[f"moment{i}"] = torch.zeros(shape, device=p.device)
         return state
 
     def _new_moment(self, p: Tensor) -> Tensor:
         if not p.is_cuda or p.numel() < PAGED:
             return torch.empty(p.numel(), dtype=torch.uint8, device=p.device)
-        pages = self._library.get_paged(p.numel(), dtype=torch.uint8, device=p.device)
+        with torch.cuda.device(p.device):  # whose memory it is from then on: from another one torch would make a copy
+            pages = self._library.get_paged(p.numel(), dtype=torch.uint8, device=p.device)
         self._pages[pages.data_ptr()] = pages
         return torch.as_tensor(_OnDevice(pages), device=p.device)
 
@@ -165,17 +179,30 @@ class PagedAdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but no element type is changed, and large moments go into paged memory again."""
+        """As torch's, but no element type is changed, and large moments go into paged memory again.
+
+        Raises:
+            ValueError: the states are of parameters of other sizes or another element type.
+        """
         super().load_state_dict({**state_dict, "state": {}})  # torch would make every tensor bfloat16
         self._check_memory()
         parameters = self._parameters()
         for i, saved in state_dict["state"].items():
             state = self.state[parameters[i]] = self._new_state(parameters[i])
+            if _shapes(saved) != _shapes(state):
+                raise ValueError(
+                    f"the saved states of parameter {i} are {_shapes(saved)}, here {_shapes(state)}: go on with the "
+                    "model.dtype of the run that saved them, the tail is half of a bfloat16 weight"
+                )
             for name, value in saved.items():
                 if isinstance(value, Tensor):
                     state[name].copy_(value)
                 else:
                     state[name] = value
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in sorted(state.items()) if isinstance(value, Tensor)}
 
 
 def _numbers(group: dict[str, Any], step: int) -> Tensor:
@@ -194,31 +221,35 @@ def adamw_update(
     scale1: Tensor | None,
     moment2: Tensor,
     scale2: Tensor | None,
-    signed: Tensor,
-    unsigned: Tensor,
+    signed: Levels,
+    unsigned: Levels,
     numbers: Tensor,
 ) -> None:
-    """One AdamW step of one parameter with N elements, in place.
+    """One AdamW step of one parameter, in place: C blocks with 8-bit moments, or without scales any shape.
 
     Args:
-        weight: [N] bfloat16 or float32.
-        gradient: [N].
-        tail: [N] int16, of bfloat16 weights.
-        moment1: [N] uint8 codes, or float32 where there are no scales.
-        scale1: [N / BLOCK] float32.
+        weight: [C, BLOCK] bfloat16 or float32.
+        gradient: [C, BLOCK].
+        tail: [C, BLOCK] int16, of bfloat16 weights.
+        moment1: [C, BLOCK] uint8 codes, or float32 where there are no scales.
+        scale1: [C, 1] float32.
         moment2: as moment1.
         scale2: as scale1.
-        signed: [256] float32, rising, what the codes of moment1 stand for.
+        signed: what the codes of moment1 stand for.
         unsigned: the same of moment2.
         numbers: [7] float32 of `_numbers`.
     """
+    if scale1 is not None:
+        # Makes constants of them in compiled code. It is one kernel only with rows of a constant length that come in
+        # as rows: with views of [N] in here it is nine, which take up to 16 bytes an element for a moment.
+        assert weight.shape[1] == BLOCK and len(signed[1]) == len(unsigned[1]) == BLOCK - 1
     lr, weight_decay, eps, beta1, beta2, correction1, correction2 = numbers.unbind()
-    master = (weight if tail is None else join(weight, tail)).view(-1, BLOCK if scale1 is not None else 1)
-    g = gradient.float().view_as(master)
-    first = beta1 * decode(moment1, scale1, signed).view_as(master) + (1 - beta1) * g
-    second = beta2 * decode(moment2, scale2, unsigned).view_as(master) + (1 - beta2) * g * g
+    master = weight if tail is None else join(weight, tail)
+    g = gradient.float()
+    first = beta1 * decode(moment1, scale1, signed) + (1 - beta1) * g
+    second = beta2 * decode(moment2, scale2, unsigned) + (1 - beta2) * g * g
     change = (first / correction1) / ((second / correction2).sqrt() + eps) + weight_decay * master
-    master = (master - lr * change).view(-1)
+    master = master - lr * change
     encode(first, moment1, scale1, signed)
     encode(second, moment2, scale2, unsigned)
     if tail is None:
@@ -227,28 +258,28 @@ def adamw_update(
         split(master, weight, tail)
 
 
-_compiled_update = torch.compile(adamw_update, dynamic=True)
+# torch 2.11's own choice for such a kernel, 32 elements a thread, runs out of registers on an H100: 255 and spills, 8
+# of 64 warps at work. Tuning, at the first step, also tries 4 elements a thread: 62 registers.
+_compiled_update = torch.compile(adamw_update, dynamic=True, options={"max_autotune_pointwise": True})
 
 
-def decode(codes: Tensor, scales: Tensor | None, levels: Tensor) -> Tensor:
-    """8-bit codes [N] with scales [N / BLOCK] → numbers [N / BLOCK, BLOCK]; without scales they are numbers already."""
-    return codes if scales is None else levels[codes.view(-1, BLOCK).int()] * scales[:, None]
+def decode(codes: Tensor, scales: Tensor | None, levels: Levels) -> Tensor:
+    """8-bit codes [C, BLOCK] with scales [C, 1] → numbers [C, BLOCK]; without scales they are numbers already."""
+    return codes if scales is None else levels[0][codes.int()] * scales
 
 
-def encode(numbers: Tensor, codes: Tensor, scales: Tensor | None, levels: Tensor) -> None:
-    """Write numbers [N / BLOCK, BLOCK] as the codes of their nearest levels, the largest of a block being its scale."""
+def encode(numbers: Tensor, codes: Tensor, scales: Tensor | None, levels: Levels) -> None:
+    """Write numbers [C, BLOCK] as the codes of their nearest levels, the largest of a block being its scale."""
     if scales is None:
-        codes.copy_(numbers.view(-1))
+        codes.copy_(numbers)
         return
-    largest = numbers.abs().amax(-1)
-    shares = numbers / largest.clamp(min=1e-38)[:, None]
-    between = (levels[1:] + levels[:-1]) / 2
-    codes.copy_(torch.bucketize(shares, between, out_int32=True).view(-1))
+    largest = numbers.abs().amax(-1, keepdim=True)
+    codes.copy_(torch.bucketize(numbers / largest.clamp(min=1e-38), levels[1], out_int32=True))
     scales.copy_(largest)
 
 
 def split(master: Tensor, weight: Tensor, tail: Tensor) -> None:
-    """Write float32 numbers [N] as their nearest bfloat16 numbers [N] and 16-bit tails [N].
+    """Write float32 numbers as their nearest bfloat16 numbers and 16-bit tails, all of one shape.
 
     A float32 number's upper 16 bits are a bfloat16 number. Half a unit of its last place is added first, so that
     cutting the lower bits off rounds to nearest, ties away from zero; the tail is what is cut off.
@@ -259,7 +290,7 @@ def split(master: Tensor, weight: Tensor, tail: Tensor) -> None:
 
 
 def join(weight: Tensor, tail: Tensor) -> Tensor:
-    """The float32 numbers [N] that `split` wrote, bit for bit."""
+    """The float32 numbers that `split` wrote, bit for bit."""
     upper, lower = weight.view(torch.int16).int() << 16, tail.int() & 0xFFFF
     return ((upper | lower) - 2**15).view(torch.float32)
 

@@ -44,6 +44,14 @@ class GPUTime(L.Callback):
     def __init__(self) -> None:
         self._profile = None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a run that would end before anything is printed."""
+        if trainer.estimated_stepping_batches < self.WARM_UP + self.STEPS:
+            raise ValueError(
+                f"training takes {trainer.estimated_stepping_batches} steps: wanted at least {self.WARM_UP} to warm up "
+                f"and {self.STEPS} to record, set trainer.max_steps"
+            )
+
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
         """Record from a step's first micro-batch on."""
         if self._profile is None and trainer.global_step == self.WARM_UP:
@@ -71,7 +79,7 @@ class GPUTime(L.Callback):
                 f"{100 * (1 - busy / whole):.2f} % of the time, {len(long)} times for more than 1 ms, "
                 f"{max(gaps, default=0) / 1e6:.1f} ms at the longest"
             )
-            self._profile, self.WARM_UP = None, -1
+            self._profile = None
 
 
 class GPUTimeCLI(DreamCLI):

@@ -1,11 +1,17 @@
 """AdamW with 8-bit moments over exact float32 master weights in bfloat16 parameters."""
 
 import sys
+from contextlib import contextmanager
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch._dynamo.testing import CompileCounter
+from torch._inductor import metrics
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dream_lightning import DreamModule, S1KDataModule, optim
 
@@ -13,6 +19,16 @@ pytest.importorskip("bitsandbytes")
 LR, STEPS, SIZE = 2e-6, 50, 8192
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+@contextmanager
+def fake_processes(number):
+    """A mesh of so many processes, of which this is the first and the others are not there."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield init_device_mesh("cpu", (number,))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def weights(size=SIZE, seed=0):
@@ -38,7 +54,7 @@ def float32_training(size=SIZE, make=None, **options):
 
 
 def master(optimizer, parameter):
-    return optim.join(parameter.detach().view(-1), optimizer.state[parameter]["tail"])
+    return optim.join(parameter.detach().view(-1), optimizer.state[parameter]["tail"].view(-1))
 
 
 class TestHalves:
@@ -78,7 +94,8 @@ class TestMoments:
 
     @pytest.mark.parametrize("signed", [True, False])
     def test_every_number_gets_its_nearest_level(self, signed):
-        levels = optim.PagedAdamW8bit([torch.nn.Parameter(weights())])._levels_on(torch.device("cpu"))[not signed]
+        both = optim.PagedAdamW8bit([torch.nn.Parameter(weights())])._levels_on(torch.device("cpu"))[not signed]
+        levels = both[0]
         assert len(levels) == 256 and (levels.diff() > 0).all() and levels[-1] == 1
         numbers = (
             torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) ** 3
@@ -86,12 +103,12 @@ class TestMoments:
         )
         numbers[5] = 0
         numbers = numbers if signed else numbers.abs()
-        codes, scales = torch.empty(8 * 256, dtype=torch.uint8), torch.empty(8)
-        optim.encode(numbers, codes, scales, levels)
-        assert torch.equal(scales, numbers.abs().amax(-1))
-        error = (optim.decode(codes, scales, levels) - numbers).abs()
-        least = (levels * scales[:, None, None] - numbers[..., None]).abs().amin(-1)
-        assert (error <= least + 1e-6 * scales[:, None]).all()
+        codes, scales = torch.empty(8, 256, dtype=torch.uint8), torch.empty(8, 1)
+        optim.encode(numbers, codes, scales, both)
+        assert torch.equal(scales[:, 0], numbers.abs().amax(-1))
+        error = (optim.decode(codes, scales, both) - numbers).abs()
+        least = (levels * scales[..., None] - numbers[..., None]).abs().amin(-1)
+        assert (error <= least + 1e-6 * scales).all()
 
 
 def test_small_updates_are_lost_by_bfloat16_alone_and_kept_here():
@@ -135,20 +152,60 @@ def test_moments_that_stay_in_float32_give_exact_adamw(size):
     assert ((master(optimizer, parameter) - exact).abs() <= rounding).all()
 
 
-@pytest.mark.parametrize("size", [SIZE, 2**20, 300_001, 1000])
+@pytest.mark.parametrize("shape", [(32, 256), (1024, 1024), (300_001,), (1000,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("device", DEVICES[1:])
-def test_the_compiled_update_is_the_plain_one(size, dtype, device):
-    here, there = (torch.nn.Parameter(weights(size).to(d, dtype)) for d in ("cpu", device))
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_compiled_update_is_the_plain_one(shape, dtype, device, monkeypatch):
+    size = torch.Size(shape).numel()
+    here, there = (torch.nn.Parameter(weights(size).view(shape).to(d, dtype)) for d in ("cpu", device))
     plain, compiled = optim.PagedAdamW8bit([here], lr=LR), optim.PagedAdamW8bit([there], lr=LR)
     train(here, plain, steps=5)
+    monkeypatch.setattr(optim, "adamw_update", optim._compiled_update)
     train(there, compiled, steps=5)
     a, b = (
-        master(o, p).cpu() if dtype == torch.bfloat16 else p.detach().cpu()
+        master(o, p).cpu() if dtype == torch.bfloat16 else p.detach().cpu().view(-1)
         for o, p in ((plain, here), (compiled, there))
     )
     moved = (a - weights(size).float()).abs().mean()
     assert (a - b).abs().mean() < 0.002 * moved
+
+
+def compilations(shapes) -> int:
+    """How often the update is compiled for parameters of these shapes, in three steps."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    parameters = [torch.nn.Parameter(weights(torch.Size(s).numel()).view(s)) for s in shapes]
+    optimizer = optim.PagedAdamW8bit(optim.decay_groups(parameters))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "adamw_update", torch.compile(optim.adamw_update, dynamic=True, backend=counter))
+        for _ in range(3):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    return counter.frame_count
+
+
+def test_one_compilation_serves_all_shapes_steps_and_groups():
+    assert compilations([(512, 64), (64, 512), (640, 64), (16, 2048)]) == 1
+    assert compilations([(64,), (192,), (300_001,)]) == 1
+    assert compilations([(640, 64), (64,), (64, 64), (32,), (160, 256)]) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(1024, 1024), (300_001,)], ids=str)
+def test_on_a_gpu_an_update_is_one_kernel_and_takes_no_memory(shape):
+    torch._dynamo.reset()
+    metrics.reset()
+    parameter = torch.nn.Parameter(weights(torch.Size(shape).numel()).view(shape).cuda())
+    optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
+    train(parameter, optimizer, steps=2)
+    assert metrics.generated_kernel_count == 1
+    moment = optimizer.state[parameter]["moment1"]
+    assert (moment.data_ptr() in optimizer._pages) == optim.in_8_bits(parameter)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before < 4096
 
 
 def test_float32_parameters_are_updated_as_they_are():
@@ -194,6 +251,17 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(tmp_path, device):
         assert torch.equal(master(optimizer, p), master(resumed, q))
         for name, value in optimizer.state[p].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed.state[q][name])), name
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_states_of_another_element_type_are_refused(saved):
+    """Into float32 the tails would go nowhere, into bfloat16 the lower halves would be lost in silence."""
+    other = {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[saved]
+    first, second = (torch.nn.Parameter(weights().to(dtype)) for dtype in (saved, other))
+    optimizer = optim.PagedAdamW8bit([first])
+    train(first, optimizer, steps=1)
+    with pytest.raises(ValueError, match=r"tail.*model\.dtype of the run that saved them"):
+        optim.PagedAdamW8bit([second]).load_state_dict(optimizer.state_dict())
 
 
 def module(optimizer=None):
@@ -249,6 +317,11 @@ def test_impossible_settings_are_refused(options, words):
 def test_other_element_types_are_refused():
     with pytest.raises(ValueError, match=r"float16, wanted bfloat16 or float32"):
         optim.PagedAdamW8bit([torch.nn.Parameter(weights().half())])
+
+
+def test_divided_weights_are_refused():
+    with fake_processes(2) as mesh, pytest.raises(ValueError, match=r"divided.*torch\.optim\.AdamW"):
+        optim.PagedAdamW8bit([torch.nn.Parameter(distribute_tensor(weights(), mesh, [Shard(0)], src_data_rank=None))])
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):

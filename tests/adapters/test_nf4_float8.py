@@ -213,5 +213,5 @@ def test_what_has_no_float8_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with torch.device("meta"):
         model = DreamModel(DreamConfig.from_pretrained(folder))
-    with pytest.raises(ValueError, match=r"A100 has no 8-bit floats.*set quantize to nf4"):
+    with pytest.raises(ValueError, match=r"A100 has no 8-bit floats.*set model.quantize to nf4"):
         load_4bit(model, weight_files(folder), device="cuda", float8_products=True)

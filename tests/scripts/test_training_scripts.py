@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,3 +56,10 @@ def test_bases_are_compared(script, folder, capsys):
 def test_idle_time_is_what_no_kernel_covers(script):
     busy, gaps = script("profile_fit").busy_and_gaps([(10, 12), (0, 4), (2, 5), (11, 15)])
     assert busy == 10 and gaps == [5]
+
+
+def test_a_run_too_short_for_idle_time_is_refused(script):
+    callback = script("profile_fit").GPUTime()
+    callback.on_train_start(SimpleNamespace(estimated_stepping_batches=7), None)
+    with pytest.raises(ValueError, match=r"takes 6 steps: wanted at least 3 to warm up and 4 to record"):
+        callback.on_train_start(SimpleNamespace(estimated_stepping_batches=6), None)

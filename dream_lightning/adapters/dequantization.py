@@ -1,7 +1,7 @@
-"""nf4 weights → bfloat16 in plain torch operations, which compile into the one kernel before a matrix product.
+"""nf4 weights → bfloat16 or float8 in plain torch operations, which compile into the one kernel before a product.
 
-Bit for bit what bitsandbytes' own kernels give. Those are custom operations: closed to the compiler, three launches a
-weight, and 1.0 TB/s on an H100.
+In bfloat16 bit for bit what bitsandbytes' own kernels give. Those are custom operations: closed to the compiler, three
+launches a weight, and 1.0 TB/s on an H100.
 """
 
 import types
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK, _SUPERBLOCK = 64, 256  # weights that share a scale, scales that share a scale of theirs
+_INTEGERS = {torch.bfloat16: (torch.int16, torch.int32), torch.float8_e4m3fn: (torch.uint8, torch.int16)}  # of 1, of 2
 
 
 def compile_with_layer(linear: nn.Module) -> None:
@@ -62,27 +63,32 @@ def dequantize(
     superscales: Tensor,
     offset: Tensor,
     *,
+    dtype: torch.dtype = torch.bfloat16,
     again: bool = False,
 ) -> Tensor:
-    """Two weights a byte, the first in the high half → all weights, [2 · len(packed)] bfloat16.
+    """Two weights a byte, the first in the high half → all weights, [2 · len(packed)].
 
-    Every byte becomes one 32-bit word of two weights, so that its scale is looked up once.
+    Every byte becomes one word of two weights, so that its scale is looked up once.
 
     Args:
+        dtype: of the weights, bfloat16 or float8_e4m3fn.
         again: for the second time in a compiled graph: the same numbers by products written the other way round. If
-            they were written alike, the compiler would find them equal and keep 16-bit weights until the backward pass.
+            they were written alike, the compiler would find them equal and keep unpacked weights until the backward
+            pass.
     """
     scales = block_scales(scale_codes, scale_levels, superscales, offset, again=again)
     packed = packed.view(-1, BLOCK // 2)  # [C, 32]
+    one, two = _INTEGERS[dtype]
+    width = 8 * dtype.itemsize
 
     def bits(code: Tensor) -> Tensor:
         level = levels[code.int()]
-        weight = (scales * level if again else level * scales).to(torch.bfloat16)
-        return weight.view(torch.int16).int()
+        weight = (scales * level if again else level * scales).to(dtype)
+        return weight.view(one).to(two)
 
     first, second = bits(packed >> 4), bits(packed & 15)
-    words = (first & 0xFFFF) | (second << 16)  # little-endian: the first weight is the low half
-    return words.view(-1).view(torch.bfloat16)
+    words = (first & (1 << width) - 1) | (second << width)  # little-endian: the first weight is the low half
+    return words.view(-1).view(dtype)
 
 
 class _Product(torch.autograd.Function):

@@ -10,7 +10,7 @@ import types
 import torch
 from torch import Tensor, nn
 
-from dream_lightning.adapters.dequantization import BLOCK, block_scales, hold_statistics
+from dream_lightning.adapters.dequantization import block_scales, dequantize, hold_statistics
 from dream_lightning.adapters.float8 import LARGEST, product, to_float8
 
 
@@ -29,36 +29,6 @@ def multiply_in_float8(linear: nn.Module) -> None:
     linear.forward = types.MethodType(_forward, linear)
 
 
-def dequantize(
-    packed: Tensor,
-    levels: Tensor,
-    scale_codes: Tensor,
-    scale_levels: Tensor,
-    superscales: Tensor,
-    offset: Tensor,
-    *,
-    again: bool = False,
-) -> Tensor:
-    """Two weights a byte, the first in the high half → all weights over the matrix's scale, [2 · len(packed)] float8.
-
-    Every byte becomes one 16-bit word of two weights.
-
-    Args:
-        superscales, offset: over the scale of the matrix.
-        again: for the second time in a compiled graph, as in `dequantization.dequantize`.
-    """
-    scales = block_scales(scale_codes, scale_levels, superscales, offset, again=again)
-    packed = packed.view(-1, BLOCK // 2)  # [C, 32]
-
-    def bits(code: Tensor) -> Tensor:
-        level = levels[code.int()]
-        weight = (scales * level if again else level * scales).to(torch.float8_e4m3fn)
-        return weight.view(torch.uint8).to(torch.int16)
-
-    words = bits(packed >> 4) | (bits(packed & 15) << 8)  # little-endian: the first weight is the low half
-    return words.view(-1).view(torch.float8_e4m3fn)
-
-
 class _Product(torch.autograd.Function):
     """x Wᵀ and, in the backward pass, g W, with W built for each and never kept."""
 
@@ -66,14 +36,15 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight_scales: Tensor, out_features: int, *quantized: Tensor) -> Tensor:
         ctx.save_for_backward(weight_scales, *quantized)
         ctx.out_features = out_features
-        weight = dequantize(*quantized).view(out_features, -1)
+        weight = dequantize(*quantized, dtype=torch.float8_e4m3fn).view(out_features, -1)
         return product(*to_float8(x), weight, weight_scales[:out_features])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight_scales, *quantized = ctx.saved_tensors
         # The matrix units want W along the summed axis.
-        columns = dequantize(*quantized, again=True).view(ctx.out_features, -1).t().contiguous()
+        weight = dequantize(*quantized, dtype=torch.float8_e4m3fn, again=True).view(ctx.out_features, -1)
+        columns = weight.t().contiguous()
         out = product(*to_float8(gradient), columns, weight_scales[: len(columns)])
         return out, *(None,) * (2 + len(quantized))
 

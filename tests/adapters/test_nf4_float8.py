@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from dream_lightning.adapters import LoraParams, add_lora, held_in_bfloat16, is_4bit, load_4bit, merge_lora
-from dream_lightning.adapters import nf4_float8 as ours
+from dream_lightning.adapters.dequantization import dequantize
 from dream_lightning.adapters.float8 import to_float8
+from dream_lightning.adapters.nf4_float8 import multiply_in_float8
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
 from dream_lightning.model.modeling import rotary_angles
@@ -60,16 +61,17 @@ def linear(in_features=64, out_features=96) -> tuple[nn.Linear, torch.Tensor]:
     layer = bnb.nn.Linear4bit(in_features, out_features, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(weight.bfloat16(), quant_type="nf4", compress_statistics=True).to("cpu")
     layer.bias = nn.Parameter(layer.bias.data.bfloat16(), requires_grad=False)
-    ours.multiply_in_float8(layer)
+    multiply_in_float8(layer)
     return layer, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
 
 
 def as_float8(layer) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer's weights in float8 [out, in] and their scale."""
     statistics = (layer.levels, layer.scale_codes, layer.scale_levels, layer.superscales, layer.offset)
-    weight = ours.dequantize(layer.weight.data.view(-1), *statistics)
+    weight = dequantize(layer.weight.data.view(-1), *statistics, dtype=torch.float8_e4m3fn)
     assert torch.equal(
-        weight.view(torch.uint8), ours.dequantize(layer.weight.data.view(-1), *statistics, again=True).view(torch.uint8)
+        weight.view(torch.uint8),
+        dequantize(layer.weight.data.view(-1), *statistics, dtype=torch.float8_e4m3fn, again=True).view(torch.uint8),
     )
     return weight.view(layer.out_features, -1), layer.weight_scales[0]
 

@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from dream_lightning.adapters import LoraParams, add_lora
+from dream_lightning.adapters.dequantization import dequantize
 from dream_lightning.adapters.float8 import to_float8
-from dream_lightning.adapters.nf4_float8 import dequantize
 from dream_lightning.diffusion.head import token_nll
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.modeling import rotary_angles
@@ -134,7 +134,7 @@ def test_uncompiled_float8_products_take_what_the_plan_says():
     blocks = x.numel() // 64
     codes = torch.zeros(blocks, dtype=torch.uint8)
     quantized = (x.view(torch.uint8)[:, ::4].reshape(-1), torch.ones(16), codes, torch.ones(256), torch.ones(blocks))
-    peak = peak_bytes(lambda: dequantize(*quantized, torch.zeros(())))
+    peak = peak_bytes(lambda: dequantize(*quantized, torch.zeros(()), dtype=torch.float8_e4m3fn))
     assert peak == pytest.approx(EAGER_DEQUANTIZATION * x.numel(), rel=0.01)
     s = replace(setting(torch.bfloat16, True, LoraParams()), compiled=True)
     eager = replace(s, float8_products=True, compiled=False)

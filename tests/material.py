@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import lightning as L
 import pytest
 
 SHARED = Path(os.environ.get("DREAM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -25,6 +26,12 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+
+
+def quiet_trainer(**options) -> L.Trainer:
+    """On the CPU, without bars and logs; without checkpoints, unless told otherwise."""
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return L.Trainer(**{"accelerator": "cpu", **dict.fromkeys(quiet, False), **options})
 
 
 def addition_rows(count: int, *, start: int = 0) -> list[dict]:

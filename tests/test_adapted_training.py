@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import addition_rows, write_jsonl
+from material import addition_rows, quiet_trainer, write_jsonl
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, load_tokenizer
 from dream_lightning.adapters import LoraParams
@@ -57,15 +57,11 @@ def fit(model, tmp_path, steps, ckpt_path=None, callbacks=()):
     data = S1KDataModule(
         str(source), tokenizer=model.tokenizer, batch_size=4, validation_questions=0, cache_dir=str(tmp_path / "cache")
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         precision="bf16-mixed",
         max_steps=steps,
-        logger=False,
         callbacks=list(callbacks),
         enable_checkpointing=bool(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
     )
     trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)

@@ -6,9 +6,9 @@ import json
 import runpy
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
+from material import quiet_trainer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -51,12 +51,7 @@ def assert_same(got, wanted):
 
 def fit(lightning_module, source, path):
     """A checkpoint as Lightning writes it after a step, optimiser and all, and the weights in it."""
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    trainer = quiet_trainer(
         max_steps=1,
         limit_val_batches=0,
         default_root_dir=path.parent,

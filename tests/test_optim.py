@@ -3,10 +3,10 @@
 import sys
 from contextlib import contextmanager
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from material import quiet_trainer
 from torch._dynamo.testing import CompileCounter
 from torch._inductor import metrics
 from torch.distributed.device_mesh import init_device_mesh
@@ -279,16 +279,12 @@ def fit(model, tmp_path, sums, steps, callbacks=(), ckpt_path=None):
     data = S1KDataModule(
         str(sums), tokenizer=model.tokenizer, batch_size=4, validation_questions=0, cache_dir=str(tmp_path / "cache")
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         precision="bf16-mixed",
         max_steps=steps,
         gradient_clip_val=1.0,
-        logger=False,
         callbacks=list(callbacks),
         enable_checkpointing=bool(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
     )
     trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)

@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from material import quiet_trainer
 from torch.nn import functional as F
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule
@@ -129,16 +130,11 @@ def losses(sums, tmp_path, steps=40, **options):
         def on_train_batch_end(self, trainer, *_):
             seen.append(trainer.callback_metrics["train/loss"].item())
 
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         precision="bf16-mixed",
         max_steps=steps,
         gradient_clip_val=1.0,
         callbacks=[Losses()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
     )
     trainer.fit(module, data)

@@ -24,6 +24,8 @@ from dream_lightning.types import DocumentBounds
 
 _ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does it unasked
 
+_CUDNN_FIRST = ((9, 0), (10, 0))  # compute capabilities on which torch prefers cuDNN's attention
+
 
 class DreamRMSNorm(nn.Module):
     """x / rms(x) · weight; the quotient in float32, cast back before the weight is applied."""
@@ -91,6 +93,8 @@ class DreamAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None", since: int) -> Tensor:
+        if mask is not None and mask.wants_every_head:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(
             q[:, :, since:],
             k,
@@ -145,11 +149,18 @@ class AttentionMask:
 
     Such rows (left padding) attend to everything and their output is then zeroed, which is what the authors' masks
     amount to.
+
+    `wants_every_head`: beside a mask only cuDNN's kernel takes fewer key heads than heads, and torch prefers it on
+    Hopper and Blackwell alone. On other GPUs it would fall back to plain products that hold all L² weights, so keys and
+    values are written out for every head.
     """
 
     def __init__(self, attention_mask: Tensor, input_ids: Tensor, columns: Tensor | None = None) -> None:
         batch, length = input_ids.shape
         allowed = attention_mask.bool()
+        self.wants_every_head = (
+            input_ids.is_cuda and torch.cuda.get_device_capability(input_ids.device) not in _CUDNN_FIRST
+        )
         if columns is not None:  # of a cache: input_ids are these columns of the mask's L
             self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
             self.sees_something = allowed[:, columns][:, None, :, None]  # [B, 1, W, 1]

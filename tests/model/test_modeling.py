@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.model import DreamConfig, DreamModel, modeling
 
 SIZES = {
     "vocab_size": 96,
@@ -114,6 +114,21 @@ def test_gradient_checkpointing_changes_nothing(model):
     model(ids).logits.sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, plain[name])
+
+
+def test_keys_written_out_for_every_head_give_the_same(model, monkeypatch):
+    """What GPUs other than Hopper and Blackwell do beside a mask."""
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = False
+    plain = model(ids, attention_mask=mask).logits
+    always = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(modeling.AttentionMask, "wants_every_head", always, raising=False)
+    calls = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(modeling.F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(k), sdpa(*a, **k))[1])
+    assert torch.allclose(model(ids, attention_mask=mask).logits, plain, atol=1e-6)
+    assert calls and not any(k["enable_gqa"] for k in calls)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 1, 6, 5), (1, 6)])

@@ -150,6 +150,8 @@ def _check_ids(config: Any, params: SamplingParams) -> None:
                 raise ValueError(f"{name} holds {token}, the vocabulary is 0 … {config.vocab_size - 1}")
             if token == config.mask_token_id and name != "banned_tokens":
                 raise ValueError(f"{name} holds the mask token {token}, which is no token of an answer: take it out")
+    if len({config.mask_token_id, *(params.banned_tokens or [])}) == config.vocab_size:
+        raise ValueError("banned_tokens holds the whole vocabulary: leave some tokens to answer with")
     if (params.stop_at_eos or params.min_new_tokens or params.eos_penalty) and config.eos_token_id is None:
         raise ValueError(
             "the model's config has no eos_token_id, which stop_at_eos, min_new_tokens and eos_penalty use"

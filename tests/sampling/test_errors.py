@@ -103,6 +103,7 @@ def rows(*bits):
         ({"attention_mask": rows([0, 1, 1, 1], [1, 1, 1, 1]), "input_ids": IDS.masked_fill(IDS == 1, 7),
           "infill": True}, "padded with the mask token"),
         ({"params": SamplingParams(max_new_tokens=8, banned_tokens=[10])}, "banned_tokens holds 10, the vocabulary"),
+        ({"params": SamplingParams(max_new_tokens=8, banned_tokens=[*range(7), 8, 9])}, "holds the whole vocabulary"),
         ({"params": SamplingParams(max_new_tokens=8, required_tokens=[-1])}, "required_tokens holds -1"),
         ({"params": SamplingParams(max_new_tokens=8, forced_prefix=[7])}, "forced_prefix holds the mask token 7"),
         ({"params": SamplingParams(max_new_tokens=8, forced_suffix=[7])}, "forced_suffix holds the mask token 7"),

@@ -1,4 +1,4 @@
-"""What tests read: paths to material that is not ours to ship, and rows made here."""
+"""What tests share: paths to material that is not ours to ship, rows and small models made here, how they train."""
 
 import json
 import os
@@ -6,6 +6,13 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
+import torch.nn.functional as F
+
+from dream_lightning.adapters import LoraParams, add_lora
+from dream_lightning.building import random_model
+from dream_lightning.export import save_tokenizer
+from dream_lightning.model import DreamModel, load_tokenizer
 
 SHARED = Path(os.environ.get("DREAM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -55,3 +62,25 @@ def addition_rows(count: int, *, start: int = 0) -> list[dict]:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def save_tiny_folder(path: Path, *, positions: int) -> str:
+    """An official-format folder of a random Dream with the bytes tokenizer."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    random_model({**sizes, "max_position_embeddings": positions}, load_tokenizer("bytes")).save_pretrained(path)
+    save_tokenizer("bytes", path)
+    return str(path)
+
+
+def loss_after_60_steps(model: DreamModel) -> float:
+    """Of adapters on it that learn to name the next number; ln 64 = 4.16 before."""
+    torch.manual_seed(0)
+    add_lora(model, LoraParams(rank=8, targets="all-linear"), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        ids = torch.randint(0, 64, (8, 1)) + torch.arange(12) & 63
+        loss = F.cross_entropy(model(ids).logits.float()[:, 3:9].flatten(0, 1), ids[:, 4:10].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()

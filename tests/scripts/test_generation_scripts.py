@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from material import save_tiny_folder
 
-from dream_lightning.building import random_model
 from dream_lightning.data.layout import plain_ids, response_text
 from dream_lightning.data.records import read_examples
-from dream_lightning.export import save_tokenizer
 from dream_lightning.model import load_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -25,11 +24,7 @@ def script(name):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    random_model({**sizes, "max_position_embeddings": 256}, load_tokenizer("bytes")).save_pretrained(path)
-    save_tokenizer("bytes", path)
-    return str(path)
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny"), positions=256)
 
 
 def test_benchmark(folder, capsys):

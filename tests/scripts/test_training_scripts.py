@@ -6,19 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-from dream_lightning.building import random_model
-from dream_lightning.export import save_tokenizer
-from dream_lightning.model import load_tokenizer
+from material import save_tiny_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    random_model({**sizes, "max_position_embeddings": 1200}, load_tokenizer("bytes")).save_pretrained(path)
-    save_tokenizer("bytes", path)
-    return str(path)
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny"), positions=1200)
 
 
 @pytest.fixture

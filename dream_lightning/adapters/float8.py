@@ -4,6 +4,7 @@ A float8 number (e4m3) has 4 significant bits. Weights carry a scale a row, acti
 one outlier spoils one row only. Every product is rounded by about 4 %, at random: less than nf4 rounds the weights.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,14 @@ def product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:
             a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=True
         )
     return ((a.float() @ b.float().t()) * scale_a * scale_b.t()).to(torch.bfloat16)
+
+
+def apply_linear(linear: nn.Linear, x: Tensor, multiply: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """[..., in] → [..., out] in `dtype`, where `multiply` takes rows [M, in] to x Wᵀ [M, out], both bfloat16."""
+    with torch.autocast(x.device.type, enabled=False):
+        out = multiply(x.to(torch.bfloat16).flatten(0, -2))
+        out = out if linear.bias is None else out + linear.bias.to(out.dtype)
+    return out.view(*x.shape[:-1], linear.out_features).to(dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -66,11 +75,8 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out] in the dtype of x."""
-        with torch.autocast(x.device.type, enabled=False):
-            flat = x.to(torch.bfloat16).flatten(0, -2)
-            out = _Product.apply(flat, self.weight, self.row_scales, self.columns, self.column_scales)
-            out = out if self.bias is None else out + self.bias
-        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        weights = (self.weight, self.row_scales, self.columns, self.column_scales)
+        return apply_linear(self, x, lambda rows: _Product.apply(rows, *weights), x.dtype)
 
 
 def load_float8(model: nn.Module, files: dict[str, Path], *, device: torch.device | str = "cpu") -> None:

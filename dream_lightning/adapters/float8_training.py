@@ -10,7 +10,7 @@ import types
 import torch
 from torch import Tensor, nn
 
-from dream_lightning.adapters.float8 import check_float8, linear_layers, product, to_float8
+from dream_lightning.adapters.float8 import apply_linear, check_float8, linear_layers, product, to_float8
 
 
 def train_in_float8(model: nn.Module, device: torch.device) -> None:
@@ -45,7 +45,4 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
         return type(self).forward(self, x)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    with torch.autocast(kind, enabled=False):
-        out = _Product.apply(x.to(torch.bfloat16).flatten(0, -2), self.weight.to(torch.bfloat16))
-        out = out if self.bias is None else out + self.bias.to(out.dtype)
-    return out.view(*x.shape[:-1], self.out_features).to(dtype)
+    return apply_linear(self, x, lambda rows: _Product.apply(rows, self.weight.to(torch.bfloat16)), dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_lightning.adapters.dequantization import block_scales, dequantize, hold_statistics
-from dream_lightning.adapters.float8 import LARGEST, product, to_float8
+from dream_lightning.adapters.float8 import LARGEST, apply_linear, product, to_float8
 
 
 def multiply_in_float8(linear: nn.Module) -> None:
@@ -52,8 +52,5 @@ class _Product(torch.autograd.Function):
 def _forward(self, x: Tensor) -> Tensor:
     """[..., in] → [..., out] in the dtype of x."""
     statistics = (self.levels, self.scale_codes, self.scale_levels, self.superscales, self.offset)
-    with torch.autocast(x.device.type, enabled=False):
-        flat = x.to(torch.bfloat16).flatten(0, -2)
-        out = _Product.apply(flat, self.weight_scales, self.out_features, self.weight.data.view(-1), *statistics)
-        out = out if self.bias is None else out + self.bias
-    return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+    weights = (self.weight_scales, self.out_features, self.weight.data.view(-1), *statistics)
+    return apply_linear(self, x, lambda rows: _Product.apply(rows, *weights), x.dtype)

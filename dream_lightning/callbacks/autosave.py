@@ -8,12 +8,15 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dream_lightning.saving import remove_partials
+
+STEP_METRICS = "step_metrics"  # key in a checkpoint: step and metrics
 
 
 class Autosave(ModelCheckpoint):
@@ -30,6 +33,7 @@ class Autosave(ModelCheckpoint):
     _stopping = False  # all ranks agreed
     _in_step = False  # some of a step's micro-batches are done
     _validation_ahead = False
+    _unlogged: tuple[int, dict[str, float]] | None = None  # step and metrics that a checkpoint brought along
     _last_step: float = float("inf")
     _steps_seen: int = 0
 
@@ -86,6 +90,7 @@ class Autosave(ModelCheckpoint):
         self._listen()
         self._last_step, self._steps_seen = trainer.estimated_stepping_batches, trainer.global_step
         self._last_global_step_saved = trainer.global_step  # where it was resumed from, or nothing to save
+        self._log_resumed_step(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -125,10 +130,17 @@ class Autosave(ModelCheckpoint):
             self._stop(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a resumed run begin with the validation that belongs to this step, which Lightning would leave out.
+        """Let a resumed run begin with what belongs to this step and would be lost by a kill right behind the save.
 
-        It does one again that had begun its first batch, so this is what the checkpoint says.
+        Its metrics, which Lightning hands to the loggers only after the callbacks, travel in the checkpoint. Its
+        validation Lightning would leave out; it does one again that had begun its first batch, so this is what the
+        checkpoint says.
         """
+        connector = trainer._logger_connector
+        if trainer.training and connector._first_loop_iter is not None and connector.should_update_logs:
+            metrics = {"epoch": trainer.current_epoch} | convert_tensors_to_scalars(connector.metrics["log"])
+            step = metrics.pop("step", trainer.fit_loop.epoch_loop._batches_that_stepped)
+            checkpoint[STEP_METRICS] = int(step), metrics
         if self._validation_ahead:
             training, validation = (
                 checkpoint["loops"]["fit_loop"][f"epoch_loop.{name}batch_progress"] for name in ("", "val_loop.")
@@ -140,14 +152,28 @@ class Autosave(ModelCheckpoint):
             total["completed"] = total["processed"]
             validation["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the metrics of the checkpoint's step."""
+        self._unlogged = checkpoint.get(STEP_METRICS)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what a run leaves that ended before its last step, by early stopping."""
         self._save(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what a checkpoint of the last step brought: such a run has no training to start."""
+        self._log_resumed_step(trainer)
 
     @staticmethod
     def _any_rank(trainer: L.Trainer, told: bool) -> bool:
         """Whether any rank was told; the same on all."""
         return trainer.strategy.reduce_boolean_decision(told, all=False)
+
+    def _log_resumed_step(self, trainer: L.Trainer) -> None:
+        if self._unlogged is not None:
+            step, metrics = self._unlogged
+            trainer._logger_connector.log_metrics(metrics, step=step)
+            self._unlogged = None
 
     def _save(self, trainer: L.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

@@ -181,6 +181,22 @@ def test_killed_in_a_validation_it_validates_again(source, tmp_path, whole):
     assert_same(fit(source, tmp_path, every=5, ckpt_path="last"), tmp_path, whole)
 
 
+@pytest.mark.parametrize("step", [6, STEPS], ids=["in the middle", "last step"])
+def test_killed_behind_a_save_it_logs_that_step_too(source, tmp_path, whole, monkeypatch, step):
+    """Lightning hands a step's metrics to the loggers after the callbacks have saved."""
+
+    def die(module):
+        if module.trainer.global_step == step and not module.trainer.fit_loop._should_accumulate():
+            raise KeyError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(KeyError):
+        patched.setattr(DreamModule, "on_train_batch_end", lambda module, *args: die(module))
+        fit(source, tmp_path, every=6)
+    assert saved_step(tmp_path) == step
+    assert ("train/loss", str(step - 1)) not in logged(tmp_path)
+    assert_same(fit(source, tmp_path, every=6, ckpt_path="last"), tmp_path, whole)
+
+
 def test_the_last_step_is_saved_whatever_the_interval(source, tmp_path, whole):
     fit(source, tmp_path, every=7)
     assert saved_step(tmp_path) == STEPS
@@ -239,4 +255,4 @@ def test_slurms_preemption_waits_for_the_end_of_the_step(source, tmp_path, whole
     again = fit(source, tmp_path, default_root_dir=tmp_path)  # as the requeued job starts: without --ckpt_path
     for p, q in zip(whole[0].parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert min(int(step) for _, step in logged(tmp_path)) == 4
+    assert min(int(step) for _, step in logged(tmp_path)) == 3  # of the fourth step, behind which it was saved

@@ -96,7 +96,9 @@ def compile_layers(model: DreamModel) -> None:
 
 def checkpoint_layers(model: DreamModel, which: bool | int) -> None:
     """Recompute layers in the backward pass, all (True) or so many of the first."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # The newer name where there is one: newer versions of transformers warn about the older.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     if which is not True:
         model.model.checkpointed_layers = which
 

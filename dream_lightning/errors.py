@@ -19,22 +19,28 @@ TRACEBACK = "DREAM_TRACEBACK"  # environment variable: 1 shows the traceback alw
 def readable_errors() -> Iterator[None]:
     """End the process with status 1 and the message alone on errors for users; all others go on unchanged.
 
-    Those for users are the `ValueError`s that this package raises on purpose, and Lightning's about its options.
-    DREAM_TRACEBACK=1 in the environment shows the traceback of these too.
+    Those for users are the `ValueError`s that this package raises on purpose, and Lightning's about its options; also
+    where another error was raised from them, as jsonargparse does. DREAM_TRACEBACK=1 in the environment shows the
+    traceback of these too.
     """
     try:
         yield
     except (ValueError, MisconfigurationException) as error:
-        if os.environ.get(TRACEBACK) == "1" or not is_for_users(error):
+        told: BaseException | None = error
+        while told is not None and not is_for_users(told):
+            told = told.__cause__
+        if os.environ.get(TRACEBACK) == "1" or told is None:
             raise
-        print(f"error: {error}\n({TRACEBACK}=1 shows where it was raised)", file=sys.stderr)
+        print(f"error: {told}\n({TRACEBACK}=1 shows where it was raised)", file=sys.stderr)
         raise SystemExit(1) from error
 
 
-def is_for_users(error: Exception) -> bool:
+def is_for_users(error: BaseException) -> bool:
     """Whether a `raise` of this package, of the script that runs, or of Lightning over its options made it."""
     if isinstance(error, MisconfigurationException):
         return True
+    if not isinstance(error, ValueError):
+        return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

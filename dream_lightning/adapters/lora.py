@@ -87,13 +87,20 @@ def add_lora(
         device: of the adapters, where the base has no memory yet; by default they have none then either.
 
     Raises:
-        ValueError: the model has adapters already, or lacks a target; DoRA on an empty 4-bit model, or with `device`.
+        ValueError: the model has adapters already, lacks a target, or has one that is smaller than the rank; DoRA on an
+            empty 4-bit model, or with `device`.
     """
     if hasattr(model, "peft_config"):
         raise ValueError("the model already has adapters: merge_lora them first, or load the base again")
-    modules = [name for name, _ in model.named_modules()]
+    modules = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in params.target_names}
     if absent := [t for t in params.target_names if not any(name.endswith(f".{t}") for name in modules)]:
         raise ValueError(f"{type(model).__name__} has no layers called {', '.join(absent)}: take them out of targets")
+    if small := [n for n, m in modules.items() if params.rank > min(m.in_features, m.out_features)]:
+        read, written = modules[small[0]].in_features, modules[small[0]].out_features
+        raise ValueError(
+            f"rank is {params.rank}, and {small[0]} has {read:,} inputs and {written:,} outputs: no change of it has "
+            f"more than rank {min(read, written)}, take that or less"
+        )
     if params.dora and is_4bit(model) and any(p.is_meta for p in model.parameters()):
         raise ValueError(
             "DoRA measures the base's rows, an empty 4-bit model has none: load_4bit first, or count unquantised"

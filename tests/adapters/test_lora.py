@@ -253,6 +253,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="Sequential has no layers called v_proj: take them out"):
             add_lora(torch.nn.Sequential(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2)})), LoraParams())
 
+    def test_a_rank_that_no_change_can_have(self):
+        layers = {"q_proj": torch.nn.Linear(8, 8), "v_proj": torch.nn.Linear(8, 4)}
+        with pytest.raises(
+            ValueError, match=r"rank is 5, and 0\.v_proj has 8 inputs and 4 outputs: .* more than rank 4"
+        ):
+            add_lora(torch.nn.Sequential(torch.nn.ModuleDict(layers)), LoraParams(rank=5))
+
     def test_adapters_twice(self):
         with pytest.raises(ValueError, match="already has adapters"):
             add_lora(adapted(), ALL)

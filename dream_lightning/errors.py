@@ -8,10 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-# Whose deliberate ValueErrors are for users: ours, and Lightning's of options that do not go together.
-_SPEAKING = (Path(__file__).parent, Path(L.__file__).parent / "pytorch" / "trainer")
+# Whose deliberate ValueErrors are for users: ours, Lightning's of options that do not go together, and optimisers'.
+_SPEAKING = (
+    Path(__file__).parent,
+    Path(L.__file__).parent / "pytorch" / "trainer",
+    Path(torch.optim.__file__).parent,
+)
 TRACEBACK = "DREAM_TRACEBACK"  # environment variable: 1 shows the traceback always
 
 
@@ -19,9 +24,9 @@ TRACEBACK = "DREAM_TRACEBACK"  # environment variable: 1 shows the traceback alw
 def readable_errors() -> Iterator[None]:
     """End the process with status 1 and the message alone on errors for users; all others go on unchanged.
 
-    Those for users are the `ValueError`s that this package raises on purpose, and Lightning's about its options; also
-    where another error was raised from them, as jsonargparse does. DREAM_TRACEBACK=1 in the environment shows the
-    traceback of these too.
+    Those for users are the `ValueError`s that this package raises on purpose, and those of Lightning and torch's
+    optimisers about their options; also where another error was raised from them, as jsonargparse does.
+    DREAM_TRACEBACK=1 in the environment shows the traceback of these too.
     """
     try:
         yield
@@ -36,7 +41,7 @@ def readable_errors() -> Iterator[None]:
 
 
 def is_for_users(error: BaseException) -> bool:
-    """Whether a `raise` of this package, of the script that runs, or of Lightning over its options made it."""
+    """Whether a `raise` of this package, of the script that runs, of Lightning over its options or of an optimiser."""
     if isinstance(error, MisconfigurationException):
         return True
     if not isinstance(error, ValueError):

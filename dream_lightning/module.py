@@ -156,6 +156,7 @@ class DreamModule(L.LightningModule):
         if complementary_masks and t_min >= 0.5:
             raise ValueError(f"t_min is {t_min}, wanted less than 0.5: with complementary_masks t keeps it from 1 too")
         for name, value, possible in (
+            ("focal_alpha", focal_alpha, focal_alpha > 0),
             ("focal_gamma", focal_gamma, focal_gamma >= 0),
             ("warmup_fraction", warmup_fraction, 0 <= warmup_fraction <= 1),
             ("gradient_checkpointing", gradient_checkpointing, gradient_checkpointing >= 0),

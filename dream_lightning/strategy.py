@@ -142,7 +142,8 @@ def refuse_untested(
     """Stop a run before anything is loaded whose strategy, precision and kind of training were not tested together.
 
     Raises:
-        ValueError: what was got, and what to use instead.
+        ValueError: what was got, and what to use instead; a trainer's number that makes no sense and that Lightning
+            lets through.
     """
     strategy, precision = trainer.strategy, str(trainer.precision)
     name = type(strategy).__name__
@@ -164,3 +165,12 @@ def refuse_untested(
     algorithm = getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)
     if algorithm not in (None, "norm"):
         raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm}, wanted norm, or none at all")
+    if not (trainer.gradient_clip_val or 0) >= 0:  # it would turn the gradients round
+        raise ValueError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}, wanted a norm above 0, such as 1.0, or null"
+        )
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, wanted at least 1: the "
+            "micro-batches of a step"
+        )

@@ -335,7 +335,7 @@ def test_a_checkpoint_of_another_network_is_refused():
         ({"new_model": {}, "tokenizer": "bytes", "t_min": 0.0}, "t_min is 0.0"),
         ({"new_model": {}, "tokenizer": "bytes", "cart_p": 2.0}, "cart_p is 2.0"),
         ({"new_model": {}, "tokenizer": "bytes", "t_min": 0.6, "complementary_masks": True}, "t_min is 0.6"),
-        ({"new_model": {}, "tokenizer": "bytes", "cart_p": 1.5}, "cart_p is 1.5"),
+        ({"new_model": {}, "tokenizer": "bytes", "focal_alpha": -1.0}, "focal_alpha is -1.0"),
         ({"new_model": {}, "tokenizer": "bytes", "focal_gamma": -1.0}, "focal_gamma is -1.0"),
         ({"new_model": {}, "tokenizer": "bytes", "warmup_fraction": 2.0}, "warmup_fraction is 2.0"),
         ({"new_model": {}, "tokenizer": "bytes", "gradient_checkpointing": -1}, "gradient_checkpointing is -1"),
@@ -344,6 +344,20 @@ def test_a_checkpoint_of_another_network_is_refused():
 def test_impossible_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         DreamModule(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 0}, "batch_size is 0, wanted at least 1"),
+        ({"eos_fill_to": -5}, "eos_fill_to is -5"),
+        ({"num_workers": -1}, "num_workers is -1, wanted at least 0"),
+        ({"extra_weight": {"</think>": -1.0}}, "extra_weight of '</think>' is -1.0"),
+    ],
+)
+def test_impossible_options_of_the_data_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        S1KDataModule("bundled", tokenizer=load_tokenizer("bytes"), **options)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,15 @@ from dream_lightning.sharded import read_into, read_rest, write
 from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested
 
 
-def run(strategy, precision="32-true", clip_by=None):
+def run(strategy, precision="32-true", clip_by=None, clip_at=1.0, accumulate=1):
     """As much of a trainer as is looked at, for strategies and precisions that a CPU cannot have."""
-    return SimpleNamespace(strategy=strategy.__new__(strategy), precision=precision, gradient_clip_algorithm=clip_by)
+    return SimpleNamespace(
+        strategy=strategy.__new__(strategy),
+        precision=precision,
+        gradient_clip_algorithm=clip_by,
+        gradient_clip_val=clip_at,
+        accumulate_grad_batches=accumulate,
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,6 +59,8 @@ def test_untested_strategies_are_refused(strategy, instead):
         ((DDPStrategy, "16-mixed"), {}, "precision is 16-mixed, .* bf16-mixed"),
         ((SingleDeviceStrategy, "64-true"), {}, "precision is 64-true"),
         ((DDPStrategy, "32-true", "value"), {}, "gradient_clip_algorithm is value"),
+        ((SingleDeviceStrategy, "32-true", "norm", -1.0), {}, "gradient_clip_val is -1.0"),
+        ((SingleDeviceStrategy, "32-true", "norm", 1.0, 0), {}, "accumulate_grad_batches is 0"),
     ],
 )
 def test_mixed_choices_that_do_not_work_are_refused(options, kind, words):

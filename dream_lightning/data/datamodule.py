@@ -109,8 +109,11 @@ class S1KDataModule(L.LightningDataModule):
             ("validation_draws", validation_draws, 1),
             ("validation_questions", validation_questions, 0),
             ("max_length", max_length, 1),
+            ("eos_fill_to", eos_fill_to, 1),
+            ("num_workers", num_workers, 0),
+            *((f"extra_weight of {text!r}", weight, 0) for text, weight in (extra_weight or {}).items()),
         ):
-            if value < least:
+            if value is not None and not value >= least:  # nor NaN
                 raise ValueError(f"{name} is {value}, wanted at least {least}")
         self.source, self.tokenizer = source, tokenizer
         self.validation_source, self.validation_fraction = validation_source, validation_fraction

@@ -142,6 +142,7 @@ def test_out_of_memory_says_what_to_change(command, monkeypatch):
         (["--model.pretrained=x"], "wanted exactly one of them"),
         (["--data.source=no/such/file.jsonl"], "no/such/file.jsonl"),
         (["--model.quantize=nf4"], "do not train: set model.lora too"),
+        (["--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
         (["--model.lora.rank=0"], "rank is 0, it must be an integer of at least 1"),  # which jsonargparse wraps
     ],
 )

@@ -149,8 +149,14 @@ def _check_gpu(accelerator: object) -> None:
         )
 
 
-# True elsewhere, not here: batches are made in microseconds from memory-mapped ids, and two of Lightning's own calls.
-_NOISE = ("does not have many workers", "isinstance.treespec, LeafSpec", "exists and is not empty")
+# True elsewhere, not here: batches are made in microseconds from memory-mapped ids, scores are summed over processes
+# before they are logged, and two of Lightning's own calls.
+_NOISE = (
+    "does not have many workers",
+    "It is recommended to use .self.log.*sync_dist",
+    "isinstance.treespec, LeafSpec",
+    "exists and is not empty",
+)
 
 
 def main() -> None:

@@ -15,6 +15,23 @@ Quantize = Literal["nf4", "nf4_float8", "float8"]
 _SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
+def check_kind(pretrained: str | None, *, lora: bool, quantize: Quantize | None, float8_products: bool) -> None:
+    """Refuse what makes no sense together.
+
+    Raises:
+        ValueError: what was got, and what to use instead.
+    """
+    if quantize is not None and not lora:
+        raise ValueError(f"quantize is {quantize}, but quantised weights do not train: set model.lora too")
+    if float8_products and lora:
+        raise ValueError(
+            "float8_products is for weights that train, and beside adapters they are frozen: set model.quantize to "
+            "float8 or nf4_float8 instead"
+        )
+    if lora and pretrained is None:
+        raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")
+
+
 def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamConfig:
     """The shape of a new Dream, its vocabulary and special ids those of the tokenizer.
 

@@ -16,6 +16,7 @@ from dream_lightning.answering import answer_questions
 from dream_lightning.building import (
     Quantize,
     adapt,
+    check_kind,
     check_tokenizer,
     checkpoint_layers,
     compile_layers,
@@ -139,15 +140,7 @@ class DreamModule(L.LightningModule):
             )
         if tokenizer is None and pretrained is None:
             raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
-        if quantize is not None and lora is None:
-            raise ValueError(f"quantize is {quantize}, but quantised weights do not train: set model.lora too")
-        if float8_products and lora is not None:
-            raise ValueError(
-                "float8_products is for weights that train, and beside adapters they are frozen: set model.quantize to "
-                "float8 or nf4_float8 instead"
-            )
-        if lora is not None and pretrained is None:
-            raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")
+        check_kind(pretrained, lora=lora is not None, quantize=quantize, float8_products=float8_products)
         if attention_dropout is not None and not 0 <= attention_dropout < 1:
             raise ValueError(f"attention_dropout is {attention_dropout}, wanted at least 0 and below 1")
         if not 0 < t_min < 1:

@@ -136,6 +136,20 @@ _INSTEAD = {
 }
 
 
+def refuse_divided(*, quantized: bool, dora: bool, compiled_answers: bool) -> None:
+    """Refuse what divided weights cannot do.
+
+    Raises:
+        ValueError: what was got, and what to use instead.
+    """
+    if quantized:
+        raise ValueError("trainer.strategy is fsdp2, but quantised weights are not divided: set trainer.strategy=ddp")
+    if dora:
+        raise ValueError("trainer.strategy is fsdp2, but lora.dora needs whole weights: set trainer.strategy=ddp")
+    if compiled_answers:  # sampling refuses it too, once everything is loaded
+        raise ValueError("trainer.strategy is fsdp2, but graphs gather no weights: set model.sampling.compile=false")
+
+
 def refuse_untested(
     trainer: L.Trainer, *, adapted: bool, quantized: bool, dora: bool, compiled_answers: bool = False
 ) -> None:
@@ -151,12 +165,8 @@ def refuse_untested(
     if not sharded and type(strategy) not in (SingleDeviceStrategy, DDPStrategy):  # DeepSpeedStrategy is a DDPStrategy
         instead = _INSTEAD.get(name, "use one device, or set trainer.strategy to ddp or fsdp2 on several")
         raise ValueError(f"trainer.strategy is {name}, which is not tested here: {instead}")
-    if sharded and quantized:
-        raise ValueError("trainer.strategy is fsdp2, but quantised weights are not divided: set trainer.strategy=ddp")
-    if sharded and dora:
-        raise ValueError("trainer.strategy is fsdp2, but lora.dora needs whole weights: set trainer.strategy=ddp")
-    if sharded and compiled_answers:  # sampling refuses it too, once everything is loaded
-        raise ValueError("trainer.strategy is fsdp2, but graphs gather no weights: set model.sampling.compile=false")
+    if sharded:
+        refuse_divided(quantized=quantized, dora=dora, compiled_answers=compiled_answers)
     if adapted and precision == "bf16-true":
         raise ValueError("trainer.precision bf16-true would round the adapters: set it to bf16-mixed")
     tested = ("32-true", "bf16-mixed") if sharded else ("32-true", "bf16-mixed", "bf16-true")

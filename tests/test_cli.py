@@ -13,7 +13,7 @@ import torch
 import yaml
 from material import addition_rows, write_jsonl
 
-from dream_lightning import DreamConfig, DreamModel, load_tokenizer
+from dream_lightning import DreamConfig, DreamModel, S1KDataModule, load_tokenizer
 from dream_lightning.cli import main
 from dream_lightning.sharded import read_rest
 
@@ -54,6 +54,15 @@ def test_every_shipped_config_is_understood(at_root, monkeypatch, capsys, config
     for section, options in yaml.safe_load(config.read_text()).items():
         if isinstance(options, dict):
             assert options.keys() <= printed[section].keys()
+
+
+@pytest.mark.parametrize("overlay", [c for c in CONFIGS if c.parent.name != "configs"], ids=lambda path: path.stem)
+def test_every_overlay_goes_with_packed_rows(at_root, monkeypatch, capsys, overlay):
+    """The configs for GPUs pack, and some options exclude that."""
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "fit", "--config=configs/single_gpu_lora.yaml", f"--config={overlay}", "--print_config")
+    options = yaml.safe_load(capsys.readouterr().out)["data"]
+    S1KDataModule(**options, tokenizer=load_tokenizer("bytes"))
 
 
 def test_help_documents_every_option(at_root, monkeypatch, capsys):

@@ -7,10 +7,11 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import OptimizerCallable
 
 from dream_lightning.adapters import LoraParams
-from dream_lightning.building import new_config
+from dream_lightning.building import check_kind, new_config
 from dream_lightning.model import DreamConfig, load_tokenizer
 from dream_lightning.model.loading import local_folder
 from dream_lightning.plan.setting import Setting
+from dream_lightning.strategy import refuse_divided
 
 
 def setting_from(options: Namespace) -> Setting:
@@ -19,7 +20,8 @@ def setting_from(options: Namespace) -> Setting:
     Of a checkpoint only config.json is read, or fetched; of a new model's tokenizer the size.
 
     Raises:
-        ValueError: no configuration at `model.pretrained`; a precision whose memory is not known.
+        ValueError: no configuration at `model.pretrained`; a precision whose memory is not known; what `fit` refuses as
+            well; weights to be divided over GPUs whose number is not known.
     """
     model, data, trainer = options.model, options.data, options.trainer
     if (model.pretrained is None) == (model.new_model is None):
@@ -27,6 +29,14 @@ def setting_from(options: Namespace) -> Setting:
     precision = str(trainer.precision or "32-true")
     if precision not in ("bf16-mixed", "32-true", "32", "bf16-true", "bf16"):
         raise ValueError(f"trainer.precision is {precision}: a plan knows bf16-mixed, bf16-true and 32-true")
+    lora, sharded = _instantiate(LoraParams | None, model.lora), _is_sharded(trainer.strategy)
+    check_kind(model.pretrained, lora=lora is not None, quantize=model.quantize, float8_products=model.float8_products)
+    if sharded:
+        refuse_divided(
+            quantized=model.quantize is not None,
+            dora=lora is not None and lora.dora,
+            compiled_answers=model.sampling.compile,
+        )
     if model.new_model is not None:
         config = new_config(model.new_model, load_tokenizer(model.tokenizer))
     else:
@@ -39,13 +49,13 @@ def setting_from(options: Namespace) -> Setting:
         optimizer=_instantiate(OptimizerCallable, model.optimizer),
         dtype=torch.bfloat16 if bfloat16 else getattr(torch, model.dtype),
         mixed=precision == "bf16-mixed",
-        lora=_instantiate(LoraParams | None, model.lora),
+        lora=lora,
         four_bit=model.quantize in ("nf4", "nf4_float8"),
         float8_products=model.float8_products or model.quantize in ("nf4_float8", "float8"),
         checkpointed=model.gradient_checkpointing,
         compiled=model.compile_layers,
         accumulation=trainer.accumulate_grad_batches,
-        gpus=_gpus(trainer) if _is_sharded(trainer.strategy) else 1,
+        gpus=_gpus(trainer) if sharded else 1,
     )
 
 
@@ -67,6 +77,9 @@ def _gpus(trainer: Namespace) -> int:
         devices = int(devices)
     if isinstance(devices, list):
         devices = len(devices)
-    if devices in ("auto", -1):
-        devices = max(torch.cuda.device_count(), 1)
+    if devices in ("auto", -1) and not (devices := torch.cuda.device_count()):
+        raise ValueError(
+            f"trainer.devices is {trainer.devices}, and no GPU is visible here: say for how many to plan, such as "
+            "--trainer.devices=2"
+        )
     return int(devices) * (trainer.num_nodes or 1)

@@ -58,14 +58,14 @@ def describe(plan: Plan) -> list[str]:
         "",
         f"Peak while training, {plan.peak_moment}:",
     ]
-    larger = "the sum or, if that is more, a step of the optimiser with all it pages, " if plan.optimizer.paged else ""
+    larger = " or, if that is more, a step of the optimiser with all it pages" if plan.optimizer.paged else ""
     for part, size in vars(plan.peak).items():
         if size >= GIB / 200:
             lines.append(f"  {part:<12} {size / GIB:7.2f} GiB   {_PARTS[part].format(**words)}")
     lines += [
         f"  {'sum':<12} {plan.peak_gib:7.2f} GiB   what torch.cuda.max_memory_allocated will say",
-        f"  {'needed':<12} {plan.needed_gib:7.2f} GiB   {larger}and {GAPS:.0%} between the allocator's blocks, and "
-        f"{RESERVE:.0f} GiB for the CUDA context",
+        f"  {'needed':<12} {plan.needed_gib:7.2f} GiB   the sum{larger}, {GAPS:.0%} between the allocator's "
+        f"blocks, and {RESERVE:.0f} GiB for the CUDA context",
     ]
     if plan.optimizer.paged:
         lines.append(

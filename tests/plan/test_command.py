@@ -98,6 +98,27 @@ def test_a_plan_for_gpus_that_are_not_here(command, dream_7b, monkeypatch, strat
     assert "sharded over 8 GPUs" in out and "It fits" in out
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("single_gpu_full", ["--config=configs/model/float8.yaml"], "do not train: set model.lora too"),
+        ("single_gpu_lora", ["--model.float8_products=true"], "float8_products is for weights that train"),
+        ("fsdp_lora", ["--model.quantize=nf4"], "quantised weights are not divided: set trainer.strategy=ddp"),
+    ],
+)
+def test_what_fit_would_refuse_has_no_plan(command, dream_7b, config, options, message):
+    _, err = command("plan", f"--config=configs/{config}.yaml", *options, "--model.pretrained", dream_7b, status=1)
+    assert message in err.splitlines()[-2]
+
+
+def test_divided_weights_need_a_number_of_gpus(command, dream_7b, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    of_two = ("plan", "--config=configs/fsdp_full.yaml", "--model.pretrained", dream_7b)
+    _, err = command(*of_two, status=1)
+    assert "trainer.devices is auto, and no GPU is visible here" in err
+    assert "sharded over 2 GPUs" in command(*of_two, "--trainer.devices=2")[0]
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "nf4_float8"])
 def test_without_bitsandbytes(command, dream_7b, monkeypatch, quantize):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

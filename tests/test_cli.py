@@ -89,6 +89,14 @@ def test_an_unknown_option_is_an_error(at_root, monkeypatch, capsys):
     assert len(said.splitlines()) <= 4, "what is wrong stands behind screens of usage"
 
 
+def test_where_predict_writes_can_be_said_on_the_command_line(at_root, monkeypatch, capsys):
+    """An option of `trainer.callbacks` is the last one's."""
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "predict", "--config=configs/tiny.yaml", "--trainer.callbacks.path=x", "--print_config")
+    writer = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"][-1]
+    assert writer["class_path"].endswith("PredictionWriter") and writer["init_args"]["path"] == "x"
+
+
 def test_a_saved_config_can_be_used_again(at_root, monkeypatch, capsys, tmp_path):
     """With the default optimiser too, which the shipped configs all replace."""
     without = yaml.safe_load(Path("configs/tiny.yaml").read_text())

@@ -83,7 +83,8 @@ class AnswerFile:
             told = "; ".join(_difference(name, stated.get(name), _plain(settings[name])) for name in changed)
             raise ValueError(
                 f"{self.path} was written with other settings ({', '.join(changed)} differ): {told}. Move it away, "
-                "name another path, or set overwrite to true on the PredictionWriter"
+                "or set path or overwrite of the PredictionWriter: --trainer.callbacks.path=FILE, "
+                "--trainer.callbacks.overwrite=true"
             )
 
     def start_run(self, settings: dict[str, Any]) -> str:

@@ -115,9 +115,11 @@ class PredictionWriter(L.Callback):
         if self.show and predictions:
             console.print(_table(predictions[: self.show]))
         scored = [p for p in predictions if p["correct"] is not None]
-        right, unparsed = sum(p["correct"] for p in scored), sum(p["answer"] is None for p in scored)
-        share = f" ({right / len(scored):.1%}), {unparsed} without an answer" if scored else ""
-        console.print(f"{len(predictions)} questions answered, {right} of {len(scored)} scored are correct{share}")
+        right, unparsed = sum(p["correct"] for p in scored), sum(p["answer"] is None for p in predictions)
+        score = "none has a reference to be scored against"
+        if scored:
+            score = f"{right} of {len(scored)} scored are correct ({right / len(scored):.1%})"
+        console.print(f"{len(predictions)} questions answered, {unparsed} without an answer; {score}")
         console.print(Text(f"predictions: {self.path.resolve()}"), soft_wrap=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jsonargparse
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +18,7 @@ _SPEAKING = (
     Path(L.__file__).parent / "pytorch" / "trainer",
     Path(torch.optim.__file__).parent,
 )
+_PARSER = Path(jsonargparse.__file__).parent
 TRACEBACK = "DREAM_TRACEBACK"  # environment variable: 1 shows the traceback always
 
 
@@ -24,34 +26,36 @@ TRACEBACK = "DREAM_TRACEBACK"  # environment variable: 1 shows the traceback alw
 def readable_errors() -> Iterator[None]:
     """End the process with status 1 and the message alone on errors for users; all others go on unchanged.
 
-    Those for users are the `ValueError`s that this package raises on purpose, and those of Lightning and torch's
-    optimisers about their options; also where another error was raised from them, as jsonargparse does.
-    DREAM_TRACEBACK=1 in the environment shows the traceback of these too.
+    Those for users are the `ValueError`s that this package raises on purpose, and those of Lightning, torch's
+    optimisers and the parser about options. DREAM_TRACEBACK=1 in the environment shows the traceback of these too.
     """
     try:
         yield
     except (ValueError, MisconfigurationException) as error:
-        told: BaseException | None = error
-        while told is not None and not is_for_users(told):
-            told = told.__cause__
+        told = _for_users(error)
         if os.environ.get(TRACEBACK) == "1" or told is None:
             raise
         print(f"error: {told}\n({TRACEBACK}=1 shows where it was raised)", file=sys.stderr)
         raise SystemExit(1) from error
 
 
-def is_for_users(error: BaseException) -> bool:
-    """Whether a `raise` of this package, of the script that runs, of Lightning over its options or of an optimiser."""
-    if isinstance(error, MisconfigurationException):
-        return True
-    if not isinstance(error, ValueError):
-        return False
+def _for_users(error: BaseException) -> BaseException | None:
+    """The error to tell of, among this one and those it was raised from: the parser wraps what classes say."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    speaking = [e for e in chain if isinstance(e, MisconfigurationException) or _raised_by(e, _SPEAKING)]
+    return next(iter(speaking or [e for e in reversed(chain) if _raised_by(e, (_PARSER,))]), None)
+
+
+def _raised_by(error: BaseException, folders: tuple[Path, ...]) -> bool:
+    """Whether a ValueError comes from a `raise` in one of the folders, or in the script that runs."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None:
+    if trace is None or not isinstance(error, ValueError):
         return False
     file = trace.tb_frame.f_code.co_filename
     raised = linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise ")
     script = getattr(sys.modules["__main__"], "__file__", None)  # one of scripts/, under this same protection
-    return raised and (file == script or any(Path(file).is_relative_to(folder) for folder in _SPEAKING))
+    return raised and (file == script or any(Path(file).is_relative_to(folder) for folder in folders))

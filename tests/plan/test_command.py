@@ -176,6 +176,12 @@ def test_errors_for_users_are_one_message(command, monkeypatch, options, message
     assert "error: " in err.splitlines()[-2] and message in err.splitlines()[-2]
 
 
+def test_a_package_that_an_option_needs_is_named(command, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", "")
+    _, err = command("fit", *ONE_STEP, "--trainer.logger=WandbLogger", status=1)
+    assert "Traceback" not in err and "error: Problem with given class_path" in err and len(err.splitlines()) < 6
+
+
 def test_other_errors_keep_their_traceback():
     def unexpected():
         int("x")

@@ -22,6 +22,7 @@ def main(
     prompt_column: str | None = None,
     response_column: str | None = None,
     split: str = "train",
+    subset: str | None = None,
     filters: dict[str, list[str]] | None = None,
     style: Style = "chat",
     thinking: bool = True,
@@ -42,6 +43,7 @@ def main(
         prompt_column: of prompt/response records.
         response_column: of prompt/response records.
         split: of a folder or hub data set.
+        subset: of a hub data set that has several, such as main of openai/gsm8k.
         filters: column → values that a record must have one of.
         style: chat or plain.
         thinking: false leaves the thinking out.
@@ -59,6 +61,7 @@ def main(
         prompt_column=prompt_column,
         response_column=response_column,
         split=split,
+        subset=subset,
         filters=filters,
     )
     documents = tokenize(

@@ -26,6 +26,7 @@ def main(
     prompt_column: str | None = None,
     response_column: str | None = None,
     split: str = "train",
+    subset: str | None = None,
     style: Style = "chat",
     thinking: bool = True,
     max_length: int | None = None,
@@ -45,6 +46,7 @@ def main(
         prompt_column: of prompt/response records.
         response_column: of prompt/response records.
         split: of a folder or hub data set.
+        subset: of a hub data set that has several, such as main of openai/gsm8k.
         style: chat or plain.
         thinking: false leaves the thinking out.
         max_length: of prompt and response in tokens.
@@ -52,7 +54,13 @@ def main(
         eos_fill_to: fill a shorter response with eos to this many tokens.
     """
     examples = read_examples(
-        source, schema=schema, trace=trace, prompt_column=prompt_column, response_column=response_column, split=split
+        source,
+        schema=schema,
+        trace=trace,
+        prompt_column=prompt_column,
+        response_column=response_column,
+        split=split,
+        subset=subset,
     )
     if not 1 <= row <= len(examples):
         raise ValueError(f"row is {row}, {source} has 1 to {len(examples)}")

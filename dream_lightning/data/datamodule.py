@@ -37,6 +37,7 @@ class S1KDataModule(L.LightningDataModule):
         validation_source: a source of its own for validation; None splits `validation_fraction` off `source`.
         validation_fraction: share of `source` held out, whole questions, chosen by `seed`.
         predict_source: questions for `predict`; None asks the validation questions.
+        subset: of a hub data set that has several, such as `main` of openai/gsm8k; files and folders have none.
         schema: how a record is read; `auto` goes by its columns.
         trace: whose thinking to take from s1K-1.1.
         prompt_column: column of the question in prompt/response records; None finds the usual names.
@@ -77,6 +78,7 @@ class S1KDataModule(L.LightningDataModule):
         validation_source: str | None = None,
         validation_fraction: float = 0.1,
         predict_source: str | None = None,
+        subset: str | None = None,
         schema: Schema = "auto",
         trace: Trace = "deepseek",
         prompt_column: str | None = None,
@@ -119,6 +121,7 @@ class S1KDataModule(L.LightningDataModule):
         self.validation_source, self.validation_fraction = validation_source, validation_fraction
         self.predict_source, self.first_n, self.fraction = predict_source, first_n, fraction
         self.reading: dict[str, Any] = {
+            "subset": subset,
             "schema": schema,
             "trace": trace,
             "prompt_column": prompt_column,

@@ -29,12 +29,12 @@ class Row(NamedTuple):
         return f"{self.file}, row {self.number}"
 
 
-def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
+def read_rows(source: str | Path, split: str = "train", subset: str | None = None) -> Iterator[Row]:
     """Rows of a .jsonl, .json, .parquet or .csv file, of a folder, or of a hub data set; `bundled` gives `sample_set`.
 
     A folder is either one that `datasets.save_to_disk` wrote, or one with such files: then those whose name starts with
     `split` are read, in it or in its `data/`. Anything else that looks like `owner/name` is asked of the hub, or of its
-    local cache when HF_HUB_OFFLINE is set.
+    local cache when HF_HUB_OFFLINE is set; some data sets there need a `subset`, as GSM8K its `main`.
 
     Raises:
         ValueError: nothing there, an unknown kind of file, a broken line, no rows.
@@ -48,7 +48,7 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
     elif path.is_dir():
         rows = _read_folder(path, split)
     else:
-        rows = _read_hub(str(source), split)
+        rows = _read_hub(str(source), split, subset)
     first = next(rows, None)
     if first is None:
         raise ValueError(f"{source} has no rows: check that the file was written completely, or name another source")
@@ -125,7 +125,9 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
         data = datasets.load_from_disk(str(folder))
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
-                raise ValueError(f"{folder} has no split {split!r}, it has {', '.join(data)}: set split to one of them")
+                raise ValueError(
+                    f"{folder} has no split {split!r}, it has {', '.join(data)}: name the folder of one of them"
+                )
             data = data[split]
         yield from _rows_of(data, folder.name)
         return
@@ -134,21 +136,22 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
     if not chosen:
         raise ValueError(
             f"{folder} has no {', '.join(_READERS)} file whose name starts with {split!r}, it has "
-            f"{', '.join(f.name for f in files) or 'none of any name'}: set split, or name the file itself"
+            f"{', '.join(f.name for f in files) or 'none of any name'}: name the file itself"
         )
     for file in chosen:
         yield from _read_file(file)
 
 
-def _read_hub(name: str, split: str) -> Iterator[Row]:
+def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(tuple(_READERS)):
         raise ValueError(f"{name} does not exist: name a file, a folder, or a hub data set as owner/name")
     try:
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"no data from {name!r}: there is no such file or folder, and the hub gave {type(error).__name__}: "
-            f"{error}. Check the name, the split and the network (HF_ENDPOINT, HF_HUB_OFFLINE), or name a local file"
+            f"{error}. Check the name, the subset ({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE), or name a "
+            "local file"
         ) from error
     yield from _rows_of(data, name)
 

@@ -38,6 +38,7 @@ def read_examples(
     response_column: str | None = None,
     reference_column: str | None = None,
     split: str = "train",
+    subset: str | None = None,
     filters: dict[str, list[str]] | None = None,
 ) -> list[Example]:
     """Every record of a source, in its order.
@@ -51,13 +52,14 @@ def read_examples(
         reference_column: what predictions are scored against, in any schema; None finds reference, answer or solution
             (s1K: solution), and it may be absent. Taken as it is: the scorer extracts, say, what follows `####`.
         split: of a folder or hub data set.
+        subset: of a hub data set that has several, such as `main` of openai/gsm8k.
         filters: column → values; only rows with one of the values in every such column are kept.
 
     Raises:
         ValueError: naming file, row and remedy, for a missing column, an empty or broken file, a field that is null or
             not text, an empty prompt, a chat without a user's turn, an unknown role, an id that occurs twice.
     """
-    rows = list(read_rows(source, split))
+    rows = list(read_rows(source, split, subset))
     if filters:
         rows = keep_rows(rows, filters)
     if schema == "auto":

@@ -130,9 +130,10 @@ def test_every_kind_of_source_gives_the_same(tmp_path):
         assert [(e.prompt, e.answer) for e in got] == wanted, name
         assert len({e.id for e in got}) == len(QA)
     assert len(read_examples(tmp_path / "e", split="test")) == len(read_examples(tmp_path / "f", split="test")) == 1
-    for name in ("e", "f"):
-        with pytest.raises(ValueError, match="set split"):
+    for name, remedy in (("e", "name the folder of one of them"), ("f", "name the file itself")):
+        with pytest.raises(ValueError, match=remedy):
             read_examples(tmp_path / name, split="validation")
+    assert len(read_examples(tmp_path / "e" / "test", split="validation")) == 1
 
 
 def test_blank_lines_and_line_separators_in_text(tmp_path):
@@ -182,6 +183,23 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
 def test_errors_name_the_row(tmp_path, rows, options, message):
     with pytest.raises(ValueError, match=message):
         read_examples(write(tmp_path, rows), **options)
+
+
+def test_a_subset_of_a_hub_data_set(monkeypatch):
+    """GSM8K has two and no default: without a name the hub refuses."""
+
+    def load(name, subset, *, split):
+        assert (name, split) == ("openai/gsm8k", "train")
+        if subset is None:
+            raise ValueError(
+                "Config name is missing. Please pick one among the available configs: ['main', 'socratic']"
+            )
+        return [{"question": "1+1=?", "answer": f"2 of {subset}"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert read_examples("openai/gsm8k", subset="main")[0].reference == "2 of main"
+    with pytest.raises(ValueError, match=r"among the available configs.*Check the name, the subset \(None\)"):
+        read_examples("openai/gsm8k")
 
 
 def test_errors_about_sources(tmp_path, monkeypatch):

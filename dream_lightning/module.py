@@ -254,8 +254,9 @@ class DreamModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not belong to this model; go on also where a step is cut otherwise."""
         self.check_checkpoint(checkpoint)
-        self._saved_optimizer = checkpoint.get("optimizer")
-        recount(checkpoint, self.trainer.accumulate_grad_batches)
+        if self._trainer is not None:  # load_from_checkpoint has none, and takes the weights only
+            self._saved_optimizer = checkpoint.get("optimizer")
+            recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, with other adapters, or of another base; looks at no tensor.

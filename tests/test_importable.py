@@ -7,27 +7,56 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from test_module import SIZES, data, module, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dream_lightning import DreamModule
 from dream_lightning.diffusion import corrupt, masked_nll_loss, token_weights
 
 README = Path(__file__).parents[1] / "README.md"
 MASK, VOCABULARY, LENGTH = 10, 11, 6
 
 
-def test_the_script_in_readme_runs(tmp_path, monkeypatch):
-    """The block that begins with the line `# a training script of your own`, as it stands there."""
-    blocks = re.findall(
-        r"```python\n(# a training script of your own\n.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
-    )
+def block_of_readme(first_line: str) -> str:
+    """The Python that begins with this line, as it stands there."""
+    blocks = re.findall(rf"```python\n({first_line}\n.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 1, f"{README} has {len(blocks)} such blocks, wanted one"
-    (tmp_path / "train.py").write_text(blocks[0])
+    return blocks[0]
+
+
+def test_the_script_in_readme_runs(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(block_of_readme("# a training script of your own"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
     after = runpy.run_path("train.py", run_name="__main__")
     assert after["trainer"].global_step == 3
     assert {"val/nll", "val/accuracy", "val/unparsed"} <= after["trainer"].callback_metrics.keys()
+
+
+def test_the_objective_in_readme_trains(tmp_path):
+    said: dict = {}
+    exec(block_of_readme("# an objective of your own"), said)
+    losses = []
+    for kind in (DreamModule, said["Softer"]):
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(module(kind), data("bundled", tmp_path, first_n=8, validation_source="bundled"))
+        losses.append(float(run.callback_metrics["train/loss"]))
+    assert losses[0] != losses[1]
+
+
+def test_a_checkpoint_outside_of_a_trainer(tmp_path):
+    """The weights come back, and a new training may use another optimiser."""
+    trained, bundled = module(), data("bundled", tmp_path, first_n=8, validation_source="bundled")
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(trained, bundled)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    options = {"new_model": SIZES, "tokenizer": "bytes", "optimizer": lambda groups: torch.optim.SGD(groups, lr=1e-3)}
+    loaded = DreamModule.load_from_checkpoint(tmp_path / "a.ckpt", **options, weights_only=True)
+    for (name, ours), theirs in zip(loaded.named_parameters(), trained.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert "test/nll" in trainer(tmp_path, limit_test_batches=1).test(loaded, bundled, verbose=False)[0]
+    trainer(tmp_path, max_steps=1).fit(loaded, bundled)
 
 
 class Copier(L.LightningModule):

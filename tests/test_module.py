@@ -32,11 +32,11 @@ class Recorder(L.Callback):
             self.losses.append(trainer.callback_metrics["train/loss"].item())
 
 
-def module(**options):
+def module(kind=DreamModule, **options):
     torch.manual_seed(0)
     options = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=3e-3)} | options
     sampling = SamplingParams(max_new_tokens=24, steps=8, forbid_mask=True)
-    return DreamModule(new_model=SIZES, tokenizer="bytes", sampling=sampling, **options)
+    return kind(new_model=SIZES, tokenizer="bytes", sampling=sampling, **options)
 
 
 def data(source, tmp_path, **options):

@@ -91,6 +91,9 @@ class DreamCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Autosave, "autosave")
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the whole checkpoint, 46 GB of a full run, for options that ours do not hold."""
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Checkpoints are whole or not there, unless `trainer.plugins` names another way to write them."""
         options = self._get(self.config_init, "trainer")

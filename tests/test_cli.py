@@ -125,6 +125,16 @@ def test_a_checkpoint_that_is_not_there_is_one_message(at_root, monkeypatch, cap
     assert said in shown.err and "val/nll" not in shown.out
 
 
+def test_a_file_that_is_no_checkpoint_is_one_message(at_root, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DREAM_TRACEBACK", "0")
+    (tmp_path / "a.ckpt").write_text("hello")
+    options = ("trainer.logger=false", "trainer.enable_progress_bar=false", f"trainer.default_root_dir={tmp_path}")
+    with pytest.raises(SystemExit) as exit_:
+        command(monkeypatch, "validate", *SMALL, *(f"--{o}" for o in options), f"--ckpt_path={tmp_path / 'a.ckpt'}")
+    assert exit_.value.code == 1
+    assert "a.ckpt is not whole, or no checkpoint: take an earlier one" in capsys.readouterr().err
+
+
 def test_validate_prints_every_score_once(at_root, monkeypatch, capsys, tmp_path):
     trainer = ("logger=false", "enable_progress_bar=false", f"default_root_dir={tmp_path}")
     command(monkeypatch, "validate", *SMALL, *(f"--trainer.{option}" for option in trainer))

@@ -54,7 +54,7 @@ _GRADIENT_SCALE = 2.0**-10
 # What a network is, of its DreamConfig; a checkpoint of another one is refused by name.
 _NETWORK = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "mask_token_id", "eos_token_id"),
+    *("num_key_value_heads", "rms_norm_eps", "rope_theta", "mask_token_id", "eos_token_id"),
 )
 
 
@@ -262,9 +262,11 @@ class DreamModule(L.LightningModule):
         """Refuse a checkpoint of another network, with other adapters, or of another base; looks at no tensor.
 
         Raises:
-            ValueError: a network of other sizes or token ids; with adapters where the model has none, or the other way
-                round, or other ones; the contents of the bases differ.
+            ValueError: no checkpoint of a DreamModule; a network of other sizes, constants or token ids; with adapters
+                where the model has none, or the other way round, or other ones; the contents of the bases differ.
         """
+        if "dream_config" not in checkpoint:
+            raise ValueError("the checkpoint was not saved by a DreamModule: name one of a run of this package")
         saved, ours = checkpoint["dream_config"], self.model.config.to_dict()
         if others := [f"{n} {saved[n]}, here {ours[n]}" for n in _NETWORK if saved[n] != ours[n]]:
             raise ValueError(

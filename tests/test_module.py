@@ -314,16 +314,21 @@ class TestPredict:
         assert len(self.predict(sums, tmp_path, other, path, overwrite=True)) == 4
 
 
-def test_a_checkpoint_of_another_network_is_refused():
-    """By name of what differs, not by the shapes of its tensors."""
+@pytest.mark.parametrize(
+    ("change", "words"), [({"hidden_size": 64}, "hidden_size 32, here 64"), ({"rope_theta": 50.0}, "here 50.0")]
+)
+def test_a_checkpoint_of_another_network_is_refused(change, words):
+    """By name of what differs, not by the shapes of its tensors, which may agree."""
     saved, other = module(), module()
     saved.configure_model()
-    other.new_model = SIZES | {"hidden_size": 64}
+    other.new_model = SIZES | change
     other.configure_model()
     checkpoint = {"dream_config": saved.model.config.to_dict()}
     saved.check_checkpoint(checkpoint)
-    with pytest.raises(ValueError, match="hidden_size 32, here 64"):
+    with pytest.raises(ValueError, match=words):
         other.check_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="not saved by a DreamModule"):
+        other.check_checkpoint({"state_dict": {}})
 
 
 @pytest.mark.parametrize(

@@ -223,3 +223,8 @@ def test_a_config_for_several_gpus_runs_here(tmp_path, config):
     assert run.returncode == 0, run.stderr
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert (read_rest(last) if last.is_dir() else torch.load(last, weights_only=True))["global_step"] == 1
+    if config == "fsdp_lora":  # whose checkpoint is restored late
+        options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        run = subprocess.run([*command, "--trainer.max_steps=2", "--ckpt_path=last"], **options)
+        assert run.returncode == 0 and "Restored all states" in run.stderr, run.stderr
+        assert "begins anew" not in run.stderr

@@ -45,14 +45,8 @@ class Autosave(ModelCheckpoint):
                 rank_zero_info(f"Removed {partial}, which was being written when a run was killed")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say so when a new run begins where another one left its state."""
+        """Nobody has told this run to stop."""
         self._asked, self._preempted, self._stopping = None, False, False
-        if trainer.ckpt_path is None and (found := sorted(self._find_last_checkpoints(trainer))):
-            rank_zero_warn(
-                f"{found[-1]} belongs to another run, and this one was started without --ckpt_path: it begins anew and "
-                "saves beside it. Stop it and add --ckpt_path last to go on instead, or name another folder in "
-                "checkpoint.dirpath and autosave.dirpath"
-            )
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen to signals from here on."""
@@ -85,8 +79,15 @@ class Autosave(ModelCheckpoint):
         os.write(2, f"\n{self._asked.name}: stopping after this optimiser step, then saving\n".encode())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen to signals, and find out where the run will end."""
+        """Listen to signals, find out where the run will end, say so if it begins anew where another left its state."""
         super().on_train_start(trainer, pl_module)
+        # not earlier: divided weights are restored after `on_fit_start`, and until then no ckpt_path is known
+        if trainer.ckpt_path is None and (found := sorted(self._find_last_checkpoints(trainer))):
+            rank_zero_warn(
+                f"{found[-1]} belongs to another run, and this one was started without --ckpt_path: it begins anew and "
+                "saves beside it. Stop it and add --ckpt_path last to go on instead, or name another folder in "
+                "checkpoint.dirpath and autosave.dirpath"
+            )
         self._listen()
         self._last_step, self._steps_seen = trainer.estimated_stepping_batches, trainer.global_step
         self._last_global_step_saved = trainer.global_step  # where it was resumed from, or nothing to save

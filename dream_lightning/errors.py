@@ -1,5 +1,6 @@
 """What a user sees of an error: one message for what she can mend, the traceback for what only we can."""
 
+import errno
 import linecache
 import os
 import sys
@@ -26,17 +27,27 @@ TRACEBACK = "DREAM_TRACEBACK"  # environment variable: 1 shows the traceback alw
 def readable_errors() -> Iterator[None]:
     """End the process with status 1 and the message alone on errors for users; all others go on unchanged.
 
-    Those for users are the `ValueError`s that this package raises on purpose, and those of Lightning, torch's
-    optimisers and the parser about options. DREAM_TRACEBACK=1 in the environment shows the traceback of these too.
+    Those for users are the `ValueError`s that this package raises on purpose, those of Lightning, torch's optimisers
+    and the parser about options, and disks that are full or may not be written. DREAM_TRACEBACK=1 in the environment
+    shows the traceback of these too.
     """
     try:
         yield
-    except (ValueError, MisconfigurationException) as error:
-        told = _for_users(error)
+    except (ValueError, OSError, MisconfigurationException) as error:
+        told = _about_disk(error) if isinstance(error, OSError) else _for_users(error)
         if os.environ.get(TRACEBACK) == "1" or told is None:
             raise
         print(f"error: {told}\n({TRACEBACK}=1 shows where it was raised)", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _about_disk(error: OSError) -> str | None:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return None
+    return (
+        f"{error}: make room or choose other folders, for logs trainer.logger.init_args.save_dir, for tokenised data "
+        "data.cache_dir. Checkpoints that were written stay good: --ckpt_path last goes on from the newest"
+    )
 
 
 def _for_users(error: BaseException) -> BaseException | None:

@@ -1,5 +1,6 @@
 """`python -m dream_lightning plan`, and what users see of errors."""
 
+import errno
 import shutil
 import sys
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dream_lightning.cli import main
+from dream_lightning.data import S1KDataModule
 from dream_lightning.errors import readable_errors
 from dream_lightning.module import DreamModule
 from dream_lightning.plan import environment
@@ -192,3 +194,15 @@ def test_other_errors_keep_their_traceback():
     with pytest.raises(SystemExit) as end, readable_errors():
         raise MisconfigurationException("no")
     assert end.value.code == 1
+    with pytest.raises(FileNotFoundError), readable_errors():
+        Path("no such file").read_text()
+
+
+def test_a_full_disk_is_one_message(command, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "documents")
+
+    monkeypatch.setattr(S1KDataModule, "tokenized", full)
+    _, err = command("fit", *ONE_STEP, status=1)
+    assert "Traceback" not in err
+    assert "No space left on device: 'documents': make room or choose other folders" in err

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dream_lightning.types import Draw
@@ -92,8 +93,8 @@ def _turn(place: int) -> float:
 class ResumableLoader(DataLoader):
     """A DataLoader that goes on in the middle of an epoch after Lightning restored its state.
 
-    The sampler's order is a pure function of the epoch, so the state is two numbers. It counts rows over all ranks, so
-    that another number of ranks, or another batch size, goes on at the same row.
+    The sampler's order is a pure function of the epoch, so two numbers say where it stands; two more, whose order it
+    was. Rows are counted over all ranks, so that another number of ranks, or another batch size, goes on at the same.
     """
 
     rows_used = 0
@@ -115,8 +116,22 @@ class ResumableLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """Saved by Lightning into every checkpoint."""
-        return {"epoch": self.sampler.epoch, "rows": self.rows_used}
+        return {"epoch": self.sampler.epoch, "rows": self.rows_used, **self._order()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restored by Lightning before the first batch."""
+        """Restored by Lightning before the first batch.
+
+        Warns:
+            The rows or their order are others than those of the checkpoint.
+        """
         self.resume_at = (state["epoch"], state["rows"])
+        ours = self._order()
+        if 0 < state["rows"] < state.get("of", 0) and any(state[name] != ours[name] for name in ours):
+            rank_zero_warn(
+                f"the checkpoint was saved {state['rows']:,} rows into an epoch of {state['of']:,} (data.seed "
+                f"{state['seed']}), and an epoch now has {ours['of']:,} (data.seed {ours['seed']}): in what is left of "
+                "it some documents come again and others never"
+            )
+
+    def _order(self) -> dict[str, int]:
+        return {"of": len(self.sampler.rows), "seed": self.sampler.seed}

@@ -1,5 +1,7 @@
 """The order of an epoch: the same samples a step on any number of ranks, and resumable."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -82,8 +84,8 @@ def as_list(batch):
     return batch
 
 
-def loader(workers, batch_size=4):
-    sampler = RowSampler([[i] for i in range(23)], batch_size=batch_size)
+def loader(workers, batch_size=4, **options):
+    sampler = RowSampler([[i] for i in range(23)], batch_size=batch_size, **options)
     return ResumableLoader(Indices(), sampler=sampler, batch_size=batch_size, num_workers=workers, collate_fn=as_list)
 
 
@@ -102,3 +104,16 @@ def test_a_loader_goes_on_where_it_was_saved(workers):
     assert list(resumed) == epochs[0][3:]
     assert read(resumed, 1) == epochs[1]
     assert len(resumed) == 6
+
+
+def test_going_on_in_another_order_is_said():
+    stopped = loader(0)
+    read(stopped, 0, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({}, {"batch_size": 2}, {"world_size": 2}):
+            loader(0, **options).load_state_dict(stopped.state_dict())
+        loader(0, seed=5).load_state_dict({"epoch": 1, "rows": 0, "of": 23, "seed": 0})  # at the start of an epoch
+        loader(0, seed=5).load_state_dict({"epoch": 0, "rows": 8})  # of an older version
+    with pytest.warns(UserWarning, match=r"of 23 \(data.seed 0\), and an epoch now has 23 \(data.seed 5\)"):
+        loader(0, seed=5).load_state_dict(stopped.state_dict())

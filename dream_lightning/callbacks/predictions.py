@@ -119,7 +119,7 @@ class PredictionWriter(L.Callback):
         score = "none has a reference to be scored against"
         if scored:
             score = f"{right} of {len(scored)} scored are correct ({right / len(scored):.1%})"
-        console.print(f"{len(predictions)} questions answered, {unparsed} without an answer; {score}")
+        console.print(f"{len(predictions)} questions, {unparsed} without an answer; {score}", soft_wrap=True)
         console.print(Text(f"predictions: {self.path.resolve()}"), soft_wrap=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -14,8 +14,7 @@ def layer_keeps(s: Setting) -> dict[str, int]:
     """Bytes a token that one decoder layer keeps when it is not recomputed.
 
     With compiled layers at most: the compiler may choose to keep less. Attention is counted as its kernels for a GPU
-    keep it, without an L² term. DoRA's and dropout's extra is not
-    counted.
+    keep it, without an L² term. DoRA's and dropout's extra is not counted.
     """
     c = s.config
     hidden, inner, key_value = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim

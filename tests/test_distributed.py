@@ -4,7 +4,6 @@ This file is also the program that the processes run: `main` trains all cases of
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from material import addition_rows, write_jsonl
+from meeting import MeetingPoint
 from torch.distributed.checkpoint import FileSystemReader
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer
@@ -161,12 +161,9 @@ def main(launch: str, folder: Path) -> None:
 
 
 def launch(name: str, folder: Path, processes: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
+    meeting, started = MeetingPoint(), []
     for rank in range(processes):
-        ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | meeting.environment
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(processes)}
         with (folder / f"{name}-{rank}.txt").open("w") as log:
             command = [sys.executable, __file__, name, str(folder)]

@@ -108,7 +108,8 @@ def is_equivalent(prediction: str, reference: str) -> bool:
        "A, B" = "AB"; yes = true, no = false.
     2. Two rational numbers: exactly, without thousands separators, currency and units; 50 % is 50 or 0.5. A decimal of
        at least 6 significant digits may also be the other one rounded. Nothing else is asked.
-    3. Math-Verify (`verify(gold, target)`). Over 400 characters, or undecided after computing 5 seconds: False, with a warning.
+    3. Math-Verify (`verify(gold, target)`). Over 400 characters, or undecided after 5 seconds of computing: False, with
+       a warning.
 
     Raises:
         ImportError: step 3 is reached and math-verify is not installed.

@@ -128,7 +128,7 @@ def losses(folder: Path) -> dict[int, str]:
 def fit(folder: Path, *arguments: str) -> list[str]:
     logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: %s, flush_logs_every_n_steps: 1}}"
     return [
-        *(sys.executable, "-m", "dream_lightning", "fit", *SMALL),
+        *("fit", *SMALL),
         f"--trainer.logger={logger % folder}",
         f"--checkpoint.dirpath={folder / 'checkpoints'}",
         f"--autosave.dirpath={folder / 'checkpoints'}",
@@ -141,23 +141,19 @@ def fit(folder: Path, *arguments: str) -> list[str]:
     ]
 
 
-def test_kill_and_resume_give_the_same_losses(tmp_path):
+def test_kill_and_resume_give_the_same_losses(at_root, monkeypatch, tmp_path):
     """Killed without warning in the middle of an epoch, then started again with `--ckpt_path last`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    whole = subprocess.run(fit(tmp_path / "whole"), **options)
-    assert whole.returncode == 0, whole.stderr
-
     kill = "--trainer.callbacks+={class_path: self_kill.KillAtStep, init_args: {step: 26}}"
-    killed = subprocess.run(fit(tmp_path / "killed", kill), **options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = [sys.executable, "-m", "dream_lightning", *fit(tmp_path / "killed", kill)]
+    killed = subprocess.run(process, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    before = losses(tmp_path / "killed")
+    assert max(losses(tmp_path / "killed")) == 25
 
-    resumed = subprocess.run(fit(tmp_path / "killed", "--ckpt_path=last"), **options)
-    assert resumed.returncode == 0, resumed.stderr
-    expected, after = losses(tmp_path / "whole"), losses(tmp_path / "killed")
-    assert len(expected) == 60 and max(before) == 25
-    assert after == expected
+    command(monkeypatch, *fit(tmp_path / "whole"))
+    command(monkeypatch, *fit(tmp_path / "killed", "--ckpt_path=last"))
+    expected = losses(tmp_path / "whole")
+    assert len(expected) == 60 and losses(tmp_path / "killed") == expected
 
 
 @pytest.mark.parametrize("config", ["fsdp_lora", "ddp_qlora"])

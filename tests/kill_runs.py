@@ -1,8 +1,9 @@
 """`python kill_runs.py FOLDER KILLS SEED`: train until the run has been killed KILLS times, then to its end.
 
-Python and its imports are loaded once; every attempt is a fork of this process. Prints a line of JSON an attempt: the
-moment that was chosen for the kill, by which signal it ended, and what it left half written. However slow the machine
-is or whenever it stands still, every kill comes before the run's end and at its moment.
+That run is in FOLDER/killed, and one that is left alone beside it in FOLDER/whole. Python and its imports are loaded
+once; every attempt is a fork of this process. Prints a line of JSON a kill: the moment that was chosen for it, how the
+attempt ended, and what it left half written; then one with the exit statuses of both runs. However slow the machine is,
+or whenever it stands still, every kill comes at its moment and before the run's end.
 """
 
 import json
@@ -159,13 +160,17 @@ def kill(moment: str, folder: Path, chance: random.Random) -> int:
 def run(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     chance = random.Random(seed)
-    write_jsonl(folder.parent / "sums.jsonl", addition_rows(40))
+    whole, killed = (folder / name / "checkpoints" for name in ("whole", "killed"))
+    for checkpoints in (whole, killed):
+        checkpoints.parent.mkdir(parents=True)
+        write_jsonl(checkpoints.parent / "sums.jsonl", addition_rows(40))
+    alone = attempt(lambda: train(whole), whole)
     for i in range(kills):
         moment = MOMENTS[i % len(MOMENTS)]
-        status = kill(moment, folder, chance)
-        left = sorted(path.name for path in folder.glob("*.partial"))
+        status = kill(moment, killed, chance)
+        left = sorted(path.name for path in killed.glob("*.partial"))
         print(json.dumps({"moment": moment, "exit": status, "left": left}), flush=True)
-    print(json.dumps({"exit": end(attempt(lambda: train(folder), folder))}))
+    print(json.dumps({"whole": end(alone), "killed": end(attempt(lambda: train(killed), killed))}))
 
 
 if __name__ == "__main__":

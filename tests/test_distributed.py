@@ -5,18 +5,15 @@ of it that trains all cases of a launch and leaves what it saw.
 """
 
 import os
-import signal
-import subprocess
 import sys
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import addition_rows, write_jsonl
+from material import addition_rows, output_of, write_jsonl
 from meeting import MeetingPoint
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -26,7 +23,6 @@ from dream_lightning.model.sharding import local, whole
 from dream_lightning.sharded import read_rest
 from dream_lightning.types import Batch
 
-ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {}  # of this process of a launch
 LAUNCHES = {"one": 1, "two": 2, "back": 1}  # processes
 ROWS, STEPS, SAVED = 8, 3, 2  # rows a step, steps of a run, step of its checkpoint
@@ -211,15 +207,8 @@ def runs(tmp_path_factory):
     ).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     meetings = [MeetingPoint() for _ in LAUNCHES]
-    command = [sys.executable, __file__, str(folder), *(meeting.environment["MASTER_PORT"] for meeting in meetings)]
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | meetings[0].environment
-    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, env=os.environ | ours, **options) as process, suppress(ProcessLookupError):
-        try:
-            _, errors = process.communicate()
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)  # what still waits for a process that failed
-    assert process.returncode == 0, errors
+    ports = [meeting.environment["MASTER_PORT"] for meeting in meetings]
+    output_of(Path(__file__), folder, *ports, **meetings[0].environment)
 
     def seen(name):
         return torch.load(folder / f"{name}.pt", weights_only=True)

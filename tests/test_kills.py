@@ -1,30 +1,17 @@
 """Killed without warning again and again, while training and while saving: the same end as a run that never was."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from material import output_of
 from meeting import MeetingPoint
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 
 HERE = Path(__file__).parent
 KILLS = 20
-
-
-def start(folder: Path, kills: int) -> subprocess.Popen:
-    return python(HERE / "kill_runs.py", folder, str(kills), "0")
-
-
-def python(script: Path, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)} | environment
-    command = [sys.executable, script, folder / "checkpoints", *arguments]
-    folder.mkdir()
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def same(a, b) -> bool:
@@ -44,22 +31,15 @@ def logged(folder: Path) -> dict[tuple[str, int], set[str]]:
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 if value.tag != "hp_metric":
-                    values.setdefault((value.tag, event.step), set()).add(
-                        str(make_ndarray(value.tensor))
-                    )  # text: NaN equals NaN
+                    as_text = str(make_ndarray(value.tensor))  # so that NaN equals NaN
+                    values.setdefault((value.tag, event.step), set()).add(as_text)
     return values
 
 
 def test_twenty_kills_change_nothing(tmp_path):
-    runs = {name: start(tmp_path / name, kills) for name, kills in (("whole", 0), ("killed", KILLS))}
-    lines = {}
-    for name, run in runs.items():
-        output, errors = run.communicate(timeout=280)
-        log = tmp_path / name / "checkpoints.log"
-        assert run.returncode == 0, errors
-        lines[name] = [json.loads(line) for line in output.splitlines()]
-        assert lines[name][-1] == {"exit": 0}, log.read_text()[-3000:]
-    kills = lines["killed"][:-1]
+    runs = ("whole", "killed")
+    *kills, last = map(json.loads, output_of(HERE / "kill_runs.py", tmp_path, str(KILLS), "0").splitlines())
+    assert last == {"whole": 0, "killed": 0}, [(tmp_path / n / "checkpoints.log").read_text()[-3000:] for n in runs]
     ends = {"any time": -signal.SIGKILL, "before a change": -signal.SIGKILL, "in a save": -signal.SIGXFSZ}
     assert len(kills) == KILLS and all(kill["exit"] == ends[kill["moment"]] for kill in kills)
     assert all("last.ckpt.partial" in kill["left"] for kill in kills if kill["moment"] == "in a save")
@@ -80,13 +60,12 @@ def test_all_ranks_stop_after_the_same_step(tmp_path):
     """One of two is told to stop, in the middle of whatever the other does."""
     points = MeetingPoint(), MeetingPoint()
     ports = [point.environment["MASTER_PORT"] for point in points]
-    run = python(HERE / "stop_ranks.py", tmp_path / "ranks", *ports, **points[0].environment)
-    output, errors = run.communicate(timeout=280)
-    log = (tmp_path / "ranks" / "checkpoints.log").read_text()
-    assert run.returncode == 0, errors
+    folder = tmp_path / "checkpoints"
+    output = output_of(HERE / "stop_ranks.py", folder, *ports, **points[0].environment)
     first, second = map(json.loads, output.splitlines())
+    log = (tmp_path / "checkpoints.log").read_text()
     assert first == {"stopped": [143, 143]} and second == {"whole": [0, 0]}, log[-3000:]
     assert log.count("SIGTERM: stopping after this optimiser step") == 1
     assert log.count("Stopped by SIGTERM after step") == 1
-    saved = torch.load(tmp_path / "ranks" / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 40

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 _TABLE, _REST, _STATE = ".metadata", "meta.pt", "state_dict."
+_PARTIAL = ".partial"  # `saving` clears away what is called so
 _DATA_CLASSES = {
     "builtins": {"set"},
     "collections": {"OrderedDict"},
@@ -113,7 +114,7 @@ def write(
     Raises:
         ValueError: it could not be written, most often because the disk is full; the older one is still there.
     """
-    partial, old = path.with_name(f"{path.name}.partial"), path.with_stem(f"{path.stem}-old")
+    partial, old = path.with_name(f"{path.name}{_PARTIAL}"), path.with_stem(f"{path.stem}-old")
 
     def first_does(work: Callable[[], None]) -> None:
         problem = None
@@ -158,10 +159,16 @@ def write(
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    """What a kill leaves half removed is not called a checkpoint any more: changed last, it would be the newest."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+    elif path.suffix == _PARTIAL:
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        going = path.with_name(path.name + _PARTIAL)
+        _remove(going)
+        path.rename(going)
+        shutil.rmtree(going)
 
 
 class _Reader(dcp.FileSystemReader):

@@ -1,32 +1,39 @@
 """`python kill_runs.py FOLDER KILLS SEED`: train until the run has been killed KILLS times, then to its end.
 
-Python and its imports are loaded once; every attempt is a fork of this process. Prints a line of JSON an attempt: the
-moment that was chosen for the kill, and what it left half written.
+That run is in FOLDER/killed, and one that is left alone beside it in FOLDER/whole. Python and its imports are loaded
+once; every attempt is a fork of this process. Prints a line of JSON a kill: the moment that was chosen for it, how the
+attempt ended, and what it left half written; then one with the exit statuses of both runs. However slow the machine is,
+or whenever it stands still, every kill comes at its moment and before the run's end.
 """
 
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
 import torch
+from kill_points import Watch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from material import addition_rows, write_jsonl
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams
 from dream_lightning.callbacks import Autosave
 from dream_lightning.saving import SafeCheckpointIO
 
-STEPS = 200
-MOMENTS = ("any time", "after a save", "in a save")
+STEPS = 120
+MOMENTS = ("any time", "before a change", "in a save")
+FEW = 5  # steps that an attempt does at most before it waits for its kill
 
 
-def train(folder: Path, devices: int = 1, steps: int = STEPS) -> None:
+def train(folder: Path, devices: int = 1, steps: int = STEPS, callbacks: tuple[L.Callback, ...] = ()) -> None:
     """What `fit --ckpt_path last` does with base.yaml, smaller."""
     torch.manual_seed(0)
     module = DreamModule(
@@ -51,22 +58,24 @@ def train(folder: Path, devices: int = 1, steps: int = STEPS) -> None:
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
         limit_val_batches=1,
+        log_every_n_steps=1,
         val_check_interval=20,
         check_val_every_n_epoch=None,
         callbacks=[
+            *callbacks,
             ModelCheckpoint(folder, filename="best-{step}", monitor="val/nll", enable_version_counter=False),
             Autosave(folder, every_n_train_steps=1, save_top_k=0, save_last=True),
         ],
         plugins=[SafeCheckpointIO()],
-        logger=False,
+        logger=TensorBoardLogger(folder.parent, name=f"{folder.name}.logs") if devices == 1 else False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, data, ckpt_path="last", weights_only=True)
 
 
-def attempt(folder: Path, **options: int) -> int:
-    """Fork a process that trains; returns its id."""
+def attempt(work: Callable[[], None], folder: Path) -> int:
+    """Fork a process that does `work`; returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -75,7 +84,7 @@ def attempt(folder: Path, **options: int) -> int:
     os.dup2(output, 2)
     code = 1
     try:
-        train(folder, **options)
+        work()
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -87,55 +96,81 @@ def attempt(folder: Path, **options: int) -> int:
         os._exit(code)
 
 
-def written(folder: Path) -> int:
-    """When last.ckpt was put there, 0 for never."""
-    try:
-        return (folder / "last.ckpt").stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
+def end(pid: int) -> int:
+    """The exit status of a process, minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kill_at(moment: str, pid: int, folder: Path, chance: random.Random) -> bool:
-    """Kill the process at such a moment; False if it ended before."""
+class Wait(L.Callback):
+    """After a few steps nothing more happens until the kill."""
 
-    def wait_for(what) -> bool:
-        while not what():
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                return False
-            time.sleep(0.0005)
-        return True
+    def on_train_start(self, trainer, pl_module):
+        self.last = trainer.global_step + FEW
 
-    def next_save() -> bool:
-        before = written(folder)
-        return wait_for(lambda: written(folder) != before)
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        while trainer.global_step == self.last:
+            signal.pause()
 
-    def wait(seconds: float) -> bool:
-        end = time.monotonic() + seconds
-        return wait_for(lambda: time.monotonic() > end)
 
-    if moment == "any time":
-        alive = wait(chance.uniform(0, 0.6))
-    else:
-        alive = all(next_save() for _ in range(chance.randint(1, 6))) and wait(chance.uniform(0, 0.05))
-        if moment == "in a save":
-            alive = alive and wait_for((folder / "last.ckpt.partial").exists)
-    if alive:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    return alive
+def killed_before_change(folder: Path, change: int) -> None:
+    """Train up to before the n-th change of the checkpoints or of the log."""
+    left = change
+
+    def count(what: str) -> None:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+
+    with Watch(folder.parent, count):
+        train(folder)
+
+
+def killed_in_save(folder: Path, save: int, size: int) -> None:
+    """Train until the n-th save has written so many bytes: the kernel ends who writes beyond the limit of a file."""
+    left = save
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def count(what: str) -> None:
+        nonlocal left
+        if what == "open last.ckpt.partial":
+            if left == 0:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            left -= 1
+
+    with Watch(folder, count):
+        train(folder)
+
+
+def kill(moment: str, folder: Path, chance: random.Random) -> int:
+    """Train up to such a moment; returns how it ended."""
+    if moment == "before a change":
+        change = chance.randrange(60)
+        return end(attempt(lambda: killed_before_change(folder, change), folder))
+    if moment == "in a save":
+        save, size = chance.randrange(FEW), chance.randrange(20_000)
+        return end(attempt(lambda: killed_in_save(folder, save, size), folder))
+    pid = attempt(lambda: train(folder, callbacks=(Wait(),)), folder)
+    time.sleep(chance.uniform(0, 0.6))
+    os.kill(pid, signal.SIGKILL)
+    return end(pid)
 
 
 def run(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     chance = random.Random(seed)
-    write_jsonl(folder.parent / "sums.jsonl", addition_rows(40))
+    whole, killed = (folder / name / "checkpoints" for name in ("whole", "killed"))
+    for checkpoints in (whole, killed):
+        checkpoints.parent.mkdir(parents=True)
+        write_jsonl(checkpoints.parent / "sums.jsonl", addition_rows(40))
+    alone = attempt(lambda: train(whole), whole)
     for i in range(kills):
         moment = MOMENTS[i % len(MOMENTS)]
-        killed = kill_at(moment, attempt(folder), folder, chance)
-        left = sorted(path.name for path in folder.glob("*.partial"))
-        print(json.dumps({"moment": moment, "killed": killed, "left": left}), flush=True)
-    _, status = os.waitpid(attempt(folder), 0)
-    print(json.dumps({"exit": os.waitstatus_to_exitcode(status)}))
+        status = kill(moment, killed, chance)
+        left = sorted(path.name for path in killed.glob("*.partial"))
+        print(json.dumps({"moment": moment, "exit": status, "left": left}), flush=True)
+    print(json.dumps({"whole": end(alone), "killed": end(attempt(lambda: train(killed), killed))}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -62,6 +66,21 @@ def addition_rows(count: int, *, start: int = 0) -> list[dict]:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def output_of(script: Path, *arguments: str | Path, **environment: str) -> str:
+    """What a program of these tests prints; if it fails or takes too long, none of its forks is left behind."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, script, *arguments]
+    with subprocess.Popen(command, env=os.environ | ours | environment, **options) as program:
+        try:
+            output, errors = program.communicate()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+    assert program.returncode == 0, errors
+    return output
 
 
 def save_tiny_folder(path: Path, *, positions: int) -> str:

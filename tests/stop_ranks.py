@@ -1,45 +1,42 @@
-"""`python stop_ranks.py FOLDER`: two processes as torchrun starts them; SIGTERM to the second alone; then all again.
+"""`python stop_ranks.py FOLDER PORT PORT`: two processes as torchrun starts them; SIGTERM to the second; all again.
 
-Prints the exit statuses of both attempts as JSON. Started by test_kills.py.
+They meet at the first port, then at the second. Prints the exit statuses of both attempts as JSON. Started by
+test_kills.py.
 """
 
 import json
 import os
 import signal
-import socket
 import sys
-import time
 from pathlib import Path
 
+import lightning as L
 import torch
-from kill_runs import attempt, written
+from kill_runs import attempt, end, train
 from material import addition_rows, write_jsonl
 
 
-def start(folder: Path) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+class Terminated(L.Callback):
+    """As if a scheduler told the second process alone, whatever the first one does at that moment."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 7 and batch_idx % 2 == 0:  # of two micro-batches
+            signal.raise_signal(signal.SIGTERM)
+
+
+def statuses(folder: Path, port: str, *callbacks: L.Callback) -> list[int]:
+    os.environ |= {"MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     pids = []
     for rank in ("0", "1"):
         os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
-        pids.append(attempt(folder, devices=2, steps=40))
-    return pids
-
-
-def end(pids: list[int]) -> list[int]:
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        pids.append(attempt(lambda: train(folder, devices=2, steps=40, callbacks=callbacks), folder))
+    return [end(pid) for pid in pids]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     write_jsonl(folder.parent / "sums.jsonl", addition_rows(40))
-    pids = start(folder)
-    while not written(folder):
-        time.sleep(0.01)
-    os.kill(pids[1], signal.SIGTERM)
-    print(json.dumps({"stopped": end(pids)}))
-    print(json.dumps({"whole": end(start(folder))}))
+    print(json.dumps({"stopped": statuses(folder, sys.argv[2], Terminated())}))
+    print(json.dumps({"whole": statuses(folder, sys.argv[3])}))

@@ -169,7 +169,7 @@ def test_what_cannot_work_is_refused(base, tmp_path):
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(200, exit=True)  # standing still is a failure that shows where
+    faulthandler.dump_traceback_later(280, exit=True)  # standing still is a failure that shows where
     torch.set_num_threads(1)
     for kind in sys.argv[3:]:
         one_backward_under_ddp(sys.argv[1], Path(sys.argv[2]) / kind, kind)

@@ -1,19 +1,20 @@
 """Two processes equal one: DDP and FSDP2 over gloo on the CPU, full and LoRA, in float32.
 
-This file is also the program that the processes run: `main` trains all cases of a launch and leaves what it saw.
+This file is also the program that starts the processes: Python and its imports are loaded once, every process is a fork
+of it that trains all cases of a launch and leaves what it saw.
 """
 
 import os
-import socket
-import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import addition_rows, write_jsonl
+from material import addition_rows, output_of, write_jsonl
+from meeting import MeetingPoint
 from torch.distributed.checkpoint import FileSystemReader
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer
@@ -22,8 +23,8 @@ from dream_lightning.model.sharding import local, whole
 from dream_lightning.sharded import read_rest
 from dream_lightning.types import Batch
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = dict(os.environ)
+ENVIRONMENT = {}  # of this process of a launch
+LAUNCHES = {"one": 1, "two": 2, "back": 1}  # processes
 ROWS, STEPS, SAVED = 8, 3, 2  # rows a step, steps of a run, step of its checkpoint
 # The gradient of a key's bias vanishes but for rounding errors, which Adam's own 1e-8 would make full-sized updates of
 EPSILON = 1e-4
@@ -130,8 +131,8 @@ def fit(folder, name, kind, strategy, *, batch_size, resume=None, hollow=False, 
 KINDS = ("full", "lora", "new")
 
 
-def main(launch: str, folder: Path) -> None:
-    """The cases of one launch; `launch` is one, two, or back."""
+def train(launch: str, folder: Path) -> None:
+    """The cases of one launch."""
     if launch == "one":
         for kind in KINDS:
             fit(folder, f"{kind}-one", kind, "auto", batch_size=8)
@@ -160,25 +161,36 @@ def main(launch: str, folder: Path) -> None:
             fit(folder, f"{kind}-ddp-to-1", kind, "auto", batch_size=8, resume=f"{kind}-ddp")
 
 
-def launch(name: str, folder: Path, processes: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(processes)}
-        with (folder / f"{name}-{rank}.txt").open("w") as log:
-            command = [sys.executable, __file__, name, str(folder)]
-            started.append(
-                subprocess.Popen(command, env=os.environ | ours | ranks, stdout=log, stderr=subprocess.STDOUT)
-            )
+def fork(launch: str, rank: int, port: str, folder: Path) -> int:
+    """Start one process of a launch; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(folder / f"{launch}-{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
     try:
-        codes = [process.wait(timeout=240) for process in started]
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(LAUNCHES[launch])}
+        ENVIRONMENT.update(os.environ | ranks | {"MASTER_PORT": port})
+        train(launch, folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
-        for process in started:
-            process.kill()
-    assert codes == [0] * processes, (folder / f"{name}-0.txt").read_text()[-6000:]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(folder: Path, ports: list[str]) -> None:
+    """All launches, one after the other; ends with the status 1 behind the log of a process that failed."""
+    torch.set_num_threads(1)
+    for (launch, processes), port in zip(LAUNCHES.items(), ports, strict=True):
+        pids = [fork(launch, rank, port, folder) for rank in range(processes)]
+        for rank, pid in enumerate(pids):
+            if os.waitpid(pid, 0)[1]:
+                sys.exit((folder / f"{launch}-{rank}.txt").read_text()[-6000:])
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +206,9 @@ def runs(tmp_path_factory):
         DreamConfig(vocab_size=321, num_key_value_heads=2, initializer_range=0.1, **SIZES, **ids)
     ).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    launch("one", folder, 1)
-    launch("two", folder, 2)
-    launch("back", folder, 1)
+    meetings = [MeetingPoint() for _ in LAUNCHES]
+    ports = [meeting.environment["MASTER_PORT"] for meeting in meetings]
+    output_of(Path(__file__), folder, *ports, **meetings[0].environment)
 
     def seen(name):
         return torch.load(folder / f"{name}.pt", weights_only=True)
@@ -282,4 +294,4 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32(runs, kind):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2:])

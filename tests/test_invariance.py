@@ -6,7 +6,6 @@ cut of a group is what its others must equal. All cells with two ranks (gloo) ru
 
 import multiprocessing
 import os
-import socket
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from material import SIZES, addition_rows, write_jsonl
+from meeting import MeetingPoint
 
 from dream_lightning import DreamModule, S1KDataModule
 
@@ -171,14 +171,13 @@ def compute(folder: Path, objective: str, group: str, cut: Cut) -> tuple[list[fl
     return after.losses, before.gradients + after.gradients
 
 
-def rank_main(rank: int, folder: Path, port: int) -> None:
+def rank_main(rank: int, folder: Path, meeting: dict[str, str]) -> None:
     """One of the two processes: every cell with two ranks, as torchrun would start it."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # data workers would each import torch again
     os.environ |= {
         "TORCHELASTIC_RUN_ID": "invariance",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        **meeting,
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "RANK": str(rank),
@@ -199,10 +198,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, args=(folder, port), nprocs=2)
+    meeting = MeetingPoint()
+    torch.multiprocessing.spawn(rank_main, args=(folder, meeting.environment), nprocs=2)
     return torch.load(folder / "two ranks.pt", weights_only=True)
 
 

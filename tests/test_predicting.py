@@ -6,10 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from material import write_jsonl
+from meeting import MeetingPoint
 
 from dream_lightning.callbacks import read_predictions
 from dream_lightning.cli import main
@@ -43,7 +43,7 @@ def on_one(monkeypatch, *options) -> None:
     main()
 
 
-def on_two(*options) -> subprocess.Popen:
+def on_two(meeting: MeetingPoint, *options) -> subprocess.Popen:
     return subprocess.Popen(
         [
             sys.executable,
@@ -52,7 +52,7 @@ def on_two(*options) -> subprocess.Popen:
             *arguments(*options, "--trainer.devices=2", "--trainer.strategy=ddp"),
         ],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | meeting.environment,
         stdout=subprocess.DEVNULL,
         stderr=(options[0].parent / "stderr").open("a"),
         start_new_session=True,  # so that both can be killed at once
@@ -67,20 +67,15 @@ def test_two_processes_killed_and_resumed_on_one_and_on_two_write_the_file_of_on
     questions = [{"question": f"{n:03} + {7 * n % 1000:03} = ?"} for n in range(COUNT)]
     source = write_jsonl(tmp_path / "questions.jsonl", questions)
 
-    killed = on_two(tmp_path / "killed", source)
-    parts = f"{tmp_path / 'killed' / 'tiny' / 'predictions.jsonl'}.part-"
-    deadline = time.monotonic() + 120
-    known = 0
-    while known < COUNT // 4 and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-        files = [file for file in (tmp_path / "killed").rglob("*") if str(file).startswith(parts)]
-        known = sum(file.read_bytes().count(b"\n") for file in files)
-    os.killpg(killed.pid, signal.SIGKILL)
+    folder = tmp_path / "killed" / "tiny"
+    kill = f"{{class_path: self_kill.KillAllInPrediction, init_args: {{batches: 10, folder: {folder}}}}}"
+    points = MeetingPoint(), MeetingPoint()
+    killed = on_two(points[0], tmp_path / "killed", source, f"--trainer.callbacks+={kill}")
     assert killed.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()
-    assert len(files) == 2, "both processes had answered something"
+    assert len(list(folder.glob("*.part-*"))) == 2, "both processes had answered something"
     shutil.copytree(tmp_path / "killed", tmp_path / "resumed on one")
 
-    resumed = on_two(tmp_path / "killed", source)
+    resumed = on_two(points[1], tmp_path / "killed", source)
     on_one(monkeypatch, tmp_path / "whole", source)
     on_one(monkeypatch, tmp_path / "resumed on one", source)
     assert resumed.wait() == 0, (tmp_path / "stderr").read_text()

@@ -5,10 +5,12 @@ import signal
 import tracemalloc
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 
 import lightning as L
 import pytest
 import torch
+from kill_points import killed_before
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from dream_lightning import saving
@@ -83,6 +85,17 @@ def test_it_is_on_the_disk_before_it_takes_the_name(path, monkeypatch):
         monkeypatch.setattr(saving.os, name, lambda *a, call=call, name=name: (events.append(name), call(*a))[1])
     SafeCheckpointIO().save_checkpoint(NEW, path)
     assert events == ["fsync", "replace", "fsync"]
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(path):
+    for moment in count():
+        killed = killed_before(moment, path.parent, lambda: SafeCheckpointIO().save_checkpoint(NEW, path))
+        assert step(path) == (1 if moment < 2 else 2)  # opened, renamed
+        remove_partials(path.parent)
+        assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+        if not killed:
+            break
+    assert moment >= 2
 
 
 def test_it_is_written_without_a_copy_in_memory(path):

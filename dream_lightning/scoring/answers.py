@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -22,8 +23,8 @@ from functools import lru_cache
 logger = logging.getLogger(__name__)
 
 MAX_SYMBOLIC_CHARS = 400  # the longest of the 500 MATH-500 answers has 53
-CHECK_SECONDS = 5.0  # a usual check takes 5-50 ms
-START_SECONDS = 120.0  # importing sympy from a cold network disk
+CHECK_SECONDS = 5.0  # of the processor's time, so that no verdict hangs on what else runs; a usual check takes 5-50 ms
+WAIT_SECONDS = 120.0  # of the clock, for a check on a busy machine or importing sympy from a cold network disk
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 LAST_NUMBER = re.compile(
@@ -107,7 +108,8 @@ def is_equivalent(prediction: str, reference: str) -> bool:
        "A, B" = "AB"; yes = true, no = false.
     2. Two rational numbers: exactly, without thousands separators, currency and units; 50 % is 50 or 0.5. A decimal of
        at least 6 significant digits may also be the other one rounded. Nothing else is asked.
-    3. Math-Verify (`verify(gold, target)`). Over 400 characters, or undecided within 5 seconds: False, with a warning.
+    3. Math-Verify (`verify(gold, target)`). Over 400 characters, or undecided after 5 seconds of computing: False, with
+       a warning.
 
     Raises:
         ImportError: step 3 is reached and math-verify is not installed.
@@ -206,7 +208,7 @@ def _same_number(ours: str, ours_value: Fraction, gold: str, gold_value: Fractio
 
 
 class _SymbolicChecker:
-    """The helper process: one line of JSON in, one line "1" or "0" out. Killed and started again when out of time."""
+    """The helper process: one line of JSON in, one line "1" or "0" out. Out of time it ends, and is started again."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -216,12 +218,14 @@ class _SymbolicChecker:
     def equal(self, gold: str, target: str) -> bool:
         with self._lock:
             process = self._running()
-            process.stdin.write(json.dumps([gold, target]).encode() + b"\n")
-            in_time = select.select([process.stdout], [], [], CHECK_SECONDS)[0]
+            process.stdin.write(json.dumps([CHECK_SECONDS, gold, target]).encode() + b"\n")
+            in_time = select.select([process.stdout], [], [], WAIT_SECONDS)[0]
             reply = process.stdout.readline() if in_time else b""
             if not reply:  # out of time, or out of memory and gone
                 self.stop()
-                logger.warning("no verdict within %g s, counted as different: %.80r %.80r", CHECK_SECONDS, target, gold)
+                logger.warning(
+                    "no verdict after computing %g s, counted as different: %.80r %.80r", CHECK_SECONDS, target, gold
+                )
             return reply == b"1\n"
 
     def _running(self) -> "subprocess.Popen[bytes]":
@@ -232,7 +236,7 @@ class _SymbolicChecker:
         command = [sys.executable, "-P", os.path.abspath(__file__)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self._process, self._owner = process, os.getpid()
-        if not select.select([process.stdout], [], [], START_SECONDS)[0] or process.stdout.readline() != b"ready\n":
+        if not select.select([process.stdout], [], [], WAIT_SECONDS)[0] or process.stdout.readline() != b"ready\n":
             self.stop()
             raise RuntimeError(f"Math-Verify did not start in {command}: see its error above")
         return process
@@ -261,8 +265,12 @@ def _serve() -> None:
     parse(r"$\frac{1}{2}$", parsing_timeout=None)  # builds the grammar's tables
     replies.write(b"ready\n")
     for line in sys.stdin:
-        gold, target = (parse(f"${text}$", parsing_timeout=None) for text in json.loads(line))
-        replies.write(b"1\n" if verify(gold, target, timeout_seconds=None) else b"0\n")
+        seconds, *texts = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process, also in the middle of a long C call
+        gold, target = (parse(f"${text}$", parsing_timeout=None) for text in texts)
+        reply = b"1\n" if verify(gold, target, timeout_seconds=None) else b"0\n"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(reply)
 
 
 if __name__ == "__main__":

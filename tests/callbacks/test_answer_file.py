@@ -1,9 +1,11 @@
 """AnswerFile: whatever is killed whenever, the finished file is the one of an undisturbed run."""
 
+import itertools
 import json
 import random
 
 import pytest
+from kill_points import killed_before
 
 from dream_lightning.callbacks.answer_file import AnswerFile
 
@@ -69,6 +71,24 @@ def started(path, numbers=QUESTIONS, **options):
     done = file.open(numbers, SETTINGS, **options)
     file.join(file.start_run(SETTINGS))
     return file, done
+
+
+def test_killed_before_any_change_of_a_file(tmp_path):
+    """The kills above come between calls; these in the middle of each, resumed with a hole and torn lines to mend."""
+    for moment in itertools.count():
+        path = tmp_path / str(moment) / "predictions.jsonl"
+        a_run(path, random.Random(moment), 3, stop_at=5)
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]) + b'{"id"')
+        killed = [
+            killed_before(moment, path.parent, lambda path=path: a_run(path, random.Random(1), 3, stop_at=99))
+            for _ in range(2)
+        ]
+        assert a_run(path, random.Random(2), 2, stop_at=99)
+        assert path.read_bytes() == WHOLE
+        assert {file.name for file in path.parent.iterdir()} == {path.name, path.name + ".settings.json"}
+        if not killed[0]:
+            break
+    assert moment > 20
 
 
 def test_a_process_that_outlived_its_run_does_no_harm(tmp_path):

@@ -28,7 +28,7 @@ class Signal(L.Callback):
     def _send(self, trainer):
         if trainer.global_step == self.step and self.times and not trainer.sanity_checking:
             self.times -= 1
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.hook == "first micro-batch" and batch_idx % 2 == 0:
@@ -143,8 +143,8 @@ def test_a_second_ctrl_c_stops_at_once_without_saving(source, tmp_path, capfd):
 class Twice(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_the_former_handlers_are_back_afterwards(source, tmp_path):

@@ -1,10 +1,12 @@
 """A set of documents: the same as one by one, in any number of processes, and computed once."""
 
+import itertools
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from kill_points import killed_before
 
 from dream_lightning.data import tokenization
 from dream_lightning.data.chat import encode
@@ -102,6 +104,18 @@ def test_a_process_that_comes_second_takes_the_first_ones_result(tmp_path):
     tokenization._save(first._table, folder)
     assert list(tmp_path.iterdir()) == [folder]
     assert list(tokenize(examples(), BYTES, cache_dir=tmp_path)) == list(first)
+
+
+def test_a_kill_at_any_moment_leaves_the_whole_folder_or_none(tmp_path):
+    want = list(tokenize(examples(), BYTES))
+    for moment in itertools.count():
+        cache = tmp_path / str(moment)
+        killed = killed_before(moment, cache.parent, lambda cache=cache: tokenize(examples(), BYTES, cache_dir=cache))
+        assert list(tokenize(examples(), BYTES, cache_dir=cache)) == want
+        assert len(list(cache.glob("documents-*"))) == 1
+        if not killed:
+            break
+    assert moment > 5
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])

@@ -1,7 +1,8 @@
 import importlib.util
 import itertools
 import json
-import subprocess
+import runpy
+import signal
 import sys
 import threading
 import time
@@ -86,9 +87,9 @@ def test_extract_answer(text, expected):
     ],
 )  # fmt: skip
 def test_extraction_is_not_quadratic_in_hostile_text(text):
-    start = time.perf_counter()
+    start = time.process_time()
     extract_answer(text), reference_answer(text)
-    assert time.perf_counter() - start < 10  # a hang, not a timing: the worst takes 1.2 s
+    assert time.process_time() - start < 10  # a hang, not a timing: the worst takes 0.8 s
 
 
 @pytest.mark.parametrize(
@@ -147,9 +148,7 @@ HOSTILE = [
 def test_number_bombs_end_and_harm_nobody(bomb, monkeypatch):
     monkeypatch.setattr(answers, "CHECK_SECONDS", 0.5)
     is_equivalent.cache_clear()
-    start = time.perf_counter()
     assert not is_equivalent(bomb, "7")
-    assert time.perf_counter() - start < 60  # a hang, not a timing
     monkeypatch.undo()
     assert is_equivalent(r"\frac{2}{\sqrt{2}}", r"\sqrt{2}")  # the helper is back
     is_equivalent.cache_clear()
@@ -168,10 +167,23 @@ def test_undecided_is_said(caplog, monkeypatch):
     monkeypatch.setattr(answers, "CHECK_SECONDS", 0.3)
     is_equivalent.cache_clear()
     assert not is_equivalent("9^{9^{9^{9}}}", "8")
-    assert "no verdict within 0.3 s" in caplog.text
+    assert "no verdict after computing 0.3 s" in caplog.text
     assert not is_equivalent("x+" * 300, "8")
     assert "600 characters" in caplog.text or "599 characters" in caplog.text
     is_equivalent.cache_clear()
+
+
+def test_a_machine_that_stands_still_changes_no_verdict(monkeypatch):
+    """Only what the helper computes counts as its time."""
+    monkeypatch.setattr(answers, "CHECK_SECONDS", 1.0)
+    assert is_equivalent(r"\frac{6}{\sqrt{6}}", r"\sqrt{6}")
+    helper = answers._checker._process
+    helper.send_signal(signal.SIGSTOP)
+    later = threading.Timer(1.5, helper.send_signal, [signal.SIGCONT])
+    later.start()
+    assert is_equivalent(r"\frac{13}{\sqrt{13}}", r"\sqrt{13}")
+    later.join()
+    assert answers._checker._process is helper
 
 
 def test_works_outside_the_main_thread():
@@ -194,9 +206,9 @@ def test_a_missing_math_verify_is_an_error_only_where_it_is_needed(monkeypatch):
 
 
 def test_importing_does_not_load_math_verify_nor_start_a_process():
-    code = "import sys, dream_lightning.scoring.answers as a; "
-    code += "assert 'math_verify' not in sys.modules and a._checker._process is None"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    module = runpy.run_path(answers.__file__, run_name="imported")
+    assert module["_checker"]._process is None
+    assert "math_verify" not in sys.modules  # nor has any test before this one loaded it here
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Every script tells a user's mistake in one message."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,9 +15,12 @@ def test_options_are_read_under_readable_errors(script):
     assert lines[lines.index("auto_cli(main, as_positional=False)") - 1] == "with readable_errors():"
 
 
-def test_an_error_that_the_script_itself_raises_is_one_message():
+def test_an_error_that_the_script_itself_raises_is_one_message(monkeypatch, capsys):
     (show,) = (script for script in SCRIPTS if script.stem == "show")
-    options = ["--source=bundled", "--tokenizer=bytes", "--row=0"]
-    done = subprocess.run([sys.executable, str(show), *options], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "error: row is 0, bundled has 1 to 20000" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.delenv("DREAM_TRACEBACK", raising=False)
+    monkeypatch.setattr(sys, "argv", [str(show), "--source=bundled", "--tokenizer=bytes", "--row=0"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(show), run_name="__main__")
+    assert exit_.value.code == 1
+    said = capsys.readouterr().err
+    assert "error: row is 0, bundled has 1 to 20000" in said and "Traceback" not in said

@@ -1,0 +1,72 @@
+"""Kills at exact moments: right before the n-th change of the files in a folder.
+
+Between two such changes a kill finds the same files, so killing before each of them in turn is killing at any time.
+Lines and files that a kill tears in the middle of a write are the business of tests that tear them.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_NAMES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+
+
+class Watch:
+    """Calls `before_change(what)` with whatever this process is about to change in `folder`.
+
+    Python tells an audit hook; one cannot be taken back, so all share it.
+    """
+
+    _active: "Watch | None" = None
+    _hooked = False
+
+    def __init__(self, folder: Path, before_change: Callable[[str], None]) -> None:
+        self.folder, self.before_change = os.path.join(os.path.abspath(folder), ""), before_change
+
+    def __enter__(self) -> "Watch":
+        if not Watch._hooked:
+            sys.addaudithook(lambda event, arguments: Watch._active and Watch._active._hear(event, arguments))
+            Watch._hooked = True
+        Watch._active = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Watch._active = None
+
+    def _hear(self, event: str, arguments: tuple) -> None:
+        if event not in _NAMES and not (event == "open" and arguments[2] & _WRITING):
+            return
+        path = arguments[0]
+        if isinstance(path, int):  # a file that is open already
+            return
+        path = os.path.abspath(os.fsdecode(path))
+        in_a_tree = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # rmtree names its entries alone
+        if in_a_tree or path.startswith(self.folder):
+            self.before_change(f"{event} {os.path.basename(path)}")
+
+
+class Killed(BaseException):
+    """The end of a process, for a test that has to live on."""
+
+
+def killed_before(change: int, folder: Path, work: Callable[[], object]) -> bool:
+    """Do `work` up to before its n-th change of the folder, from 0; False if it was done without coming to that.
+
+    From then on nothing can be changed any more, so that no `finally` clears away what a kill leaves.
+    """
+    seen = -1
+
+    def count(what: str) -> None:
+        nonlocal seen
+        seen += 1
+        if seen >= change:
+            raise Killed(what)
+
+    try:
+        with Watch(folder, count):
+            work()
+    except Killed:
+        return True
+    return False

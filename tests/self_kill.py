@@ -1,0 +1,35 @@
+"""Callbacks that kill the run which the command line starts, at a moment that the machine's speed does not move."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import lightning as L
+
+
+class KillAtStep(L.Callback):
+    """SIGKILL once this many optimiser steps are done and with the loggers."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAllInPrediction(L.Callback):
+    """SIGKILL to all processes of the session, from the first one after its `batches`, when others have answers too.
+
+    They go on meanwhile, but not to the end, where they would wait for the first.
+    """
+
+    def __init__(self, batches: int, folder: str) -> None:
+        self.batches, self.folder = batches, Path(folder)
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if trainer.is_global_zero and batch_idx + 1 == self.batches:
+            while sum(b"\n" in part.read_bytes() for part in self.folder.glob("*.part-*")) < trainer.world_size:
+                time.sleep(0.01)
+            os.killpg(0, signal.SIGKILL)

@@ -228,14 +228,17 @@ def test_a_config_for_several_gpus_runs_here(tmp_path, config):
         *(f"--{saver}.dirpath={tmp_path / 'checkpoints'}" for saver in ("checkpoint", "autosave")),
         "--autosave.every_n_train_steps=1",
     ]
-    meeting = MeetingPoint()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | meeting.environment
-    run = subprocess.run([*command, "--trainer.max_steps=1"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+
+    def run(*options: str) -> str:
+        meeting = MeetingPoint()  # each run its own
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | meeting.environment
+        done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    run("--trainer.max_steps=1")
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert (read_rest(last) if last.is_dir() else torch.load(last, weights_only=True))["global_step"] == 1
     if config == "fsdp_lora":  # whose checkpoint is restored late
-        options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-        run = subprocess.run([*command, "--trainer.max_steps=2", "--ckpt_path=last"], **options)
-        assert run.returncode == 0 and "Restored all states" in run.stderr, run.stderr
-        assert "begins anew" not in run.stderr
+        said = run("--trainer.max_steps=2", "--ckpt_path=last")
+        assert "Restored all states" in said and "begins anew" not in said

@@ -172,6 +172,7 @@ class DreamModule(L.LightningModule):
         self.model: DreamModel | None = None  # built in configure_model
         self.base: dict[str, str] | None = None  # under adapters: name, content hash and kind of what they belong to
         self._saved_optimizer: str | None = None  # of the checkpoint that training goes on from
+        self._saved_step: int | None = None  # of the checkpoint that is scored outside of training
         self.val_nll, self.val_answers = MeanMetric(), AnswerAccuracy()
         self.val_speed = TokensPerForward()
 
@@ -254,9 +255,15 @@ class DreamModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not belong to this model; go on also where a step is cut otherwise."""
         self.check_checkpoint(checkpoint)
+        self._saved_step = checkpoint["global_step"]
         if self._trainer is not None:  # load_from_checkpoint has none, and takes the weights only
             self._saved_optimizer = checkpoint.get("optimizer")
             recount(checkpoint, self.trainer.accumulate_grad_batches)
+
+    @property
+    def trained_steps(self) -> int:
+        """Optimiser steps behind the weights, where scores belong in the logs; Lightning says 0 outside of `fit`."""
+        return self.global_step if self._saved_step is None else self._saved_step
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, with other adapters, or of another base; looks at no tensor.
@@ -342,7 +349,7 @@ class DreamModule(L.LightningModule):
                 f"the checkpoint holds the states of {saved} and model.optimizer is {ours}: go on with the optimiser "
                 "of the run that saved it, or export it and start anew with the folder as model.pretrained"
             )
-        self._saved_optimizer = None
+        self._saved_optimizer = self._saved_step = None
         # Where the schedule needs the length of an epoch, Lightning made the loader before it read the checkpoint, and
         # would begin the epoch again.
         self.trainer.fit_loop._load_combined_loader_states()
@@ -459,6 +466,8 @@ class DreamModule(L.LightningModule):
             self.log(f"{stage}/accuracy", scores["accuracy"], prog_bar=True)
             self.log(f"{stage}/unparsed", scores["unparsed"])
             self.log(f"{stage}/tokens_per_forward", self.val_speed.compute())
+        if self._saved_step is not None:  # loggers take it as the step of the others
+            self.log("step", float(self._saved_step))
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

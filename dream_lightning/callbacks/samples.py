@@ -61,14 +61,14 @@ class SampleLogger(L.Callback):
         ]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("val/samples", _markdown(rows), trainer.global_step)
+                logger.experiment.add_text("val/samples", _markdown(rows), pl_module.trained_steps)
                 if self._history:
-                    logger.experiment.add_text("val/denoising", self._history, trainer.global_step)
+                    logger.experiment.add_text("val/denoising", self._history, pl_module.trained_steps)
             elif isinstance(logger, WandbLogger):
                 texts = [list(row.values()) for row in rows]
-                logger.log_text("val/samples", list(rows[0]), texts, step=trainer.global_step)
+                logger.log_text("val/samples", list(rows[0]), texts, step=pl_module.trained_steps)
                 if self._history:
-                    logger.log_text("val/denoising", ["history"], [[self._history]], step=trainer.global_step)
+                    logger.log_text("val/denoising", ["history"], [[self._history]], step=pl_module.trained_steps)
 
     def _as_text(self, states: Tensor, tokenizer) -> str:
         """The states at a few moments as a Markdown code block: ▒ a mask, ↵ a line's end, ∎ eos."""

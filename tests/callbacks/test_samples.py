@@ -19,8 +19,8 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "nu
 NEW_TOKENS, STEPS = 24, 12
 
 
-def fit(source, tmp_path, callback, logger, **options):
-    """Four steps, a validation after every second one."""
+def parts(source, tmp_path, callback, logger, **options):
+    """Trainer, module and data for four steps with a validation after every second one."""
     L.seed_everything(0, verbose=False)
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS, steps=STEPS, forbid_mask=True)
     module = DreamModule(new_model=SIZES, tokenizer="bytes", sampling=sampling)
@@ -41,7 +41,13 @@ def fit(source, tmp_path, callback, logger, **options):
         enable_checkpointing=False,
         **({"max_steps": 4, "val_check_interval": 2, "check_val_every_n_epoch": None} | options),
     )
+    return trainer, module, data
+
+
+def fit(*arguments, **options):
+    trainer, module, data = parts(*arguments, **options)
     trainer.fit(module, data)
+    return trainer
 
 
 def texts(folder, tag):
@@ -84,6 +90,20 @@ def test_the_history_goes_from_masks_to_text(run_folder):
         # Two of 24 positions a step, on average; the last step leaves none.
         assert NEW_TOKENS - 4 <= masks[0] < NEW_TOKENS
         assert masks == sorted(masks, reverse=True) and masks[-1] == 0
+
+
+def test_a_checkpoint_is_scored_at_its_own_step(sums, tmp_path):
+    """Lightning's step is 0 outside of fit, as if the weights were new."""
+    fit(sums, tmp_path, SampleLogger(), False).save_checkpoint(tmp_path / "a.ckpt")
+    logger = TensorBoardLogger(tmp_path / "logs", name=None, version="")
+    trainer, module, data = parts(sums, tmp_path, SampleLogger(count=1), logger)
+    trainer.validate(module, data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    scores = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [event.step for event in scores.Scalars("val/nll")] == [4]
+    assert list(texts(tmp_path / "logs", "val/samples")) == [4]
+    trainer.fit(module, data)  # anew, with steps of its own
+    scores.Reload()
+    assert {event.step for event in scores.Scalars("val/nll")} == {1, 3, 4}
 
 
 def test_no_questions_no_texts(sums, tmp_path):

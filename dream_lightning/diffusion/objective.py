@@ -59,12 +59,15 @@ def reduce_nll(
     | `micro_batch` | each micro-batch by its own masked tokens, then by the number of micro-batches:  |
     |               | the authors' trainer; depends on how a step is cut into micro-batches            |
 
-    Focal reweighting multiplies each token by alpha · (1 − exp(−nll))^gamma (the authors' yaml: 0.25 and 2).
+    Focal reweighting multiplies each token by alpha · (1 − exp(−nll))^gamma (the authors' yaml: 0.25 and 2); gamma 0
+    switches it off, alpha included.
     """
     if normalizer not in get_args(Normalizer):
         raise ValueError(f"normalizer is {normalizer!r}, wanted one of {', '.join(get_args(Normalizer))}")
     if focal_gamma:
-        nll = focal_alpha * (1 - torch.exp(-nll)) ** focal_gamma * nll
+        # Not below the smallest float: at a certain token (nll 0) the gradient of 0^gamma is infinite for gamma < 1.
+        unsure = (1 - torch.exp(-nll)).clamp(min=torch.finfo(nll.dtype).tiny)
+        nll = focal_alpha * unsure**focal_gamma * nll
     total = (nll * weight).sum()
     masked_count = torch.full((), nll.numel(), dtype=torch.float32, device=nll.device)
     match normalizer:

@@ -41,6 +41,11 @@ def test_corrupt_refuses_missing_noise_and_wrong_shapes(rows):
         corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(6))
     with pytest.raises(ValueError, match="maskable is"):
         corrupt(x_0, maskable.long(), mask_token_id=MASK, t=torch.ones(6), u=torch.zeros(6, 50))
+    for u in (torch.zeros(6, 1), torch.zeros(50)):  # would mask whole rows, or all rows at the same places
+        with pytest.raises(ValueError, match="u has shape"):
+            corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(6), u=u)
+    with pytest.raises(ValueError, match="t has shape"):
+        corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(5), u=torch.zeros(6, 50))
 
 
 def test_complements_mask_every_response_token_once(rows):
@@ -105,6 +110,13 @@ def test_nothing_masked_gives_zero_loss_and_zero_gradients(normalizer):
     terms.mean.backward()
     assert terms.mean == 0
     assert (head.weight.grad == 0).all() and (hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_a_certain_token_has_a_finite_focal_gradient(gamma):
+    nll = torch.tensor([0.0, 1.0], requires_grad=True)
+    reduce_nll(nll, torch.ones(2), maskable_count=2, focal_gamma=gamma).sum.backward()
+    assert 0 <= nll.grad[0] < 1e-6 < nll.grad[1]
 
 
 def test_chunked_head_equals_the_plain_one():

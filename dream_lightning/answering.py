@@ -84,8 +84,8 @@ def complete(
     Raises:
         ValueError: the text has no gap, or a gap no token; as `diffusion_generate`.
     """
-    pieces = text.split(marker)
-    if not marker or len(pieces) == 1:
+    pieces = text.split(marker) if marker else []
+    if len(pieces) <= 1:
         raise ValueError(f"the text has no {marker!r}, so there is nothing to fill: mark a gap with it")
     if tokens_per_gap < 1:
         raise ValueError(f"tokens_per_gap is {tokens_per_gap}, wanted at least 1")
@@ -93,7 +93,9 @@ def complete(
     ids: list[int] = []
     for n, piece in enumerate(pieces):
         ids += gap * (n > 0) + tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
-    params = params or SamplingParams(steps=len(gap) * (len(pieces) - 1), forbid_mask=True)
+    if params is None:
+        steps = len(gap) * (len(pieces) - 1)
+        params = SamplingParams(max_new_tokens=0, steps=steps, tokens_per_step=1, forbid_mask=True)
     params = replace(params, max_new_tokens=0, banned_tokens=[*(params.banned_tokens or []), tokenizer.eos_token_id])
     out = diffusion_generate(model, torch.tensor([ids], device=model.device), params=params, infill=True)
     return tokenizer.decode(out.sequences[0])

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from dream_lightning import answering
 from dream_lightning.answering import complete
 from dream_lightning.building import random_model
 from dream_lightning.model import load_tokenizer
-from dream_lightning.sampling import SamplingParams
+from dream_lightning.sampling import SamplingParams, diffusion_generate
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -34,6 +35,19 @@ def test_only_the_gaps_are_filled(model, tokenizer, monkeypatch):
     assert len(gaps) == 6 and tokenizer.mask_token_id not in gaps and tokenizer.eos_token_id not in gaps
 
 
+def test_without_params_a_step_fills_one_token(model, tokenizer, monkeypatch):
+    filled = []
+
+    def generate(*arguments, **options):
+        out = diffusion_generate(*arguments, **options)
+        filled.extend(step for step in out.filled_at[0].tolist() if step >= 0)
+        return out
+
+    monkeypatch.setattr(answering, "diffusion_generate", generate)
+    complete(model, tokenizer, "The … is …", tokens_per_gap=3)
+    assert sorted(filled) == [0, 1, 2, 3, 4, 5]
+
+
 def test_what_stands_behind_a_gap_counts(model, tokenizer):
     texts = {complete(model, tokenizer, f"The … is {end}", tokens_per_gap=6)[:10] for end in ("blue.", "wide?", "Ω")}
     assert len(texts) > 1
@@ -45,6 +59,7 @@ def test_what_stands_behind_a_gap_counts(model, tokenizer):
     ("change", "message"),
     [
         ({"text": "no gap"}, "the text has no '…'"),
+        ({"marker": ""}, "the text has no ''"),
         ({"tokens_per_gap": 0}, "tokens_per_gap is 0"),
         ({"params": SamplingParams(stop_at_eos=True, forbid_mask=True)}, "infill=True with stop_at_eos"),
     ],

@@ -38,7 +38,7 @@ def corrupt(
     if maskable.shape != x_0.shape or maskable.dtype != torch.bool:
         raise ValueError(f"maskable is {maskable.dtype} {list(maskable.shape)}, wanted torch.bool {list(x_0.shape)}")
     if u is not None and u.shape != x_0.shape:
-        raise ValueError(f"u has shape {list(u.shape)}, wanted {list(x_0.shape)}: a number of its own for every position")
+        raise ValueError(f"u has shape {list(u.shape)}, wanted {list(x_0.shape)}: one number a position")
     if t.shape not in (x_0.shape, x_0.shape[:1]):
         raise ValueError(f"t has shape {list(t.shape)}, wanted {list(x_0.shape[:1])} or {list(x_0.shape)}")
     if u is None:

@@ -36,7 +36,7 @@ class Reply:
 
 
 class Conversation:
-    """Turns of user and model. The model sees its earlier answers without their thinking."""
+    """Turns of user and model. The model sees its earlier answers without their thinking, if there is more of them."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Conversation:
             yield Frame(ids, [now != before for now, before in zip(ids, shown, strict=True)])
             shown = ids
         self.last = self._reply(shown, len(prompt), time.perf_counter() - start)
-        said = self.last.answer or f"<think>\n{self.last.thinking}"
+        said = self.last.answer or (f"<think>\n{self.last.thinking}" if self.last.thinking else "")
         self.turns = [*turns, Message(role="assistant", content=said)]
 
     def _reply(self, ids: list[int], context: int, seconds: float) -> Reply:

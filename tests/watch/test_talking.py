@@ -80,6 +80,14 @@ def test_thinking_without_end_is_kept_as_what_was_said(says):
     assert talk.turns[-1]["content"].startswith("<think>\nxxx")
 
 
+def test_an_empty_answer_stays_empty_in_later_turns(says):
+    prompts, talk = says("", "five"), a_conversation()
+    list(talk.ask("2+2?"))
+    assert (talk.last.thinking, talk.last.answer, talk.last.tokens) == (None, "", 0)
+    list(talk.ask("and?"))
+    assert "<|im_start|>assistant\n<|im_end|>" in prompts[1] and "None" not in prompts[1]
+
+
 def test_too_long_and_empty_are_refused_before_anything_runs(says):
     prompts, talk = says("long " * 8, "never"), a_conversation()
     for empty in ("", "  \n"):

@@ -68,7 +68,7 @@ class RowSampler(DistributedSampler):
 
     def _rows_in_order(self) -> list[Row]:
         documents = sum(map(len, self.rows))
-        if not self.shuffle:  # the same noise at every pass: epochs −1, −2, …
+        if not self.shuffle:  # the same noise at every pass: epochs −1, −2, …, whose places are one sequence
             return [
                 tuple(Draw(-1 - repeat, document * self.repeats + repeat, document) for document in row)
                 for row in self.rows

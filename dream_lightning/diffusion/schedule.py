@@ -18,14 +18,15 @@ def stratified_t(seed: int, epochs: Tensor, places: Tensor, *, t_min: float = 1e
     offset of the epoch makes every single t exactly uniform, so expectations are those of independent draws.
 
     Args:
-        epochs, places: int64, any shape: the epoch and the sample's place in that epoch's order.
+        epochs, places: int64, any shape: the epoch and the sample's place in that epoch's order. Negative epochs, the
+            repeated draws of a validation set, share one order and one offset.
         t_min: lower end; 1/t is the weight of the ELBO, so it bounds a token's weight.
         t_max: upper end.
 
     Returns:
         float32 in the shape of `places`.
     """
-    offset = uniform(seed, epochs, _OFFSET).double()
+    offset = uniform(seed, epochs.clamp(min=-1), _OFFSET).double()
     fraction = torch.frac(offset + places.clamp(min=0).double() * _GOLDEN_RATIO)
     return (t_min + (t_max - t_min) * fraction).float()
 

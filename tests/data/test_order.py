@@ -73,6 +73,15 @@ def test_validation_draws_are_fixed_and_spread():
     assert twice == draws(shuffle=False, repeats=2, epoch=8)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_draws_of_a_validation_document_have_evenly_spread_t(seed):
+    rows = draws(rows=[[i] for i in range(10)], shuffle=False, repeats=8)
+    epochs, places = (torch.tensor([getattr(row[0], name) for row in rows]) for name in ("epoch", "place"))
+    circle = stratified_t(seed, epochs, places).view(10, 8).sort(dim=1).values
+    gaps = torch.diff(torch.cat([circle, circle[:, :1] + 1], dim=1), dim=1)
+    assert gaps.max() < 2 / 8
+
+
 class Indices(torch.utils.data.Dataset):
     """What a sampler drew, as it is."""
 

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from dream_lightning.adapters import LoraParams, check_adapters, train_in_float8, trainable_summary
@@ -43,7 +42,7 @@ from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.optim import PagedAdamW8bit, adamw, decay_groups
 from dream_lightning.sampling import SamplingParams, release
-from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
+from dream_lightning.scoring import AnswerAccuracy, MeanLoss, TokensPerForward
 from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested, send_only_what_trains
 from dream_lightning.sums import TrainingSums
 from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
@@ -173,7 +172,7 @@ class DreamModule(L.LightningModule):
         self.base: dict[str, str] | None = None  # under adapters: name, content hash and kind of what they belong to
         self._saved_optimizer: str | None = None  # of the checkpoint that training goes on from
         self._saved_step: int | None = None  # of the checkpoint that is scored outside of training
-        self.val_nll, self.val_answers = MeanMetric(), AnswerAccuracy()
+        self.val_nll, self.val_answers = MeanLoss(), AnswerAccuracy()
         self.val_speed = TokensPerForward()
 
     def setup(self, stage: str) -> None:
@@ -287,7 +286,9 @@ class DreamModule(L.LightningModule):
 
     # ── the objective ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def noise(self, batch: Batch, *, stratified: bool = True, t_max: float = 1.0) -> NoisedBatch:
+    def noise(
+        self, batch: Batch, *, stratified: bool = True, t_max: float = 1.0, eos_as_one: bool = False
+    ) -> NoisedBatch:
         """x_0 → x_t, with the noise that belongs to each document's draw."""
         bounds = {"t_min": self.t_min, "t_max": t_max}
         if stratified:
@@ -300,15 +301,16 @@ class DreamModule(L.LightningModule):
             mask_token_id=self.tokenizer.mask_token_id,
             t=t,
             u=uniform(self.seed, batch.epochs, batch.sample_ids, batch.position_ids),
-            eos_as_one=self.tokenizer.eos_token_id if self.treat_eos_as_one else None,
+            eos_as_one=self.tokenizer.eos_token_id if eos_as_one else None,
             places=batch.places,
         )
 
     def training_noise(self, batch: Batch) -> tuple[Batch, NoisedBatch]:
         """The rows to train on and their noise: the batch's own, or these and their complements."""
+        options = {"stratified": self.stratified_t, "eos_as_one": self.treat_eos_as_one}
         if not self.complementary_masks:
-            return batch, self.noise(batch, stratified=self.stratified_t)
-        noised = self.noise(batch, stratified=self.stratified_t, t_max=1 - self.t_min)
+            return batch, self.noise(batch, **options)
+        noised = self.noise(batch, t_max=1 - self.t_min, **options)
         return with_complements(batch, noised, mask_token_id=self.tokenizer.mask_token_id)
 
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
@@ -442,10 +444,9 @@ class DreamModule(L.LightningModule):
         return answers
 
     def _score_likelihood(self, batch: Batch) -> None:
-        noised = self.noise(batch)  # stratified whatever training does, so that runs compare
+        noised = self.noise(batch)  # stratified, eos by eos, whatever training does, so that runs compare
         nll = self.masked_nll(batch, noised)
-        elbo = reduce_nll(nll, 1 / noised.t[noised.where], maskable_count=batch.maskable.sum())
-        self.val_nll.update(elbo.mean, elbo.count)
+        self.val_nll.update(reduce_nll(nll, 1 / noised.t[noised.where], maskable_count=batch.maskable.sum()))
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/nll` (upper bound of −log p in nats a token), `val/accuracy`, `val/unparsed`, and the speed at

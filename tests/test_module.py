@@ -168,6 +168,28 @@ def test_validation_is_the_same_every_time_and_for_any_batch_size(sums, tmp_path
         assert other["val/nll"] == pytest.approx(first["val/nll"], rel=1e-5)
 
 
+def test_validation_noise_does_not_follow_the_objective(sums, tmp_path):
+    """So that the bounds of two runs compare."""
+
+    def bound(**options):
+        source = data(sums, tmp_path, validation_questions=0, eos_fill_to=60)
+        return trainer(tmp_path, limit_val_batches=1.0).validate(module(**options), source, verbose=False)[0]["val/nll"]
+
+    others = {"treat_eos_as_one": True, "stratified_t": False, "complementary_masks": True, "weighting": "cart"}
+    assert bound() == bound(**others)
+
+
+def test_a_bound_that_is_not_finite_is_not_left_out(sums, tmp_path):
+    class HalfBroken(DreamModule):
+        def masked_nll(self, batch, noised):
+            nll = super().masked_nll(batch, noised)
+            return nll * float("nan") if int(batch.sample_ids.max()) < 4 else nll  # the first batch only
+
+    source = data(sums, tmp_path, validation_questions=0)
+    scores = trainer(tmp_path, limit_val_batches=1.0).validate(module(HalfBroken), source, verbose=False)
+    assert math.isnan(scores[0]["val/nll"])
+
+
 def test_one_data_module_serves_one_stage_after_the_other(sums, tmp_path):
     model, source = module(), data(sums, tmp_path)
     validated = trainer(tmp_path, limit_val_batches=1.0).validate(model, source, verbose=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dream_lightning.scoring.answers import extract_answer, is_equivalent, reference_answer, split_thinking
-from dream_lightning.types import Prediction
+from dream_lightning.types import LossTerms, Prediction
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,35 @@ class AnswerAccuracy(Metric):
             "unparsed": self.unparsed.float() / rows,
             "scored": self.total.float(),
         }
+
+
+class MeanLoss(Metric):
+    """Sums and counts of losses over an epoch and its ranks, divided once.
+
+    A loss that is not finite stays so: torchmetrics' MeanMetric leaves NaN out, and half a diverged validation would
+    look well.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+
+    sum: Tensor  # [] float32
+    count: Tensor  # [] float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("sum", "count"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, terms: LossTerms) -> None:
+        """Adds a batch."""
+        self.sum += terms.sum
+        self.count += terms.count
+
+    def compute(self) -> Tensor:
+        """[] float32, 0 where nothing counted."""
+        return LossTerms(self.sum, self.count).mean
 
 
 class TokensPerForward(Metric):

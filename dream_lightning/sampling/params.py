@@ -99,6 +99,14 @@ class SamplingParams:
             raise ValueError(f"alg_temp is {self.alg_temp}, it must be finite and at least 0: None turns it off")
         if not 0 < self.eps < 1:
             raise ValueError(f"eps is {self.eps}, it must lie in (0, 1): the authors use 1e-3")
+        _check_integer("seed", self.seed)
+        for name in ("forbid_mask", "stop_at_eos", "compile"):
+            if not isinstance(getattr(self, name), bool):  # the text "False" would count as true
+                raise ValueError(f"{name} is {getattr(self, name)!r}, it must be true or false")
+        for name in ("banned_tokens", "required_tokens", "forced_prefix", "forced_suffix"):
+            ids = getattr(self, name)
+            if ids is not None and not (isinstance(ids, list | tuple) and all(map(_is_integer, ids))):
+                raise ValueError(f"{name} is {ids!r}, it must be a list of token ids")
 
         self._check_blocks()
         self._check_parallel()
@@ -207,6 +215,11 @@ class SamplingParams:
             )
 
 
-def _check_integer(name: str, value: int, minimum: int, remedy: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} is {value!r}, it must be an integer of at least {minimum}{remedy}")
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: int, minimum: int | None = None, remedy: str = "") -> None:
+    if not _is_integer(value) or (minimum is not None and value < minimum):
+        least = "" if minimum is None else f" of at least {minimum}"
+        raise ValueError(f"{name} is {value!r}, it must be an integer{least}{remedy}")

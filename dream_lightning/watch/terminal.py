@@ -180,8 +180,8 @@ def _table(rows: dict[str, str]) -> Table:
 
 
 def _value(text: str) -> object:
-    """JSON, or the text itself: 0.2, true, null, entropy."""
+    """JSON, Python's None, True and False, or the text itself: 0.2, true, null, entropy."""
     try:
-        return None if text == "None" else json.loads(text)
+        return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
     except json.JSONDecodeError:
         return text

@@ -1,5 +1,6 @@
 """Bad input is named, with what to do about it."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -30,10 +31,19 @@ IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 8, 9]])
         ("alg_temp", -1.0),
         ("eps", 0.0),
         ("eps", 1.0),
+        ("seed", None),
+        ("seed", 0.5),
+        ("forbid_mask", "False"),
+        ("stop_at_eos", 1),
+        ("compile", None),
+        ("banned_tokens", 5),
+        ("required_tokens", (2.5,)),
+        ("forced_prefix", "abc"),
+        ("forced_suffix", (True,)),
     ],
 )
 def test_params(field, value):
-    with pytest.raises(ValueError, match=f"{field} is {value!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"{field} is {value!r}")):
         SamplingParams(**{field: value})
 
 

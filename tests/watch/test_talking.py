@@ -151,6 +151,8 @@ def test_commands(says):
     for text in ("there is no /nothing: /think, /reset", "nothing was asked", "no thinking to unfold", "start a new"):
         assert text in shown
     assert len(talk.turns) == 2
+    screen(talk, "/params forbid_mask=False")
+    assert talk.params.forbid_mask is False
     screen(talk, "/reset", "b", "/quit", "c")
     assert [turn["content"] for turn in talk.turns] == ["b", "two"]
 
@@ -161,6 +163,7 @@ def test_commands(says):
         ("steps=0", "steps is 0, it must be an integer of at least 1"),
         ("stepps=3", "stepps=3 is not name=value with a name of alg, "),
         ("steps", "steps is not name=value"),
+        ("seed=two", "seed is 'two', it must be an integer"),
         ("temperature=hot", "temperature=hot: "),
     ],
 )

@@ -255,7 +255,8 @@ class DreamModule(L.LightningModule):
         """Refuse a checkpoint that does not belong to this model; go on also where a step is cut otherwise."""
         self.check_checkpoint(checkpoint)
         self._saved_step = checkpoint["global_step"]
-        if self._trainer is not None:  # load_from_checkpoint has none, and takes the weights only
+        # What else loads a checkpoint takes the weights only; load_from_checkpoint has no Trainer.
+        if self._trainer is not None and self.trainer.state.fn == "fit":
             self._saved_optimizer = checkpoint.get("optimizer")
             recount(checkpoint, self.trainer.accumulate_grad_batches)
 

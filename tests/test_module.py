@@ -148,8 +148,9 @@ def test_another_optimiser_than_the_checkpoints_is_refused(sums, tmp_path, optim
     resume = {"ckpt_path": tmp_path / "one.ckpt", "weights_only": True}
     with pytest.raises(ValueError, match=f"states of {first} and model.optimizer is {second}"):
         trainer(tmp_path, max_steps=2).fit(using(second), data(sums, tmp_path), **resume)
-    validation = trainer(tmp_path, limit_val_batches=1)
-    assert validation.validate(using(second), data(sums, tmp_path), verbose=False, **resume)
+    validation, other = trainer(tmp_path, limit_val_batches=1), using(second)
+    assert validation.validate(other, data(sums, tmp_path), verbose=False, **resume)
+    trainer(tmp_path, max_steps=1).fit(other, data(sums, tmp_path))  # which begins anew, from the weights it has
 
 
 def test_validation_is_the_same_every_time_and_for_any_batch_size(sums, tmp_path):

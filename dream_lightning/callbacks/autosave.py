@@ -154,8 +154,9 @@ class Autosave(ModelCheckpoint):
             validation["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the metrics of the checkpoint's step."""
-        self._unlogged = checkpoint.get(STEP_METRICS)
+        """Take the metrics of the checkpoint's step, where the run goes on from it."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._unlogged = checkpoint.get(STEP_METRICS)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what a run leaves that ended before its last step, by early stopping."""

@@ -4,16 +4,19 @@ import csv
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from material import addition_rows, write_jsonl
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams
 from dream_lightning.callbacks import Autosave
+from dream_lightning.callbacks.autosave import STEP_METRICS
 
 STEPS = 16
 METRICS = ("train/loss", "train/gradient_norm", "train/lr", "val/nll", "val/accuracy")
@@ -195,6 +198,18 @@ def test_killed_behind_a_save_it_logs_that_step_too(source, tmp_path, whole, mon
     assert saved_step(tmp_path) == step
     assert ("train/loss", str(step - 1)) not in logged(tmp_path)
     assert_same(fit(source, tmp_path, every=6, ckpt_path="last"), tmp_path, whole)
+
+
+@pytest.mark.parametrize(("fn", "taken"), [(TrainerFn.VALIDATING, False), (TrainerFn.FITTING, True)])
+def test_only_a_run_that_goes_on_takes_the_metrics_of_its_checkpoint(tmp_path, fn, taken):
+    """Of one that was only looked at, they would stand in the log of the next `fit`."""
+    written = []
+    connector = SimpleNamespace(log_metrics=lambda metrics, step: written.append(step))
+    trainer = SimpleNamespace(state=SimpleNamespace(fn=fn), _logger_connector=connector)
+    autosave = Autosave(tmp_path)
+    autosave.on_load_checkpoint(trainer, None, {STEP_METRICS: (3, {"train/loss": 1.0})})
+    autosave.on_fit_end(trainer, None)
+    assert written == [3] * taken
 
 
 def test_the_last_step_is_saved_whatever_the_interval(source, tmp_path, whole):

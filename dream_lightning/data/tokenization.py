@@ -155,7 +155,9 @@ def _encode_row(row: dict, *, tokenizer: PreTrainedTokenizerBase, options: dict)
 
 
 def _processes(count: int, num_proc: int | None) -> int | None:
-    wanted = num_proc if num_proc is not None else (1 if count < 500 else min(8, len(os.sched_getaffinity(0))))
+    # Only Linux tells which cores this process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = num_proc if num_proc is not None else (1 if count < 500 else min(8, cores))
     return None if wanted <= 1 else min(wanted, count)
 
 

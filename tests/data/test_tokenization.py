@@ -59,6 +59,12 @@ def test_set_equals_one_by_one(options):
     assert (got.cut_tokens >= 0).all() and np.array_equal(got.kept, np.flatnonzero(got.is_kept))
 
 
+def test_many_examples_are_tokenised_where_the_system_does_not_tell_its_cores(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert tokenization._processes(500, None) == 3 and tokenization._processes(499, None) is None
+
+
 def test_number_of_processes_changes_nothing():
     assert list(tokenize(examples(), BYTES, num_proc=2)) == list(tokenize(examples(), BYTES, num_proc=1))
 

@@ -120,6 +120,8 @@ def _empty(rows: int, length: int, pad_token_id: int) -> Batch:
 
 
 def _place(batch: Batch, b: int, start: int, draw: Draw, document: Document) -> None:
+    # Dream predicts a token from the position before it: in a packed row the first token's is the neighbour's last.
+    assert document.prompt_ids, f"document {document.id} has no prompt: its first token must not be maskable"
     response, end = start + len(document.prompt_ids), start + len(document)
     batch.input_ids[b, start:end] = torch.tensor(document.prompt_ids + document.response_ids)
     batch.maskable[b, response:end] = draw.counted

@@ -33,6 +33,12 @@ def test_packing_keeps_whole_documents_and_fills_rows():
         pack(lengths, 8_000)
 
 
+def test_a_document_without_a_prompt_is_refused():
+    """Its first token would be predicted from the last position of its neighbour."""
+    with pytest.raises(AssertionError, match="document x has no prompt"):
+        collate([[(Draw(0, 0, 0), document([1], [2])), (Draw(0, 1, 1), document([], [3]))]], pad_token_id=0)
+
+
 def least_rows(lengths: list[int], budget: int) -> int:
     """No packing of whole documents needs fewer rows (Martello and Toth 1990, the bound L2).
 

@@ -83,6 +83,7 @@ def main(
         raise ValueError(
             f"steps is {steps}: wanted at least 8, half of them and one to save and {CALIBRATION} to warm up"
         )
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through `finally`, as Ctrl-C
     place, name = Path(folder), Path(recipe).stem
     place.mkdir(parents=True, exist_ok=True)
     write_rows(place / "rows.jsonl", length)
@@ -139,12 +140,14 @@ def fit(probe: Path, arguments: list[str], *, until: int) -> dict:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        while process.poll() is None and (not (lines := read(probe)) or lines[-1]["step"] < until):
-            time.sleep(0.1)
-        ended = process.returncode
-        if ended is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        try:
+            while process.poll() is None and (not (lines := read(probe)) or lines[-1]["step"] < until):
+                time.sleep(0.1)
+            ended = process.returncode
+        finally:  # also when this script is told to stop: fit is in a session of its own and would train on
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     if ended is not None:
         raise SystemExit(f"fit ended by itself ({ended}):\n{log.read_text()[-4000:]}")
     lines = read(probe)

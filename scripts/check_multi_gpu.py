@@ -69,12 +69,12 @@ def main(
     Args:
         recipe: a shipped config with a strategy.
         pretrained: folder with the bytes tokenizer, as above.
-        folder: for data, logs and checkpoints; new. A checkpoint is left there, for scripts/export.py.
+        folder: for data, logs and checkpoints; new. With `resume` a checkpoint is left there, for scripts/export.py.
         devices: GPUs.
         steps: of a run; saved once, after half of them and one more.
         accumulate: micro-batches a step.
         length: tokens of a row.
-        resume: go on from the checkpoint in a second run.
+        resume: save, and go on from the checkpoint in a second run.
         alone: train on one GPU too; it must hold everything.
         accelerator: gpu or cpu.
         options: more options for fit, such as [--model.compile_layers=false].
@@ -83,6 +83,7 @@ def main(
         raise ValueError(
             f"steps is {steps}: wanted at least 8, half of them and one to save and {CALIBRATION} to warm up"
         )
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through `finally`, as Ctrl-C
     place, name = Path(folder), Path(recipe).stem
     place.mkdir(parents=True, exist_ok=True)
     write_rows(place / "rows.jsonl", length)
@@ -104,15 +105,16 @@ def main(
         *options,
     ]
     save_at = steps // 2 + 1
-    several = [f"--trainer.devices={devices}", f"--autosave.every_n_train_steps={save_at}"]
+    never = 10**9  # for speed alone nothing is saved: full states are 91 GB, which take longer than the steps
+    several = [f"--trainer.devices={devices}", f"--autosave.every_n_train_steps={save_at if resume else never}"]
     validation = f"--trainer.val_check_interval={(steps - 1) * accumulate}"  # once, with generation
 
     first = fit(place / f"{name}-first", [*common, *several, validation], until=steps)
     print(f"{name}, {devices} × {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
     report("first run", first, skip=(save_at + 1, steps))
-    saving = first["lines"][save_at + 1]["seconds"] - first["lines"][save_at]["seconds"] - first["step_seconds"]
-    print(f"  saving after step {save_at}: {saving:.0f} s, {size_gb(place / name):.1f} GB", flush=True)
     if resume:
+        saving = first["lines"][save_at + 1]["seconds"] - first["lines"][save_at]["seconds"] - first["step_seconds"]
+        print(f"  saving after step {save_at}: {saving:.0f} s, {size_gb(place / name):.1f} GB", flush=True)
         again = fit(place / f"{name}-again", [*common, *several, "--ckpt_path=last"], until=steps)
         report("killed, gone on", again)
         for step in range(save_at + 1, steps + 1):
@@ -138,12 +140,14 @@ def fit(probe: Path, arguments: list[str], *, until: int) -> dict:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        while process.poll() is None and (not (lines := read(probe)) or lines[-1]["step"] < until):
-            time.sleep(0.1)
-        ended = process.returncode
-        if ended is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        try:
+            while process.poll() is None and (not (lines := read(probe)) or lines[-1]["step"] < until):
+                time.sleep(0.1)
+            ended = process.returncode
+        finally:  # also when this script is told to stop: fit is in a session of its own and would train on
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     if ended is not None:
         raise SystemExit(f"fit ended by itself ({ended}):\n{log.read_text()[-4000:]}")
     lines = read(probe)

@@ -1,7 +1,7 @@
 """Where the time of a training loop goes: on the CPU the model's share of it, on a GPU how long that is idle.
 
 OMP_NUM_THREADS=2 python scripts/profile_fit.py --config configs/tiny.yaml --trainer.max_steps 200
-python scripts/profile_fit.py --config configs/single_gpu_qlora.yaml --trainer.max_steps 8
+python scripts/profile_fit.py --config configs/single_gpu_qlora.yaml --trainer.max_steps 6
 """
 
 import sys
@@ -39,18 +39,20 @@ def on_the_clock(masked_nll):
 class GPUTime(L.Callback):
     """How long the GPU works and is idle over some optimiser steps, as the driver records it."""
 
-    WARM_UP, STEPS = 3, 4
+    WARM_UP, STEPS = 2, 4
 
     def __init__(self) -> None:
         self._profile = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a run that would end before anything is printed."""
-        if trainer.estimated_stepping_batches < self.WARM_UP + self.STEPS:
-            raise ValueError(
-                f"training takes {trainer.estimated_stepping_batches} steps: wanted at least {self.WARM_UP} to warm up "
-                f"and {self.STEPS} to record, set trainer.max_steps"
-            )
+        """Refuse a run or an epoch that would end before all is recorded: between epochs the loader starts anew."""
+        epoch = trainer.num_training_batches // trainer.accumulate_grad_batches
+        for what, steps in (("training", trainer.estimated_stepping_batches), ("an epoch", epoch)):
+            if steps < self.WARM_UP + self.STEPS:
+                raise ValueError(
+                    f"{what} takes {steps} steps: wanted at least {self.WARM_UP} to warm up and {self.STEPS} to "
+                    "record, set trainer.max_steps, or data.source to more rows"
+                )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch, batch_idx: int) -> None:
         """Record from a step's first micro-batch on."""

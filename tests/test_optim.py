@@ -222,7 +222,7 @@ def test_float32_parameters_are_updated_as_they_are():
 @pytest.mark.parametrize("device", DEVICES)
 def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(tmp_path, device):
     def start():
-        big, small = (torch.nn.Parameter(weights(n).to(device)) for n in (200_000, 100))
+        big, small = (torch.nn.Parameter(weights(n).to(device)) for n in (204_800, 100))  # paged where there is a GPU
         unused = torch.nn.Parameter(weights(10))
         return big, small, optim.PagedAdamW8bit([{"params": [unused, big]}, {"params": [small]}], lr=LR)
 
@@ -246,6 +246,8 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(tmp_path, device):
     resumed.load_state_dict(saved["optimizer"])
     again = resumed.state_dict()["state"]  # before a step: nothing may be lost
     assert {i: s["step"] for i, s in again.items()} == {1: 5, 2: 5}
+    if device == "cuda":
+        assert all(o.state[p]["moment1"].data_ptr() in o._pages for o, p in ((optimizer, big), (resumed, big_again)))
     steps(big_again, small_again, resumed, 5)
     for p, q in ((big, big_again), (small, small_again)):
         assert torch.equal(master(optimizer, p), master(resumed, q))

@@ -146,10 +146,10 @@ class GraphedTrunk:
 
 
 def _captured(trunk: nn.Module) -> list:
-    """What graphs take as it is: the places and types of weights, and how PEFT's adapters are switched."""
+    """What graphs take as it is: the places and types of weights and buffers, how PEFT's adapters are switched."""
     adapted = [layer for layer in trunk.modules() if hasattr(layer, "merged_adapters")]
     switches = [(a.disable_adapters, *a.active_adapters, *a.merged_adapters, *a.scaling.values()) for a in adapted]
-    return [(p.data_ptr(), p.dtype) for p in trunk.parameters()] + switches
+    return [(t.data_ptr(), t.dtype) for t in (*trunk.parameters(), *trunk.buffers())] + switches
 
 
 class _Graph:

@@ -103,6 +103,17 @@ def test_one_for_a_model_and_new_graphs_for_moved_weights(deep, prompts, run, mo
     assert not compiled(fast).model._graphs
 
 
+def test_new_graphs_for_moved_buffers(prompts, run):
+    """Those of quantised layers, such as scales, move apart from the weights."""
+    model = tiny_model(1)
+    model.model.layers[0].mlp.register_buffer("scales", torch.ones(4))
+    fast = CompiledDenoiser(model, capture=False)
+    run(fast, prompts(1), max_new_tokens=4, steps=1)
+    assert compiled(fast).model._graphs
+    model.model.layers[0].mlp.scales = model.model.layers[0].mlp.scales.clone()
+    assert not compiled(fast).model._graphs
+
+
 def test_new_graphs_for_switched_adapters(prompts, run):
     """Graphs hold what was computed: adapters that are merged or switched off would be added all the same."""
     model = tiny_model(1)

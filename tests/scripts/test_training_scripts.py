@@ -52,8 +52,17 @@ def test_idle_time_is_what_no_kernel_covers(script):
     assert busy == 10 and gaps == [5]
 
 
-def test_a_run_too_short_for_idle_time_is_refused(script):
+@pytest.mark.parametrize(
+    ("steps", "batches", "words"), [(5, 600, "training takes 5 steps"), (60, 15, "an epoch takes 5 steps")]
+)
+def test_a_run_or_an_epoch_too_short_for_idle_time_is_refused(script, steps, batches, words):
+    """Steps of two epochs would count the start of the loader's processes as idle time."""
     callback = script("profile_fit").GPUTime()
-    callback.on_train_start(SimpleNamespace(estimated_stepping_batches=7), None)
-    with pytest.raises(ValueError, match=r"takes 6 steps: wanted at least 3 to warm up and 4 to record"):
-        callback.on_train_start(SimpleNamespace(estimated_stepping_batches=6), None)
+
+    def start(steps, batches):
+        run = {"estimated_stepping_batches": steps, "num_training_batches": batches, "accumulate_grad_batches": 3}
+        callback.on_train_start(SimpleNamespace(**run), None)
+
+    start(6, 18)
+    with pytest.raises(ValueError, match=f"{words}: wanted at least 2 to warm up and 4 to record"):
+        start(steps, batches)

@@ -13,6 +13,11 @@ from dream_lightning.model.sharding import read_shards
 
 Quantize = Literal["nf4", "nf4_float8", "float8"]
 _SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+# What a network is, of its DreamConfig; a checkpoint of another one is refused by name.
+_NETWORK = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "rms_norm_eps", "rope_theta", "mask_token_id", "eos_token_id"),
+)
 
 
 def check_kind(pretrained: str | None, *, lora: bool, quantize: Quantize | None, float8_products: bool) -> None:
@@ -30,6 +35,20 @@ def check_kind(pretrained: str | None, *, lora: bool, quantize: Quantize | None,
         )
     if lora and pretrained is None:
         raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")
+
+
+def check_network(saved: dict[str, int | float], config: DreamConfig) -> None:
+    """Refuse a checkpoint of another network than the configuration's.
+
+    Raises:
+        ValueError: other sizes, constants or token ids, by name.
+    """
+    ours = config.to_dict()
+    if others := [f"{n} {saved[n]}, here {ours[n]}" for n in _NETWORK if saved[n] != ours[n]]:
+        raise ValueError(
+            f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that saved "
+            "it, or start a new run without ckpt_path"
+        )
 
 
 def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamConfig:

@@ -16,6 +16,7 @@ from dream_lightning.building import (
     Quantize,
     adapt,
     check_kind,
+    check_network,
     check_tokenizer,
     checkpoint_layers,
     compile_layers,
@@ -42,6 +43,7 @@ from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.optim import PagedAdamW8bit, adamw, decay_groups
 from dream_lightning.sampling import SamplingParams, release
+from dream_lightning.saving import refuse_diverged
 from dream_lightning.scoring import AnswerAccuracy, MeanLoss, TokensPerForward
 from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested, send_only_what_trains
 from dream_lightning.sums import TrainingSums
@@ -50,11 +52,6 @@ from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, Noi
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
 # this factor, a power of two (so exact), which keeps them near one.
 _GRADIENT_SCALE = 2.0**-10
-# What a network is, of its DreamConfig; a checkpoint of another one is refused by name.
-_NETWORK = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "rms_norm_eps", "rope_theta", "mask_token_id", "eos_token_id"),
-)
 
 
 class DreamModule(L.LightningModule):
@@ -242,7 +239,12 @@ class DreamModule(L.LightningModule):
             fill(self.model, self.pretrained, device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the network's sizes, for export; of an adapted model only the adapters and what they belong to."""
+        """Keep the network's sizes, for export; of an adapted model only the adapters and what they belong to.
+
+        Raises:
+            ValueError: the run has diverged, which would replace its last good checkpoint.
+        """
+        refuse_diverged(self.trainer.callback_metrics, self.global_step)
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
         checkpoint["optimizer"] = next((type(o).__name__ for o in self.trainer.optimizers), None)
         checkpoint["dream_config"] = self.model.config.to_dict()
@@ -274,12 +276,7 @@ class DreamModule(L.LightningModule):
         """
         if "dream_config" not in checkpoint:
             raise ValueError("the checkpoint was not saved by a DreamModule: name one of a run of this package")
-        saved, ours = checkpoint["dream_config"], self.model.config.to_dict()
-        if others := [f"{n} {saved[n]}, here {ours[n]}" for n in _NETWORK if saved[n] != ours[n]]:
-            raise ValueError(
-                f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that "
-                "saved it, or start a new run without ckpt_path"
-            )
+        check_network(checkpoint["dream_config"], self.model.config)
         check_adapters(checkpoint, self.lora, self.base)
 
     def _adapter_names(self) -> set[str]:

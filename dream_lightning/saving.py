@@ -1,8 +1,9 @@
-"""Checkpoint files that are whole or not there."""
+"""Checkpoint files that are whole or not there, and never of a run that has diverged."""
 
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,21 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from torch import Tensor
 
 _PARTIAL = ".partial"  # never taken for a checkpoint: those end in .ckpt
+
+
+def refuse_diverged(metrics: Mapping[str, Tensor], step: int) -> None:
+    """Stop a run whose weights are lost before they replace its last good checkpoint.
+
+    Raises:
+        ValueError: the last loss or the last norm of the gradients is not finite.
+    """
+    for name in ("train/loss", "train/gradient_norm"):
+        if name in metrics and not metrics[name].isfinite():
+            raise ValueError(
+                f"{name} is {metrics[name].item()} at step {step}: the run has diverged, and its weights are not "
+                "saved. Begin anew with a lower learning rate or a longer warm-up (model.warmup_fraction); the last "
+                "checkpoint is of before"
+            )
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

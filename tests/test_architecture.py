@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "sums": {"types"},
     "strategy": {"sharded"},
     "module": {
-        *("types", "answering", "building", "optim", "strategy", "sums"),
+        *("types", "answering", "building", "optim", "saving", "strategy", "sums"),
         *("model", "adapters", "diffusion", "sampling", "scoring"),
     },
     "watch": {"types", "data", "model", "sampling", "scoring", "building", "export"},

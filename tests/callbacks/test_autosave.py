@@ -212,6 +212,17 @@ def test_only_a_run_that_goes_on_takes_the_metrics_of_its_checkpoint(tmp_path, f
     assert written == [3] * taken
 
 
+def test_a_diverged_run_does_not_replace_its_last_good_checkpoint(source, tmp_path):
+    class Diverge(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 7:
+                next(pl_module.parameters()).data.fill_(torch.nan)
+
+    with pytest.raises(ValueError, match="train/loss is nan at step 9: the run has diverged"):
+        fit(source, tmp_path, Diverge(), every=3)
+    assert saved_step(tmp_path) == 6
+
+
 def test_the_last_step_is_saved_whatever_the_interval(source, tmp_path, whole):
     fit(source, tmp_path, every=7)
     assert saved_step(tmp_path) == STEPS

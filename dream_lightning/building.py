@@ -126,6 +126,7 @@ def compile_layers(model: DreamModel) -> None:
     # A graph for each combination of gradients or none, padding or none, one row or several, so that a fit with
     # validation and answers comes near torch's limit of 8. Beyond it layers would run uncompiled, with a warning only.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 1024, 4096
+    model.model.lengths_vary = True
     for layer in model.model.layers:
         layer.compile()
 

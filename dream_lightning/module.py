@@ -304,12 +304,17 @@ class DreamModule(L.LightningModule):
         )
 
     def training_noise(self, batch: Batch) -> tuple[Batch, NoisedBatch]:
-        """The rows to train on and their noise: the batch's own, or these and their complements."""
-        options = {"stratified": self.stratified_t, "eos_as_one": self.treat_eos_as_one}
+        """The rows to train on and their noise: the batch's own, or these and their complements.
+
+        Made on the host if the batch came from there: what is masked decides shapes, and to ask a GPU for it would
+        make the process wait, and then the GPU.
+        """
+        rows, options = batch.on_host, {"stratified": self.stratified_t, "eos_as_one": self.treat_eos_as_one}
         if not self.complementary_masks:
-            return batch, self.noise(batch, **options)
-        noised = self.noise(batch, t_max=1 - self.t_min, **options)
-        return with_complements(batch, noised, mask_token_id=self.tokenizer.mask_token_id)
+            return batch, self.noise(rows, **options).to(batch.input_ids.device)
+        noised = self.noise(rows, t_max=1 - self.t_min, **options)
+        _, noised = with_complements(rows, noised, mask_token_id=self.tokenizer.mask_token_id)
+        return batch.twice(), noised.to(batch.input_ids.device)
 
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
@@ -442,7 +447,8 @@ class DreamModule(L.LightningModule):
         return answers
 
     def _score_likelihood(self, batch: Batch) -> None:
-        noised = self.noise(batch)  # stratified, eos by eos, whatever training does, so that runs compare
+        # stratified, eos by eos, whatever training does, so that runs compare
+        noised = self.noise(batch.on_host).to(batch.input_ids.device)
         nll = self.masked_nll(batch, noised)
         self.val_nll.update(reduce_nll(nll, 1 / noised.t[noised.where], maskable_count=batch.maskable.sum()))
 
@@ -498,5 +504,5 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 def attention_mask(batch: Batch) -> Tensor | DocumentBounds | None:
     """Who may attend to whom: everyone, all but the padding [B, L], or each document to itself."""
     if batch.document_bounds is not None:
-        return DocumentBounds(batch.document_bounds, longest=batch.input_ids.shape[1])
+        return DocumentBounds(batch.document_bounds)
     return batch.places >= 0 if batch.padded else None

@@ -70,19 +70,31 @@ class Batch:
     padded: bool = False  # some position is padding; said here because asking a tensor would make the GPU wait
     document_bounds: Tensor | None = None  # see DocumentBounds; None = one document a row, and no padding on the right
 
-    def to(self, *args: Any, **kwargs: Any) -> "Batch":
-        """Lightning moves a batch to its device through this."""
-        moved = {
-            f.name: getattr(self, f.name).to(*args, **kwargs)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+    def to(self, device: torch.device | str) -> "Batch":
+        """Lightning moves a batch to its device through this. From pinned memory to a GPU nobody waits."""
+        goes_up = self.input_ids.is_cpu and torch.device(device).type == "cuda"
+        moved = {name: x.to(device, non_blocking=goes_up) for name, x in self._tensors().items()}
+        batch = replace(self, **moved)
+        if goes_up:
+            batch._origin = (self, moved)
+        return batch
+
+    @property
+    def on_host(self) -> "Batch":
+        """The same rows where they came from, or these, if they were made here or a tensor was exchanged since."""
+        origin, moved = getattr(self, "_origin", (self, {}))
+        return origin if all(getattr(self, name) is x for name, x in moved.items()) else self
+
+    def pin_memory(self) -> "Batch":
+        """A DataLoader with `pin_memory` asks for this."""
+        return replace(self, **{name: x.pin_memory() for name, x in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
     def twice(self) -> "Batch":
         """The rows, and the same rows again below them: [2B, L]."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        doubled = {name: torch.cat([x, x]) for name, x in tensors.items()}
+        doubled = {name: torch.cat([x, x]) for name, x in self._tensors().items()}
         if self.document_bounds is not None:
             doubled["document_bounds"] = torch.cat(
                 [self.document_bounds, self.document_bounds[1:] + self.input_ids.numel()]
@@ -98,7 +110,6 @@ class DocumentBounds:
     """
 
     starts: Tensor  # [C+1] int32, where documents begin in all rows laid end to end, then B·L; the last may repeat
-    longest: int  # no document is longer
 
     def to_mask(self, batch: int, length: int) -> Tensor:
         """Bool [B, 1, L, L], True = may attend."""
@@ -117,8 +128,21 @@ class NoisedBatch:
 
     @cached_property
     def where(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns [M] of what is masked. Counting them makes the process wait for a GPU: once is enough."""
+        """Rows and columns [M] of what is masked. Counting them makes the process wait for a GPU, see `to`."""
         return self.is_masked.nonzero(as_tuple=True)
+
+    def to(self, device: torch.device) -> "NoisedBatch":
+        """The same there. From the host to a GPU nobody waits, and what is masked is counted already."""
+        if self.x_t.device == device:
+            return self
+        goes_up = self.x_t.is_cpu and device.type == "cuda"
+        tensors = (self.x_t, self.is_masked, self.t, *self.where)
+        x_t, is_masked, t, *where = (
+            (x.pin_memory() if goes_up else x).to(device, non_blocking=goes_up) for x in tensors
+        )
+        moved = NoisedBatch(x_t, is_masked, t)
+        moved.where = tuple(where)
+        return moved
 
 
 @dataclass

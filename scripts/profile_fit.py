@@ -4,14 +4,17 @@ OMP_NUM_THREADS=2 python scripts/profile_fit.py --config configs/tiny.yaml --tra
 python scripts/profile_fit.py --config configs/single_gpu_qlora.yaml --trainer.max_steps 6
 """
 
+import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 import lightning as L
 import psutil
 import torch
+from torch._dynamo.utils import calculate_time_spent, counters
 from torch.profiler import ProfilerActivity, profile
 
 from dream_lightning import DreamModule
@@ -37,15 +40,23 @@ def on_the_clock(masked_nll):
 
 
 class GPUTime(L.Callback):
-    """How long the GPU works and is idle over some optimiser steps, as the driver records it."""
+    """When the first step ends; how long the GPU works and is idle over some later ones, as the driver records it."""
 
     WARM_UP, STEPS = 2, 4
 
     def __init__(self) -> None:
         self._profile = None
+        self._reached = [f"imports {_age():.0f}"]  # s
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The data are there."""
+        self._reached.append(f"data {_age():.0f}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run or an epoch that would end before all is recorded: between epochs the loader starts anew."""
+        held = torch.cuda.max_memory_allocated() / 2**30
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self._reached.append(f"model {_age():.0f} ({held:.1f} GiB of the GPU, {host:.1f} GiB of the host at most)")
         epoch = trainer.num_training_batches // trainer.accumulate_grad_batches
         for what, steps in (("training", trainer.estimated_stepping_batches), ("an epoch", epoch)):
             if steps < self.WARM_UP + self.STEPS:
@@ -65,23 +76,41 @@ class GPUTime(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
         """Print after the first and after the last."""
-        if trainer.global_step == 1 and (batch_idx + 1) == trainer.accumulate_grad_batches:
-            torch.cuda.synchronize()
-            seconds = time.time() - psutil.Process().create_time()
-            print(f"from the start of the program to the end of the first step: {seconds:.0f} s")
+        for name, number in (("first micro-batch", 1), ("first step", trainer.accumulate_grad_batches)):
+            if batch_idx + 1 == number and trainer.global_step <= 1:
+                torch.cuda.synchronize()
+                self._reached.append(f"{name} {_age():.0f}")
+        if batch_idx + 1 == trainer.accumulate_grad_batches and trainer.global_step == 1:
+            compiling = calculate_time_spent().get("total_wall_time", 0.0)
+            graphs = counters["stats"]["unique_graphs"]
+            print(f"seconds since the start: {', '.join(self._reached)}; compiling {graphs} graphs {compiling:.0f}")
         if self._profile is not None and trainer.global_step == self.WARM_UP + self.STEPS:
             self._profile.__exit__(None, None, None)  # waits for the GPU
             events = self._profile.profiler.kineto_results.events()
-            on_gpu = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if "CUDA" in str(e.device_type())]
-            busy, gaps = busy_and_gaps(on_gpu)
-            whole = max(end for _, end in on_gpu) - min(start for start, _ in on_gpu)
-            long = [gap for gap in gaps if gap > 1e6]
-            print(
-                f"{self.STEPS} steps, {whole / 1e9:.2f} s, {len(on_gpu):,} kernels and copies: the GPU is idle "
-                f"{100 * (1 - busy / whole):.2f} % of the time, {len(long)} times for more than 1 ms, "
-                f"{max(gaps, default=0) / 1e6:.1f} ms at the longest"
-            )
+            on_gpu = [e for e in events if "CUDA" in str(e.device_type())]
+            self._report([(e.start_ns(), e.start_ns() + e.duration_ns(), e.name()) for e in on_gpu])
             self._profile = None
+
+    def _report(self, on_gpu: list[tuple[int, int, str]]) -> None:
+        busy, gaps = busy_and_gaps(on_gpu)
+        whole = max(end for _, end, _ in on_gpu) - min(start for start, _, _ in on_gpu)
+        print(
+            f"{self.STEPS} steps, {whole / 1e9:.2f} s, {len(on_gpu):,} kernels and copies: the GPU is idle "
+            f"{100 * (1 - busy / whole):.2f} % of the time; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        )
+        print("\n| idle for | times | share of the time |\n|---|---:|---:|")
+        for name, least, most in (("below 10 µs", 0, 1e4), ("10 µs to 1 ms", 1e4, 1e6), ("longer", 1e6, 1e18)):
+            some = [gap for gap, _ in gaps if least <= gap < most]
+            print(f"| {name} | {len(some):,} | {100 * sum(some) / whole:.2f} % |")
+        print("\n| longest, ms | between |\n|---:|---|")
+        for gap, (before, after) in sorted(gaps, reverse=True)[:12]:
+            print(f"| {gap / 1e6:.1f} | {before[:60]} … {after[:60]} |")
+        spent = Counter()
+        for start, end, name in on_gpu:
+            spent[name] += end - start
+        print("\n| kernel | share of the time |\n|---|---:|")
+        for name, nanoseconds in spent.most_common(20):
+            print(f"| {name[:90]} | {100 * nanoseconds / whole:.1f} % |")
 
 
 class GPUTimeCLI(DreamCLI):
@@ -90,18 +119,23 @@ class GPUTimeCLI(DreamCLI):
     def instantiate_trainer(self, **options) -> L.Trainer:
         """As DreamCLI's."""
         trainer = super().instantiate_trainer(**options)
-        trainer.callbacks.append(GPUTime())
+        trainer.callbacks.insert(0, GPUTime())  # before Throughput, which counts memory from the start of training
         return trainer
 
 
-def busy_and_gaps(intervals: Iterable[tuple[int, int]]) -> tuple[int, list[int]]:
-    """Length of the union of (start, end), and of what lies between its parts."""
-    busy, gaps, until = 0, [], None
-    for start, end in sorted(intervals):
+def _age() -> float:
+    return time.time() - psutil.Process().create_time()
+
+
+def busy_and_gaps(intervals: Iterable[tuple[int, int, str]]) -> tuple[int, list[tuple[int, tuple[str, str]]]]:
+    """Length of the union of (start, end, name), and of what lies between its parts, with the names around it."""
+    busy, gaps, until, last = 0, [], None, ""
+    for start, end, name in sorted(intervals):
         if until is not None and start > until:
-            gaps.append(start - until)
+            gaps.append((start - until, (last, name)))
         busy += max(0, end - max(start, until if until is not None else start))
-        until = end if until is None else max(until, end)
+        if until is None or end > until:
+            until, last = end, name
     return busy, gaps
 
 

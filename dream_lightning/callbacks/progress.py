@@ -33,8 +33,21 @@ class ProgressBar(TQDMProgressBar):
     | `wait`     | `train/data_wait_share`   |
     """
 
+    _step = -1  # optimiser step that was read last
+    _shown: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
+    _between = False  # two optimiser steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Move on; read the scalars once an optimiser step, because reading makes the process wait for a GPU."""
+        self._between = trainer.global_step == self._step
+        super().on_train_batch_end(trainer, *arguments)
+        self._between, self._step = False, trainer.global_step
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The scalars above, in this order, then others that were logged with `prog_bar=True`."""
+        if self._between:
+            return self._shown
         found = trainer.progress_bar_metrics
         shown = {name: format(found[key], form) for key, (name, form) in _SHOWN.items() if key in found}
-        return shown | {key: value for key, value in found.items() if key not in _SHOWN}
+        self._shown = shown | {key: value for key, value in found.items() if key not in _SHOWN}
+        return self._shown

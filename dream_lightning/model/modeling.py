@@ -115,9 +115,7 @@ def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBoun
     # Laid end to end [B·L, H or K, E]. Under autocast the rotation makes q and k float32, which the kernel has not.
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))
     options = {"enable_gqa": True} if _ASKS_FOR_GQA else {}
-    out = varlen_attn(
-        q, k, v, documents.starts, documents.starts, documents.longest, documents.longest, **options
-    )  # [B·L, H, E]
+    out = varlen_attn(q, k, v, documents.starts, documents.starts, length, length, **options)  # [B·L, H, E]
     return out.unflatten(0, (batch, length)).transpose(1, 2)
 
 
@@ -177,6 +175,17 @@ class AttentionMask:
             )
 
 
+def _any_length(x: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask | DocumentBounds | None) -> None:
+    """Tell the compiler which axes of a layer's inputs have another length in the next batch."""
+    axes = [(x, 1), *((angles, 2) for angles in rotation)]
+    if isinstance(mask, DocumentBounds):
+        axes += [(mask.starts, 0)]
+    elif mask is not None:
+        axes += [(t, axis) for t in (mask.may_attend, mask.sees_something) for axis in (2, 3) if t.shape[axis] > 1]
+    for tensor, axis in axes:
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
+
+
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, L, E] of the rotary embedding, computed in float32 and cast to `dtype`."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
@@ -225,6 +234,7 @@ class DreamBaseModel(DreamPreTrainedModel):
         self.rotary = DreamRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.checkpointed_layers = config.num_hidden_layers  # under gradient checkpointing: so many of the first
+        self.lengths_vary = False  # compile layers for rows of all lengths, not for the first one alone
         self.post_init()
 
     def forward(
@@ -251,6 +261,8 @@ class DreamBaseModel(DreamPreTrainedModel):
         x = self.embed_tokens(input_ids)  # [B, L, D]
         rotation = self.rotary(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
+            if self.lengths_vary and self.training:
+                _any_length(x, rotation, mask)
             if cache is not None:
                 x = layer(x, rotation, mask, cache.of_layer(i, columns))
             elif self.gradient_checkpointing and self.training and i < self.checkpointed_layers:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from dream_lightning.callbacks import ProgressBar
 
@@ -31,3 +32,28 @@ def test_names_are_short_and_the_most_important_come_first():
         ("wait", "1%"),
         ("mine", 3),
     ]
+
+
+def test_scalars_are_read_once_an_optimiser_step(monkeypatch):
+    """Reading makes the process wait for the device; between two steps there is nothing new."""
+
+    class Trainer:
+        global_step, reads = 0, 0
+
+        @property
+        def progress_bar_metrics(self):
+            self.reads += 1
+            return {"train/loss": torch.tensor(float(self.global_step))}
+
+    trainer, shown = Trainer(), []
+    monkeypatch.setattr(
+        TQDMProgressBar, "on_train_batch_end", lambda bar, trainer, *_: shown.append(bar.get_metrics(trainer, None))
+    )
+    bar = ProgressBar()
+    for step in (0, 0, 1, 1, 1, 2):  # the optimiser steps after the third and the last micro-batch
+        trainer.global_step = step
+        bar.on_train_batch_end(trainer, None, None, None, 0)
+    assert [s["loss"] for s in shown] == ["0", "0", "1", "1", "1", "2"]
+    assert trainer.reads == 3
+    bar.get_metrics(trainer, None)  # as at the end of a validation, which logs too
+    assert trainer.reads == 4

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModel
 
 from dream_lightning.model import DreamConfig, DreamModel, modeling
+from dream_lightning.types import DocumentBounds
 
 SIZES = {
     "vocab_size": 96,
@@ -220,3 +222,20 @@ def test_the_last_columns_alone(deep, prompts, padding):
     with torch.no_grad():
         for since in (2, 7):
             torch.testing.assert_close(deep.model(ids, mask, since=since), deep.model(ids, mask)[:, since:])
+
+
+def test_layers_are_compiled_once_for_rows_of_all_lengths(model):
+    """With and without documents in a row; the compiler would take the first length for the only one."""
+    counter = CompileCounter()
+    model.model.lengths_vary = True
+    for layer in model.model.layers:
+        layer.compile(backend=counter)
+    model.train()
+    for length in (12, 30, 17):
+        ids = torch.zeros(1, length, dtype=torch.long)
+        model(ids).logits.sum().backward()
+        model(
+            ids, DocumentBounds(torch.tensor([0, *range(3, length - 8), length], dtype=torch.int32))
+        ).logits.sum().backward()
+    assert counter.frame_count == 2
+    torch._dynamo.reset()

@@ -48,8 +48,9 @@ def test_bases_are_compared(script, folder, capsys):
 
 
 def test_idle_time_is_what_no_kernel_covers(script):
-    busy, gaps = script("profile_fit").busy_and_gaps([(10, 12), (0, 4), (2, 5), (11, 15)])
-    assert busy == 10 and gaps == [5]
+    intervals = [(10, 12, "c"), (0, 5, "a"), (2, 4, "b"), (11, 15, "d")]
+    busy, gaps = script("profile_fit").busy_and_gaps(intervals)
+    assert busy == 10 and gaps == [(5, ("a", "c"))]
 
 
 @pytest.mark.parametrize(

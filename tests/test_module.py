@@ -321,8 +321,9 @@ class TestOnAGPU:
     def test_a_micro_batch_waits_for_nothing(self, sums, tmp_path, packing, options):
         model, batch = module(**options), self.batch(sums, tmp_path, packing)
         ahead = Ahead()
-        fit = trainer(tmp_path, ahead, accelerator="gpu", devices=1, precision="bf16-mixed", accumulate_grad_batches=4)
-        fit.fit(model, data(sums, tmp_path, packing=packing, max_length=96))
+        gpu = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}
+        fit = trainer(tmp_path, ahead, **gpu, accumulate_grad_batches=4, limit_train_batches=8)
+        fit.fit(model, data(sums, tmp_path, packing=packing, max_length=96, batch_size=2))
         assert ahead.seen == 12
         torch.cuda.set_sync_debug_mode("error")
         try:

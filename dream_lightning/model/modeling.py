@@ -24,6 +24,8 @@ from dream_lightning.types import DocumentBounds
 
 _ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does it unasked
 
+Span = tuple[int, int]  # columns first … last − 1
+
 _CUDNN_FIRST = ((9, 0), (10, 0))  # compute capabilities on which torch prefers cuDNN's attention
 
 
@@ -78,9 +80,9 @@ class DreamAttention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask: "AttentionMask | None",
         cache: LayerCache | None = None,
-        since: int = 0,
+        span: Span | None = None,
     ) -> Tensor:
-        """[B, L, D] → [B, L − since, D]; `rotation` from `rotary_angles`, the others see `DreamBaseModel.forward`."""
+        """[B, L, D] → [B, W, D], the W columns of the span; the arguments are those of `DreamBaseModel.forward`."""
         q, k, v = (
             out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
             for out in products(x, (self.q_proj, self.k_proj, self.v_proj), self.joint)
@@ -89,21 +91,21 @@ class DreamAttention(nn.Module):
         if cache is not None:
             k, v = store(cache, k, v)
         packed = isinstance(mask, DocumentBounds)
-        out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask, since)  # [B, H, L, E]
+        out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask, span)  # [B, H, L, E]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None", since: int) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None", span: Span | None) -> Tensor:
         if mask is not None and mask.wants_every_head:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(
-            q[:, :, since:],
+            q[:, :, slice(*span or (None,))],
             k,
             v,
             attn_mask=None if mask is None else mask.may_attend,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out if mask is None else out * mask.sees_something[:, :, since:]
+        return out if mask is None else out * mask.sees_something[:, :, slice(*span or (None,))]
 
 
 def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:
@@ -135,10 +137,10 @@ class DreamDecoderLayer(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask: "AttentionMask | None",
         cache: LayerCache | None = None,
-        since: int = 0,
+        span: Span | None = None,
     ) -> Tensor:
-        """[B, L, D] → [B, L − since, D]."""
-        x = x[:, since:] + self.self_attn(self.input_layernorm(x), rotation, mask, cache, since)
+        """[B, L, D] → [B, W, D]."""
+        x = x[:, slice(*span or (None,))] + self.self_attn(self.input_layernorm(x), rotation, mask, cache, span)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -244,7 +246,7 @@ class DreamBaseModel(DreamPreTrainedModel):
         position_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
         columns: Tensor | None = None,
-        since: int = 0,
+        span: Span | None = None,
     ) -> Tensor:
         """Hidden states [B, L, D] after the last norm; arguments as in `DreamModel.forward`.
 
@@ -252,7 +254,7 @@ class DreamBaseModel(DreamPreTrainedModel):
         result is [B, W, D], and `attention_mask` is None or [B, L]: keys and values of the columns are computed and
         stored, those of all others come from the cache. Without gradients only.
 
-        `since`: only the hidden states of the columns from this one on, [B, L − since, D], so that the last layer need
+        `span`: only the hidden states of the columns from the first to before the second, so that the last layer need
         not make the others. With neither cache nor a mask of another shape than [B, L].
         """
         mask = self._mask(attention_mask, input_ids, columns)
@@ -267,8 +269,8 @@ class DreamBaseModel(DreamPreTrainedModel):
                 x = layer(x, rotation, mask, cache.of_layer(i, columns))
             elif self.gradient_checkpointing and self.training and i < self.checkpointed_layers:
                 x = self._gradient_checkpointing_func(layer.__call__, x, rotation, mask)
-            elif since and i == len(self.layers) - 1:
-                x = layer(x, rotation, mask, None, since)
+            elif span is not None and i == len(self.layers) - 1:
+                x = layer(x, rotation, mask, None, span)
             else:
                 x = layer(x, rotation, mask)
         return self.norm(x)

@@ -108,24 +108,24 @@ class GraphedTrunk:
         position_ids: Tensor | None = None,
         cache: Any = None,
         columns: Tensor | None = None,
-        since: int = 0,
+        span: tuple[int, int] | None = None,
     ) -> Tensor:
         """As `DreamBaseModel.forward`. The result is overwritten by the next call."""
         inputs = [input_ids, attention_mask, position_ids, columns]
-        key = (*(None if t is None else t.shape for t in inputs), id(cache), since, *_autocast(input_ids.device.type))
+        key = (*(None if t is None else t.shape for t in inputs), id(cache), span, *_autocast(input_ids.device.type))
         if key not in self._graphs:
             with torch.inference_mode(False), torch.no_grad():
-                self._graphs[key] = self._new_graph(inputs, cache, since)
+                self._graphs[key] = self._new_graph(inputs, cache, span)
         return self._graphs[key](inputs)
 
-    def _new_graph(self, inputs: list[Tensor | None], cache: Any, since: int) -> "_Graph":
+    def _new_graph(self, inputs: list[Tensor | None], cache: Any, span: tuple[int, int] | None) -> "_Graph":
         static = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in inputs]
         ids, attention_mask, position_ids, columns = static
         trunk = self._trunk()
 
         def forward() -> Tensor:
             with trunk.joined(ids.numel()):
-                return trunk(ids, attention_mask, position_ids, cache, columns, since)
+                return trunk(ids, attention_mask, position_ids, cache, columns, span)
 
         if not self._capture:
             return _Graph(static, forward)

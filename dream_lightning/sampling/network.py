@@ -36,14 +36,20 @@ class Network:
         canvas: the rows.
         cache: see SamplingParams.
         refresh_every: see SamplingParams.
-        since: the first column whose hidden state is needed where all are computed without a cache; above 0 the model
-            has to take it, too.
+        span: where all is computed without a cache: the columns, first … last − 1, whose hidden states are needed. The
+            model then has to take it, too.
     """
 
     def __init__(
-        self, model: Any, canvas: Canvas, *, cache: CacheMode = "none", refresh_every: int | None = None, since: int = 0
+        self,
+        model: Any,
+        canvas: Canvas,
+        *,
+        cache: CacheMode = "none",
+        refresh_every: int | None = None,
+        span: tuple[int, int] | None = None,
     ) -> None:
-        self.model, self.mode, self.refresh_every, self.since = model, cache, refresh_every, since
+        self.model, self.mode, self.refresh_every, self.span = model, cache, refresh_every, span
         self.first, self.last = 0, canvas.x.shape[1]
         self.keep(canvas)
 
@@ -68,8 +74,9 @@ class Network:
         real = self.canvas.real if self.canvas.padded else None
         if self.mode == "none":
             inputs = (x, real, None if real is None else self.canvas.positions)
-            hidden = self.model.model(*inputs, since=self.since) if self.since else self.model.model(*inputs)
-            return hidden, self.since
+            if self.span is None:
+                return self.model.model(*inputs), 0
+            return self.model.model(*inputs, span=self.span), self.span[0]
         length = x.shape[1]
         if self.cache is None:
             self.cache = self.model.model.new_cache(len(x), length)

@@ -121,7 +121,7 @@ def _denoise(
     config, (rows, length) = model.config, canvas.x.shape
     if params.top_k is None:
         params = replace(params, top_k=getattr(config, "default_top_k", None))
-    fast, since = {}, 0
+    fast, span = {}, None
     if params.compile or isinstance(model, CompiledDenoiser):
         if not params.forbid_mask:
             raise ValueError("a compiled model pads the batch, which must not count: set forbid_mask to True")
@@ -133,10 +133,10 @@ def _denoise(
         model = compiled(model)
         canvas = model.into_bucket(canvas)
         fast = {"bucket": model.positions, "best": model.best}
-        if not infill:  # the prompt has no masks
-            since = canvas.prompt_length - 1
+        if not infill:  # the prompt has no masks; a token is predicted from the column before it
+            span = (canvas.prompt_length - 1, canvas.x.shape[1] - 1)
     with _evaluating(model):
-        network = Network(model, canvas, cache=params.cache, refresh_every=params.refresh_every, since=since)
+        network = Network(model, canvas, cache=params.cache, refresh_every=params.refresh_every, span=span)
         if params.required_tokens:
             canvas = _with_required(network, canvas, params, config)
         states = reverse_process(

@@ -6,11 +6,20 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import get_scheduler
 
-from dream_lightning.adapters import LoraParams, check_adapters, train_in_float8, trainable_summary
+from dream_lightning.adapters import (
+    LoraParams,
+    accumulate_by_autograd,
+    accumulate_in_products,
+    check_adapters,
+    train_in_float8,
+    trainable_summary,
+    zero_gradients,
+)
 from dream_lightning.answering import answer_questions
 from dream_lightning.building import (
     Quantize,
@@ -359,6 +368,27 @@ class DreamModule(L.LightningModule):
         # would begin the epoch again.
         self.trainer.fit_loop._load_combined_loader_states()
         self.sums = TrainingSums(self.device)
+        accumulate_by_autograd(self.model)  # a run before this one may have broken off
+        if self.accumulates_in_products:
+            accumulate_in_products(self.model)
+
+    @property
+    def accumulates_in_products(self) -> bool:
+        """Whether gradients of bfloat16 weights are summed where they are made; others need autograd's hooks."""
+        full = self.lora is None and self.weights_dtype == torch.bfloat16
+        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+        return full and alone and self.trainer.accumulate_grad_batches > 1
+
+    def on_train_end(self) -> None:
+        """Leave a model that trains in any loop."""
+        accumulate_by_autograd(self.model)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Begin a step's sum of gradients."""
+        if self.accumulates_in_products:
+            zero_gradients(_parameters(optimizer))
+        else:
+            optimizer.zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: its share of the optimiser step's loss sum."""

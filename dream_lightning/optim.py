@@ -47,7 +47,8 @@ class PagedAdamW8bit(torch.optim.Optimizer):
     same to the bit. Stochastic rounding would save the tail's 2 bytes, but at this lr its noise on a weight grows as
     large as what the weight learns. Parameters in float32 are updated as they are.
 
-    Gradients are what autograd leaves in them: of bfloat16 weights, summed over micro-batches in bfloat16.
+    Gradients are what they find: of bfloat16 weights, summed over micro-batches in bfloat16, in `DreamModule` on one
+    device by the products that make them, which round the sum once (`adapters.accumulation`).
 
     Bytes a parameter: weight 2, gradient 2, moments 2.03, tail 2; for Dream 7B 57 GiB, so that 80 GB leave 20 GiB for
     activations (float32 weights, gradients and AdamW take 114 GiB). Moments of large parameters lie in paged memory,

@@ -1,8 +1,9 @@
 """Adapters on a frozen base: LoRA through PEFT, the base in 4 bits through bitsandbytes or in 8-bit floats.
 
-And 8-bit floats for weights that train.
+And, for weights that train, 8-bit floats and sums of gradients in place.
 """
 
+from dream_lightning.adapters.accumulation import accumulate_by_autograd, accumulate_in_products, zero_gradients
 from dream_lightning.adapters.belonging import base_hash, check_adapters, check_base
 from dream_lightning.adapters.float8 import load_float8
 from dream_lightning.adapters.float8_training import train_in_float8
@@ -26,6 +27,8 @@ from dream_lightning.adapters.quantization import (
 __all__ = [
     "LoraParams",
     "ParameterCount",
+    "accumulate_by_autograd",
+    "accumulate_in_products",
     "adapter_state",
     "add_lora",
     "base_hash",
@@ -41,4 +44,5 @@ __all__ = [
     "save_peft_folder",
     "train_in_float8",
     "trainable_summary",
+    "zero_gradients",
 ]

@@ -10,6 +10,7 @@ import types
 import torch
 from torch import Tensor, nn
 
+from dream_lightning.adapters.accumulation import add_product
 from dream_lightning.adapters.float8 import apply_linear, check_float8, linear_layers, product, to_float8
 
 
@@ -25,18 +26,22 @@ def train_in_float8(model: nn.Module, device: torch.device) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ for x [M, in] and W [out, in], both bfloat16; W is rounded anew for each product and never kept."""
+    """x Wᵀ for x [M, in] and W [out, in], both bfloat16; W is rounded anew for each product and never kept.
+
+    With a `total` the gradient of W is added to it, see `accumulation`.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, total)
         return product(*to_float8(x), *to_float8(weight))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, total = ctx.saved_tensors
         columns, scales = to_float8(weight.t())
-        return product(*to_float8(gradient), columns.contiguous(), scales), gradient.t() @ x
+        of_weight = gradient.t() @ x if total is None else add_product(total, gradient, x)
+        return product(*to_float8(gradient), columns.contiguous(), scales), of_weight, None
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
@@ -45,4 +50,5 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
         return type(self).forward(self, x)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return apply_linear(self, x, lambda rows: _Product.apply(rows, self.weight.to(torch.bfloat16)), dtype)
+    total = getattr(self, "gradient_sum", None)
+    return apply_linear(self, x, lambda rows: _Product.apply(rows, self.weight.to(torch.bfloat16), total), dtype)

@@ -178,6 +178,7 @@ class DreamModule(L.LightningModule):
         self.base: dict[str, str] | None = None  # under adapters: name, content hash and kind of what they belong to
         self._saved_optimizer: str | None = None  # of the checkpoint that training goes on from
         self._saved_step: int | None = None  # of the checkpoint that is scored outside of training
+        self._in_products = False  # see _set_accumulation
         self.val_nll, self.val_answers = MeanLoss(), AnswerAccuracy()
         self.val_speed = TokensPerForward()
 
@@ -368,16 +369,16 @@ class DreamModule(L.LightningModule):
         # would begin the epoch again.
         self.trainer.fit_loop._load_combined_loader_states()
         self.sums = TrainingSums(self.device)
-        accumulate_by_autograd(self.model)  # a run before this one may have broken off
-        if self.accumulates_in_products:
-            accumulate_in_products(self.model)
+        self._set_accumulation()
 
-    @property
-    def accumulates_in_products(self) -> bool:
-        """Whether gradients of bfloat16 weights are summed where they are made; others need autograd's hooks."""
+    def _set_accumulation(self) -> None:
+        """Sum the gradients of bfloat16 weights where they are made, unless autograd's hooks wait for them."""
+        accumulate_by_autograd(self.model)  # a run before this one may have broken off
         full = self.lora is None and self.weights_dtype == torch.bfloat16
         alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
-        return full and alone and self.trainer.accumulate_grad_batches > 1
+        self._in_products = full and alone and self.trainer.accumulate_grad_batches > 1
+        if self._in_products:
+            accumulate_in_products(self.model)
 
     def on_train_end(self) -> None:
         """Leave a model that trains in any loop."""
@@ -385,7 +386,7 @@ class DreamModule(L.LightningModule):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Begin a step's sum of gradients."""
-        if self.accumulates_in_products:
+        if self._in_products:
             zero_gradients(_parameters(optimizer))
         else:
             optimizer.zero_grad()

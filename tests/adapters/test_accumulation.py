@@ -128,7 +128,7 @@ class Seen(L.Callback):
 def fit(sums, tmp_path):
     pytest.importorskip("bitsandbytes")
 
-    def run(accumulate, batch_size, dtype="bfloat16", **options):
+    def run(accumulate, batch_size, dtype="bfloat16"):
         torch.manual_seed(0)
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
         module = DreamModule(
@@ -155,8 +155,16 @@ def test_in_a_fit_four_micro_batches_are_one_batch(fit):
     assert not hasattr(module.model.model.layers[0].mlp.up_proj, "gradient_sum")
 
 
-def test_float32_weights_and_hooked_ones_are_left_to_autograd(fit):
+def test_float32_weights_are_left_to_autograd(fit):
     seen, _ = fit(2, 2, dtype="float32")
     assert seen.in_products == {False}
-    seen, _ = fit(2, 2, strategy="ddp")
-    assert seen.in_products == {False}
+
+
+@pytest.mark.parametrize(("strategy", "in_products"), [("auto", True), ("ddp", False), ("fsdp2", False)])
+def test_weights_with_hooks_are_left_to_autograd(strategy, in_products):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    module = DreamModule(new_model=sizes, tokenizer="bytes", dtype="bfloat16")
+    module.model = model()
+    module.trainer = quiet_trainer(strategy=strategy, devices=1, accumulate_grad_batches=2)
+    module._set_accumulation()
+    assert hasattr(module.model.model.layers[0].mlp.up_proj, "gradient_sum") == in_products

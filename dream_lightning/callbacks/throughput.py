@@ -58,7 +58,8 @@ class Throughput(L.Callback):
         if trainer.log_every_n_steps and step > self._logged_at and step % trainer.log_every_n_steps == 0:
             flops = pl_module.training_flops() if self._ceiling else 0
             for name, value in self._scalars(trainer, pl_module, flops).items():
-                pl_module.log(f"train/{name}", value, prog_bar=True)
+                # A tensor of the host: Lightning reads what a bar shows after every micro-batch.
+                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=True)
             self._start(trainer, flops)
 
     def _scalars(self, trainer: L.Trainer, pl_module: L.LightningModule, flops: int) -> dict[str, float]:

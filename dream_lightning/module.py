@@ -54,7 +54,13 @@ from dream_lightning.optim import PagedAdamW8bit, adamw, decay_groups
 from dream_lightning.sampling import SamplingParams, release
 from dream_lightning.saving import refuse_diverged
 from dream_lightning.scoring import AnswerAccuracy, MeanLoss, TokensPerForward
-from dream_lightning.strategy import FSDP2Strategy, recount, refuse_untested, send_only_what_trains
+from dream_lightning.strategy import (
+    FSDP2Strategy,
+    recount,
+    refuse_untested,
+    send_only_what_trains,
+    sum_over_processes,
+)
 from dream_lightning.sums import TrainingSums
 from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
 
@@ -402,16 +408,27 @@ class DreamModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the summed gradients by the count of the whole step, over micro-batches and ranks."""
-        loss_sum, count, masked, maskable = self.trainer.strategy.reduce(self.sums.take_step(), reduce_op="sum")
+        loss_sum, count, masked, maskable = sum_over_processes(self.sums.take_step(), self.trainer.world_size)
         # The strategies average gradients over ranks; the objective wants their sum.
         factor = self.trainer.world_size / (_GRADIENT_SCALE * count.clamp(min=1))
         torch._foreach_mul_([local(p.grad) for p in _parameters(optimizer) if p.grad is not None], factor)
-        self.log("train/loss", loss_sum / count.clamp(min=1), prog_bar=True)
+        self._log_loss(loss_sum / count.clamp(min=1))
         self.log("train/masked_fraction", masked / maskable.clamp(min=1))
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        # A tensor of the host: Lightning would copy a number to the GPU and wait for that.
+        self.log("train/lr", torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32))
         every = self.trainer.log_every_n_steps
         if every and (self.trainer.global_step + 1) % every == 0:
             self._log_quartiles()
+
+    def _log_loss(self, loss: Tensor) -> None:
+        """Log the step's loss, for the bar too.
+
+        What was logged for a bar Lightning reads after every micro-batch. For a bar that does not fetch the loss itself
+        it is therefore brought to the host first: one wait a step, not one a micro-batch.
+        """
+        bar = self.trainer.progress_bar_callback
+        shown = bar is not None and not getattr(bar, "fetches_loss", False)
+        self.log("train/loss", loss.cpu() if shown else loss, prog_bar=shown)
 
     def training_flops(self) -> int:
         """Useful FLOPs of this rank since training started, see `model.flops`; makes the device wait."""
@@ -436,7 +453,7 @@ class DreamModule(L.LightningModule):
         self.log("train/gradient_norm", norm)
 
     def _log_quartiles(self) -> None:
-        nll, tokens = self.trainer.strategy.reduce(self.sums.take_quartiles(), reduce_op="sum")
+        nll, tokens = sum_over_processes(self.sums.take_quartiles(), self.trainer.world_size)
         for number, mean in enumerate(nll / tokens, start=1):  # NaN without tokens: Lightning would log the last again
             self.log(f"train/nll_t_quartile_{number}", mean)
 

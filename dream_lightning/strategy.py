@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     StrategyRegistry,
 )
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -114,6 +115,13 @@ def recount(checkpoint: dict[str, Any], accumulate: int) -> None:
     for counts in (progress["total"], progress["current"]):
         for name, count in counts.items():
             counts[name] = -(-count // before) * accumulate  # the last step of an epoch may be a short one
+
+
+def sum_over_processes(tensor: Tensor, world_size: int) -> Tensor:
+    """The sum of all processes' tensors, in place. Lightning's own way has a barrier, where each waits for its GPU."""
+    if world_size > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def send_only_what_trains(module: torch.nn.Module) -> None:

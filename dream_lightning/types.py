@@ -71,19 +71,20 @@ class Batch:
     document_bounds: Tensor | None = None  # see DocumentBounds; None = one document a row, and no padding on the right
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Lightning moves a batch to its device through this. From pinned memory to a GPU nobody waits."""
-        goes_up = self.input_ids.is_cpu and torch.device(device).type == "cuda"
-        moved = {name: x.to(device, non_blocking=goes_up) for name, x in self._tensors().items()}
+        """Lightning moves a batch to its device through this; nobody waits for a GPU."""
+        with torch.inference_mode(False):  # tensors made in it do not count their changes
+            moved = {name: _send(x, torch.device(device)) for name, x in self._tensors().items()}
         batch = replace(self, **moved)
-        if goes_up:
-            batch._origin = (self, moved)
+        if self.input_ids.is_cpu and not batch.input_ids.is_cpu:
+            batch._origin = self, {name: (x, x._version) for name, x in moved.items()}
         return batch
 
     @property
     def on_host(self) -> "Batch":
-        """The same rows where they came from, or these, if they were made here or a tensor was exchanged since."""
+        """The same rows on the host where they came from there; these, if a tensor was exchanged or changed since."""
         origin, moved = getattr(self, "_origin", (self, {}))
-        return origin if all(getattr(self, name) is x for name, x in moved.items()) else self
+        same = all(getattr(self, name) is x and x._version == version for name, (x, version) in moved.items())
+        return origin if same else self
 
     def pin_memory(self) -> "Batch":
         """A DataLoader with `pin_memory` asks for this."""
@@ -100,6 +101,15 @@ class Batch:
                 [self.document_bounds, self.document_bounds[1:] + self.input_ids.numel()]
             )
         return replace(self, **doubled)
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor there. On its way from the host to a GPU nobody waits for it, which takes pinned memory.
+
+    torch lets go of pinned memory only once the copy is made, whoever drops the tensor.
+    """
+    goes_up = x.is_cpu and device.type == "cuda"
+    return (x.pin_memory() if goes_up else x).to(device, non_blocking=goes_up)
 
 
 @dataclass
@@ -135,11 +145,7 @@ class NoisedBatch:
         """The same there. From the host to a GPU nobody waits, and what is masked is counted already."""
         if self.x_t.device == device:
             return self
-        goes_up = self.x_t.is_cpu and device.type == "cuda"
-        tensors = (self.x_t, self.is_masked, self.t, *self.where)
-        x_t, is_masked, t, *where = (
-            (x.pin_memory() if goes_up else x).to(device, non_blocking=goes_up) for x in tensors
-        )
+        x_t, is_masked, t, *where = (_send(x, device) for x in (self.x_t, self.is_masked, self.t, *self.where))
         moved = NoisedBatch(x_t, is_masked, t)
         moved.where = tuple(where)
         return moved

@@ -41,7 +41,7 @@ class Probe(L.Callback):
         self._write(trainer, step=trainer.global_step, trainable=sum(p.requires_grad for p in pl_module.parameters()))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self._tokens += int((batch.places >= 0).sum())
+        self._tokens += int((batch.on_host.places >= 0).sum())
         if trainer.global_step > self._seen:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

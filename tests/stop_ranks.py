@@ -24,6 +24,23 @@ class Terminated(L.Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
+class AskedOnce(L.Callback):
+    """Before the first micro-batch Lightning asks whether a process was told to stop: every time, GPUs would wait."""
+
+    def on_train_start(self, trainer, pl_module):
+        loop, self.times = trainer.fit_loop.epoch_loop, 0
+        ask = loop._broadcast_sigterm_tensor
+
+        def count():
+            self.times += 1
+            ask()
+
+        loop._broadcast_sigterm_tensor = count
+
+    def on_train_end(self, trainer, pl_module):
+        assert self.times == 1
+
+
 def statuses(folder: Path, port: str, *callbacks: L.Callback) -> list[int]:
     os.environ |= {"MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
@@ -39,4 +56,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     write_jsonl(folder.parent / "sums.jsonl", addition_rows(40))
     print(json.dumps({"stopped": statuses(folder, sys.argv[2], Terminated())}))
-    print(json.dumps({"whole": statuses(folder, sys.argv[3])}))
+    print(json.dumps({"whole": statuses(folder, sys.argv[3], AskedOnce())}))

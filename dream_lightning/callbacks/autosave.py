@@ -117,6 +117,9 @@ class Autosave(ModelCheckpoint):
     ) -> None:
         """Stop, once the metrics of the last step are with the loggers."""
         self._stop(trainer)
+        # In several processes Lightning asks before every micro-batch whether its handler of SIGTERM was called, which
+        # makes each wait for its GPU. From `on_train_start` on it is not its handler any more, so once was enough.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _no_question
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The same."""
@@ -190,3 +193,7 @@ class Autosave(ModelCheckpoint):
             "--ckpt_path last"
         )
         raise SystemExit(128 + asked)
+
+
+def _no_question() -> None:
+    pass

@@ -3,7 +3,9 @@
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
 
 # scalar → name and format in the bar; whole names and all digits are with the logger
 _SHOWN = {
@@ -31,23 +33,53 @@ class ProgressBar(TQDMProgressBar):
     | `GiB`      | `train/peak_memory_gib`   |
     | `useful`   | `train/useful_share`      |
     | `wait`     | `train/data_wait_share`   |
+
+    A GPU is never waited for: the loss is that of the last optimiser step whose loss has arrived on the host, which is
+    most often one micro-batch behind. Other scalars that a module logs with `prog_bar=True` Lightning reads after every
+    micro-batch; if they are tensors of a GPU, each time it waits until the GPU has done all its work.
     """
 
-    _step = -1  # optimiser step that was read last
-    _shown: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
-    _between = False  # two optimiser steps
+    fetches_loss = True  # DreamModule asks its trainer's bar
+    _step = -1  # optimiser step whose loss was asked for last
+    _loss: float | None = None
+    _coming: "_OnItsWay | None" = None
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Move on; read the scalars once an optimiser step, because reading makes the process wait for a GPU."""
-        self._between = trainer.global_step == self._step
+        """Ask for the loss of a new step, take what has arrived, move on."""
+        self._take()
+        if self._coming is None and self._step != trainer.global_step:
+            loss = trainer.callback_metrics.get("train/loss")
+            self._coming = None if loss is None else _OnItsWay(loss)
+            self._step = trainer.global_step
+            self._take()
         super().on_train_batch_end(trainer, *arguments)
-        self._between, self._step = False, trainer.global_step
+
+    def _take(self) -> None:
+        if self._coming is not None and self._coming.arrived():
+            self._loss, self._coming = float(self._coming.value), None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for the last loss."""
+        if (loss := trainer.callback_metrics.get("train/loss")) is not None:
+            self._loss, self._coming = float(loss), None
+        super().on_train_epoch_end(trainer, pl_module)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The scalars above, in this order, then others that were logged with `prog_bar=True`."""
-        if self._between:
-            return self._shown
-        found = trainer.progress_bar_metrics
+        found = trainer.progress_bar_metrics | ({} if self._loss is None else {"train/loss": self._loss})
         shown = {name: format(found[key], form) for key, (name, form) in _SHOWN.items() if key in found}
-        self._shown = shown | {key: value for key, value in found.items() if key not in _SHOWN}
-        return self._shown
+        return shown | {key: value for key, value in found.items() if key not in _SHOWN}
+
+
+class _OnItsWay:
+    """A number on its way from a device to the host."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.value = number.to("cpu", non_blocking=number.is_cuda)  # a GPU's goes into pinned memory
+        self._sent = torch.cuda.Event() if number.is_cuda else None
+        if self._sent is not None:
+            self._sent.record()
+
+    def arrived(self) -> bool:
+        """Whether `value` may be read."""
+        return self._sent is None or self._sent.query()

@@ -24,7 +24,7 @@ class Throughput(L.Callback):
     waiting a loader that measures it (`S1KDataModule`'s); a scalar that cannot be known is not logged. A GPU may still
     have work queued while the process waits, so it is idle for lack of data for at most that share.
 
-    Nothing here makes the device wait but the logging itself.
+    The process waits for its GPU only to log, and where a validation begins.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,8 @@ class Throughput(L.Callback):
         self._start(trainer, flops=0)  # the module counts from 0 too
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
+        """Stop the clock, once the device has done what training gave it."""
+        self._tokens = int(self._tokens)
         self._seconds += time.perf_counter() - self._since
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -58,13 +59,15 @@ class Throughput(L.Callback):
         if trainer.log_every_n_steps and step > self._logged_at and step % trainer.log_every_n_steps == 0:
             flops = pl_module.training_flops() if self._ceiling else 0
             for name, value in self._scalars(trainer, pl_module, flops).items():
-                pl_module.log(f"train/{name}", value, prog_bar=True)
+                # A tensor of the host: Lightning reads what a bar shows after every micro-batch.
+                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=True)
             self._start(trainer, flops)
 
     def _scalars(self, trainer: L.Trainer, pl_module: L.LightningModule, flops: int) -> dict[str, float]:
+        tokens = float(self._tokens)  # first, because it waits: what was counted is done then
         seconds = self._seconds + time.perf_counter() - self._since
         done, waited = flops - self._flops, _waited(trainer) - self._waited
-        mine = [float(self._tokens), self._positions, done, self._ceiling * seconds, waited, seconds]
+        mine = [tokens, self._positions, done, self._ceiling * seconds, waited, seconds]
         sums = trainer.strategy.reduce(torch.tensor(mine, device=pl_module.device), reduce_op="sum").tolist()
         tokens, positions, done, could, waited, all_seconds = sums
         scalars = {"tokens_per_second": tokens / seconds, "useful_share": tokens / positions}

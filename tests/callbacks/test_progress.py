@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from dream_lightning.callbacks import ProgressBar
+from dream_lightning.callbacks import ProgressBar, progress
 
 
 def test_names_are_short_and_the_most_important_come_first():
@@ -34,26 +35,43 @@ def test_names_are_short_and_the_most_important_come_first():
     ]
 
 
-def test_scalars_are_read_once_an_optimiser_step(monkeypatch):
-    """Reading makes the process wait for the device; between two steps there is nothing new."""
+@pytest.mark.parametrize(
+    ("micro_batches", "steps", "asked_for", "seen"),
+    [
+        (1, (0, 0, 1, 1, 1, 2, 3), [1, 2, 3], [None, None, None, "1", "1", "1", "2"]),
+        (2, (1, 2, 3, 4), [1, 3], [None, None, "1", "1"]),  # the next one is asked for when the last has arrived
+    ],
+)
+def test_the_loss_is_shown_when_it_has_arrived(monkeypatch, micro_batches, steps, asked_for, seen):
+    """Nobody waits for it between two micro-batches; at the end of an epoch one does."""
 
-    class Trainer:
-        global_step, reads = 0, 0
+    class OnItsWay:
+        def __init__(self, number):
+            self.value, self.polls = number, 0
+            asked.append(float(number))
 
-        @property
-        def progress_bar_metrics(self):
-            self.reads += 1
-            return {"train/loss": torch.tensor(float(self.global_step))}
+        def arrived(self):
+            self.polls += 1
+            return self.polls > micro_batches
 
-    trainer, shown = Trainer(), []
-    monkeypatch.setattr(
-        TQDMProgressBar, "on_train_batch_end", lambda bar, trainer, *_: shown.append(bar.get_metrics(trainer, None))
-    )
+    asked, shown = [], []
+    trainer = SimpleNamespace(global_step=0, callback_metrics={}, progress_bar_metrics={})
+    monkeypatch.setattr(progress, "_OnItsWay", OnItsWay)
+    for hook in ("on_train_batch_end", "on_train_epoch_end"):
+        monkeypatch.setattr(
+            TQDMProgressBar, hook, lambda bar, trainer, *_: shown.append(bar.get_metrics(trainer, None).get("loss"))
+        )
     bar = ProgressBar()
-    for step in (0, 0, 1, 1, 1, 2):  # the optimiser steps after the third and the last micro-batch
+    for step in steps:  # done after this micro-batch
         trainer.global_step = step
+        if step:
+            trainer.callback_metrics["train/loss"] = torch.tensor(float(step))
         bar.on_train_batch_end(trainer, None, None, None, 0)
-    assert [s["loss"] for s in shown] == ["0", "0", "1", "1", "1", "2"]
-    assert trainer.reads == 3
-    bar.get_metrics(trainer, None)  # as at the end of a validation, which logs too
-    assert trainer.reads == 4
+    assert asked == asked_for and shown == seen
+    bar.on_train_epoch_end(trainer, None)
+    assert shown[-1] == str(steps[-1])
+
+
+def test_on_a_cpu_the_loss_is_there_at_once():
+    number = progress._OnItsWay(torch.tensor(0.5))
+    assert number.arrived() and float(number.value) == 0.5

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import torch
 
 from dream_lightning import DreamModule, S1KDataModule
 from dream_lightning.callbacks import Throughput, throughput
@@ -101,3 +102,33 @@ def test_real_tokens_over_training_time(sums, tmp_path, monkeypatch, accumulate,
     assert sum(notes.scalars["train/mfu"].values()) == pytest.approx(flops / seconds / 1e6)
     assert {"train/mfu", "train/useful_share", "train/data_wait_share"} <= trainer.progress_bar_metrics.keys()
     assert "train/peak_memory_gib" not in notes.scalars  # of a GPU
+
+
+def test_what_a_gpu_has_still_to_do_counts(monkeypatch):
+    """A process is ahead of its GPU: it asks for the tokens, which waits, before it looks at the clock."""
+
+    class Queued:
+        def __int__(self):
+            clock.now += 2
+            return 100
+
+        def __float__(self):
+            return float(int(self))
+
+    clock, callback = Clock(), Throughput()
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    strategy = SimpleNamespace(reduce=lambda numbers, reduce_op: numbers)
+    trainer = SimpleNamespace(strategy=strategy, train_dataloader=None, global_step=0)
+    module = SimpleNamespace(device=torch.device("cpu"))
+
+    def speed():
+        return callback._scalars(trainer, module, flops=0)["tokens_per_second"]
+
+    callback._tokens, callback._positions = Queued(), 100
+    assert speed() == 100 / 2
+    callback._start(trainer, flops=0)
+    callback._tokens, callback._positions = Queued(), 100
+    callback.on_validation_start(trainer, module)
+    clock.now += 1000
+    callback.on_validation_end(trainer, module)
+    assert speed() == 100 / 2

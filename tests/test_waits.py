@@ -1,0 +1,263 @@
+"""Training never waits for its GPU, but where something is logged: on a GPU, and on a CPU that plays one."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import HalfPrecision
+from material import SIZES
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dream_lightning import DreamModule, S1KDataModule, load_tokenizer
+from dream_lightning.callbacks import ProgressBar, Throughput, progress
+from dream_lightning.types import Batch, NoisedBatch
+
+ACCUMULATE, LOG_EVERY = 4, 3
+OPTIONS = [{}, {"complementary_masks": True, "treat_eos_as_one": True}, {"weighting": "cart", "focal_gamma": 2.0}]
+
+
+def module(**options):
+    torch.manual_seed(0)
+    return DreamModule(new_model=SIZES, tokenizer="bytes", **options)
+
+
+def data(source, tmp_path, **options):
+    options = {"max_length": 200, "cache_dir": str(tmp_path / "cache"), "validation_questions": 0} | options
+    return S1KDataModule(str(source), tokenizer=load_tokenizer("bytes"), **options)
+
+
+def batch_of(source, tmp_path, **options):
+    rows = data(source, tmp_path, **options)
+    rows.setup("fit")
+    return next(iter(rows.train_dataloader()))
+
+
+def trainer(tmp_path, *callbacks, **options):
+    options = {"accelerator": "cpu", "limit_val_batches": 0, "log_every_n_steps": LOG_EVERY} | options
+    return L.Trainer(
+        callbacks=list(callbacks),
+        accumulate_grad_batches=ACCUMULATE,
+        limit_train_batches=4 * ACCUMULATE,  # whole steps, two epochs
+        max_steps=8,
+        gradient_clip_val=1.0,
+        logger=DummyLogger(),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **options,
+    )
+
+
+class PlaysAGPU(TorchDispatchMode):
+    """Takes weights, and batches once they are moved, for tensors of a GPU; notes where the process waits for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.there, self.micro_batch, self.waits = WeakTensorKeyDictionary(), 0, []
+
+    def take(self, x):
+        self.there[x] = True
+        return x
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, out = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) and x in self.there for x in tree_leaves((args, kwargs))):
+            tree_map_only(Tensor, self.take, out)
+            by_mask = "index" in name and any(getattr(i, "dtype", None) == torch.bool for i in tree_leaves(args[1]))
+            if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+                self.waits.append(self.micro_batch)
+        return out
+
+
+class Follows(L.Callback):
+    """Tells which micro-batch it is: from 1, until the next one begins or the epoch ends."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.gpu.micro_batch = trainer.global_step * ACCUMULATE + batch_idx % ACCUMULATE + 1
+        if self.gpu.micro_batch == 1:
+            for x in [*pl_module.parameters(), *vars(pl_module.sums).values()]:
+                self.gpu.take(x)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.gpu.micro_batch = "end"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CPU that plays a GPU."""
+    plays = PlaysAGPU()
+
+    def send(batch, device):
+        moved = {name: plays.take(x.clone()) for name, x in batch._tensors().items()}
+        sent = replace(batch, **moved)
+        sent._origin = batch, {name: (x, x._version) for name, x in moved.items()}
+        return sent
+
+    def send_noised(noised, device):
+        sent = NoisedBatch(*(plays.take(x.clone()) for x in (noised.x_t, noised.is_masked, noised.t)))
+        sent.where = tuple(plays.take(x.clone()) for x in noised.where)
+        return sent
+
+    class OnItsWay:  # not noted: a GPU's comes without waiting
+        def __init__(self, number):
+            self.value = torch.zeros(())
+
+        def arrived(self):
+            return True
+
+    monkeypatch.setattr(Batch, "to", send)
+    monkeypatch.setattr(NoisedBatch, "to", send_noised)
+    monkeypatch.setattr(progress, "_OnItsWay", OnItsWay)
+    return plays
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_waits_only_where_it_logs(sums, tmp_path, gpu, monkeypatch, options, packing):
+    """All that runs between two such places: Lightning's loops, hooks, the optimiser's step, callbacks, the bar."""
+    log, numbers = DreamModule.log, []
+
+    def watched(model, name, value, **kwargs):
+        if not isinstance(value, Tensor):
+            numbers.append(name)  # Lightning would copy it to the GPU, and wait for that
+        log(model, name, value, **kwargs)
+
+    monkeypatch.setattr(DreamModule, "log", watched)
+    fit = trainer(tmp_path, Follows(gpu), Throughput(), ProgressBar())
+    with gpu:
+        fit.fit(module(**options), data(sums, tmp_path, packing=packing))
+    logged = {step * ACCUMULATE for step in range(LOG_EVERY, 9, LOG_EVERY)}
+    assert fit.global_step == 8 and set(gpu.waits) - {"end"} == logged
+    assert not numbers
+
+
+def test_another_bar_waits_once_a_step_and_shows_the_loss(sums, tmp_path, gpu):
+    fit = trainer(tmp_path, Follows(gpu), TQDMProgressBar(), log_every_n_steps=0)
+    cpu = Tensor.cpu
+    with gpu, pytest.MonkeyPatch.context() as patch:
+        # On a CPU it would do nothing.
+        patch.setattr(Tensor, "cpu", lambda x: torch.tensor(x.item()) if x in gpu.there and x.dim() == 0 else cpu(x))
+        fit.fit(module(), data(sums, tmp_path))
+    assert set(gpu.waits) - {"end"} == {ACCUMULATE * step for step in range(1, 9)}
+    assert fit.progress_bar_metrics["train/loss"] > 0
+
+
+class TestWhereABatchCameFrom:
+    """Noise is made on the host only of the rows that are trained on. torch's meta device stands for a GPU."""
+
+    def test_it_is_remembered(self, sums, tmp_path):
+        batch = batch_of(sums, tmp_path)
+        moved = batch.to("meta")
+        assert moved.on_host is batch and batch.on_host is batch and batch.to("cpu").on_host is not batch
+        assert copy.copy(moved).on_host is batch
+        for again in (copy.deepcopy(moved), pickle.loads(pickle.dumps(moved))):
+            host = again.on_host
+            assert host is again or torch.equal(host.input_ids, batch.input_ids)
+
+    @pytest.mark.parametrize("inference", [False, True])
+    def test_a_change_is_noticed(self, sums, tmp_path, inference):
+        with torch.inference_mode(inference):
+            batch = batch_of(sums, tmp_path)
+            moved = batch.to("meta")
+            assert moved.on_host is batch
+            other = replace(moved, maskable=moved.maskable & (moved.position_ids > 20))
+            assert other.on_host is other
+            exchanged = batch.to("meta")
+            exchanged.maskable = other.maskable
+            assert exchanged.on_host is exchanged
+            in_place = batch.to("meta")
+            in_place.maskable &= in_place.position_ids > 20
+            assert in_place.on_host is in_place
+            part = batch.to("meta")
+            part.maskable[:, :20] = False
+            assert part.on_host is part
+
+    def test_in_half_precision_too(self, sums, tmp_path):
+        """Lightning rebuilds the batch, before it is moved."""
+        batch = HalfPrecision("bf16-true").convert_input(batch_of(sums, tmp_path))
+        assert batch.extra_weight.dtype == torch.bfloat16 and batch.to("meta").on_host is batch
+
+    def test_what_a_hook_changes_is_not_masked(self, sums, tmp_path, gpu):
+        class Spares(DreamModule):
+            def on_after_batch_transfer(self, batch, dataloader_idx):
+                batch.maskable[:, ::2] = False
+                return batch
+
+            def training_step(self, batch, batch_idx):
+                assert not self.training_noise(batch)[1].is_masked[:, ::2].any()
+                return super().training_step(batch, batch_idx)
+
+        trainer(tmp_path, enable_progress_bar=False).fit(
+            Spares(new_model=SIZES, tokenizer="bytes"), data(sums, tmp_path)
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnAGPU:
+    """The same where torch itself raises if the process waits."""
+
+    @pytest.mark.parametrize("packing", [False, True])
+    @pytest.mark.parametrize(
+        "options", [*OPTIONS, {"stratified_t": False}, {"complementary_masks": True, "stratified_t": False}], ids=str
+    )
+    def test_the_noise_is_the_same(self, sums, tmp_path, packing, options):
+        model, batch = module(**options), batch_of(sums, tmp_path, packing=packing, batch_size=4, eos_fill_to=60)
+        moved = batch.to("cuda")
+        assert batch.input_ids.is_pinned() and moved.on_host is batch
+        rows, from_host = model.training_noise(moved)
+        moved.maskable = moved.maskable.clone()
+        assert moved.on_host is moved
+        _, from_gpu = model.training_noise(moved)
+        assert rows.input_ids.is_cuda and from_host.x_t.is_cuda
+        for name in ("x_t", "is_masked", "t"):
+            assert torch.equal(getattr(from_gpu, name), getattr(from_host, name)), name
+        assert all(map(torch.equal, from_gpu.where, from_host.where))
+
+    def test_what_is_not_pinned_is_sent_without_waiting(self, sums, tmp_path):
+        batch = copy.deepcopy(batch_of(sums, tmp_path))  # in memory that is not pinned
+        assert not batch.input_ids.is_pinned()
+        torch.zeros(1, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            moved = batch.to("cuda")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(moved.input_ids.cpu(), batch.input_ids)
+
+    @pytest.mark.parametrize("packing", [False, True])
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_training_waits_only_where_it_logs(self, sums, tmp_path, packing, options):
+        raises = RaisesWhereItWaits()
+        gpu = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}
+        fit = trainer(tmp_path, raises, Throughput(), ProgressBar(), **gpu)
+        fit.fit(module(**options), data(sums, tmp_path, packing=packing))
+        assert fit.global_step == 8 and raises.seen == 3 * ACCUMULATE
+
+
+class RaisesWhereItWaits(L.Callback):
+    """From the start of some optimiser steps to that of the next, or to the end of the epoch."""
+
+    seen = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        step = trainer.global_step + 1  # the one that begins or goes on
+        watches = step in (4, 5, 7)  # the first three warm up, the sixth logs, after the eighth all ends
+        torch.cuda.set_sync_debug_mode("error" if watches else "default")
+        self.seen += watches
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, trainer, pl_module, exception):
+        torch.cuda.set_sync_debug_mode("default")

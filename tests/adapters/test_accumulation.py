@@ -139,7 +139,7 @@ def fit(sums, tmp_path):
         )
         seen = Seen()
         trainer = quiet_trainer(
-            default_root_dir=tmp_path, callbacks=[seen], max_steps=3, accumulate_grad_batches=accumulate, **options
+            default_root_dir=tmp_path, callbacks=[seen], max_steps=3, accumulate_grad_batches=accumulate
         )
         trainer.fit(module, rows)
         return seen, module

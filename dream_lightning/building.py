@@ -119,6 +119,18 @@ def adapt(
     return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
 
 
+def start_compilers(device: torch.device) -> None:
+    """Start the processes that compile kernels for a GPU, while weights are read; returns at once.
+
+    torch starts them with the first layer, and compiles one kernel after the other until they are there: 3 seconds with
+    torch in the file cache, more without.
+    """
+    if device.type == "cuda":
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
 def compile_layers(model: DreamModel) -> None:
     """Let each decoder layer be compiled at its first call. Two settings of torch change for the whole process."""
     # Products and norms of a layer are cheap to make again, and a sixth of what it keeps.

@@ -33,6 +33,7 @@ from dream_lightning.building import (
     fill,
     quantized_model,
     random_model,
+    start_compilers,
 )
 from dream_lightning.diffusion import (
     corrupt,
@@ -212,6 +213,8 @@ class DreamModule(L.LightningModule):
         if self.model is not None:
             return
         device = torch.device("cpu") if self._trainer is None else self.trainer.strategy.root_device
+        if self.compile_layers:
+            start_compilers(device)
         if self.pretrained is None:
             self.model = random_model(self.new_model, self.tokenizer).to(self.weights_dtype)
         elif self.quantize is not None:

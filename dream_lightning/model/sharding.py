@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -35,9 +36,26 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in (model.model.embed_tokens, *model.model.layers):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
+    if model.model.lengths_vary:
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(_one_kind_of_input)
     fully_shard(root, mesh=mesh, mp_policy=policy)
     for step in steps:
         register_fsdp_forward_method(root, step)
+
+
+@torch._dynamo.disable
+def _one_kind_of_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let the compiler see the same in a forward and where it is recomputed, and that lengths vary.
+
+    FSDP2 hands an input that needs a gradient on as a view without the model's mark, but not in recomputation. So each
+    layer would be compiled twice, the first time for the length of the first row.
+    """
+    if not layer.training:
+        return None
+    x = inputs[0].view_as(inputs[0])
+    torch._dynamo.maybe_mark_dynamic(x, 1)
+    return (x, *inputs[1:])
 
 
 def read_shards(

@@ -29,6 +29,10 @@ Span = tuple[int, int]  # columns first … last − 1
 _CUDNN_FIRST = ((9, 0), (10, 0))  # compute capabilities on which torch prefers cuDNN's attention
 
 
+def _within(span: Span | None) -> slice:
+    return slice(None) if span is None else slice(*span)
+
+
 class DreamRMSNorm(nn.Module):
     """x / rms(x) · weight; the quotient in float32, cast back before the weight is applied."""
 
@@ -98,14 +102,14 @@ class DreamAttention(nn.Module):
         if mask is not None and mask.wants_every_head:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(
-            q[:, :, slice(*span or (None,))],
+            q[:, :, _within(span)],
             k,
             v,
             attn_mask=None if mask is None else mask.may_attend,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out if mask is None else out * mask.sees_something[:, :, slice(*span or (None,))]
+        return out if mask is None else out * mask.sees_something[:, :, _within(span)]
 
 
 def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:
@@ -140,7 +144,7 @@ class DreamDecoderLayer(nn.Module):
         span: Span | None = None,
     ) -> Tensor:
         """[B, L, D] → [B, W, D]."""
-        x = x[:, slice(*span or (None,))] + self.self_attn(self.input_layernorm(x), rotation, mask, cache, span)
+        x = x[:, _within(span)] + self.self_attn(self.input_layernorm(x), rotation, mask, cache, span)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -181,9 +181,9 @@ class AttentionMask:
             )
 
 
-def _any_length(x: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask | DocumentBounds | None) -> None:
-    """Tell the compiler which axes of a layer's inputs have another length in the next batch."""
-    axes = [(x, 1), *((angles, 2) for angles in rotation)]
+def _any_length(rotation: tuple[Tensor, Tensor], mask: AttentionMask | DocumentBounds | None) -> None:
+    """Tell the compiler which axes of what all layers share have another length in the next batch."""
+    axes = [(angles, 2) for angles in rotation]
     if isinstance(mask, DocumentBounds):
         axes += [(mask.starts, 0)]
     elif mask is not None:
@@ -266,9 +266,12 @@ class DreamBaseModel(DreamPreTrainedModel):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)  # [B, L, D]
         rotation = self.rotary(position_ids, x.dtype)
+        lengths_vary = self.lengths_vary and self.training
+        if lengths_vary:
+            _any_length(rotation, mask)
         for i, layer in enumerate(self.layers):
-            if self.lengths_vary and self.training:
-                _any_length(x, rotation, mask)
+            if lengths_vary:
+                torch._dynamo.maybe_mark_dynamic(x, 1)
             if cache is not None:
                 x = layer(x, rotation, mask, cache.of_layer(i, columns))
             elif self.gradient_checkpointing and self.training and i < self.checkpointed_layers:

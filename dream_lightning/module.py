@@ -329,11 +329,13 @@ class DreamModule(L.LightningModule):
         make the process wait, and then the GPU.
         """
         rows, options = batch.on_host, {"stratified": self.stratified_t, "eos_as_one": self.treat_eos_as_one}
-        if not self.complementary_masks:
-            return batch, self.noise(rows, **options).to(batch.input_ids.device)
-        noised = self.noise(rows, t_max=1 - self.t_min, **options)
-        _, noised = with_complements(rows, noised, mask_token_id=self.tokenizer.mask_token_id)
-        return batch.twice(), noised.to(batch.input_ids.device)
+        if self.complementary_masks:
+            noised = self.noise(rows, t_max=1 - self.t_min, **options)
+            noised = with_complements(rows, noised, mask_token_id=self.tokenizer.mask_token_id)
+            batch = batch.twice()
+        else:
+            noised = self.noise(rows, **options)
+        return batch, noised.to(batch.input_ids.device)
 
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""

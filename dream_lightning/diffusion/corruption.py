@@ -50,20 +50,19 @@ def corrupt(
     return NoisedBatch(x_t=torch.where(is_masked, mask_token_id, x_0), is_masked=is_masked, t=t)
 
 
-def with_complements(batch: Batch, noised: NoisedBatch, *, mask_token_id: int) -> tuple[Batch, NoisedBatch]:
-    """The rows and, below them, the same rows with the complementary masks: [B, L] → [2B, L].
+def with_complements(batch: Batch, noised: NoisedBatch, *, mask_token_id: int) -> NoisedBatch:
+    """The noised rows and, below them, the same rows with the complementary masks: [B, L] → [2B, L], `batch.twice()`.
 
     What was masked with probability t is kept and what was kept is masked, which has probability 1 − t: every maskable
     token is predicted once from the others. t has to keep away from 1 as it does from 0, so that 1/(1 − t) is bounded.
     """
     is_masked = batch.maskable & ~noised.is_masked
     x_t = torch.where(is_masked, mask_token_id, batch.input_ids)
-    both = NoisedBatch(
+    return NoisedBatch(
         x_t=torch.cat([noised.x_t, x_t]),
         is_masked=torch.cat([noised.is_masked, is_masked]),
         t=torch.cat([noised.t, 1 - noised.t]),
     )
-    return batch.twice(), both
 
 
 def _tie_final_eos(is_masked: Tensor, is_eos: Tensor, maskable: Tensor, places: Tensor | None) -> Tensor:

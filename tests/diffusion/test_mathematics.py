@@ -53,7 +53,7 @@ def test_complements_mask_every_response_token_once(rows):
     integers = torch.zeros_like(x_0)
     batch = Batch(x_0, maskable, integers, integers, integers, integers, torch.rand(x_0.shape, generator=generator))
     noised = corrupt(x_0, maskable, mask_token_id=MASK, t=torch.rand(6, generator=generator), generator=generator)
-    batch, both = with_complements(batch, noised, mask_token_id=MASK)
+    batch, both = batch.twice(), with_complements(batch, noised, mask_token_id=MASK)
     assert torch.equal(both.is_masked[:6], noised.is_masked) and torch.equal(both.x_t[:6], noised.x_t)
     assert torch.equal(both.is_masked[:6] ^ both.is_masked[6:], maskable)
     assert torch.equal(both.is_masked, (both.x_t == MASK))

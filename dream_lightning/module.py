@@ -49,6 +49,7 @@ from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting, check_cart_p
 from dream_lightning.model import DreamModel, load_tokenizer
+from dream_lightning.model.documents import plan_for_all_lengths
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model.sharding import agree, local, shard, whole
 from dream_lightning.optim import PagedAdamW8bit, adamw, decay_groups
@@ -191,6 +192,8 @@ class DreamModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what is not tested together, before anything is loaded."""
+        if stage == "fit":
+            plan_for_all_lengths()
         dora = self.lora is not None and self.lora.dora
         refuse_untested(
             self.trainer,

@@ -68,13 +68,14 @@ class Batch:
     epochs: Tensor  # [B, L] int64, Draw.epoch
     extra_weight: Tensor  # [B, L] float32, Document.response_weight, 1.0 elsewhere
     padded: bool = False  # some position is padding; said here because asking a tensor would make the GPU wait
-    document_bounds: Tensor | None = None  # see DocumentBounds; None = one document a row, and no padding on the right
+    # see DocumentBounds, stays on the host; None = one document a row, and no padding on the right
+    document_bounds: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """Lightning moves a batch to its device through this; nobody waits for a GPU."""
         with torch.inference_mode(False):  # tensors made in it do not count their changes
-            moved = {name: _send(x, torch.device(device)) for name, x in self._tensors().items()}
-        batch = replace(self, **moved)
+            moved = {name: send(x, torch.device(device)) for name, x in self._tensors().items()}
+        batch = replace(self, **moved | {"document_bounds": self.document_bounds})
         if self.input_ids.is_cpu and not batch.input_ids.is_cpu:
             batch._origin = self, {name: (x, x._version) for name, x in moved.items()}
         return batch
@@ -103,7 +104,7 @@ class Batch:
         return replace(self, **doubled)
 
 
-def _send(x: Tensor, device: torch.device) -> Tensor:
+def send(x: Tensor, device: torch.device) -> Tensor:
     """The tensor there. On its way from the host to a GPU nobody waits for it, which takes pinned memory.
 
     torch lets go of pinned memory only once the copy is made, whoever drops the tensor.
@@ -116,15 +117,16 @@ def _send(x: Tensor, device: torch.device) -> Tensor:
 class DocumentBounds:
     """Rows of several documents, for attention that stays inside each; padding at a row's end is one more document.
 
-    Stands where an attention mask may stand. The varlen kernel takes it as it is; elsewhere it becomes a mask.
+    Stands where an attention mask may stand. Some kernels take it as it is; elsewhere it becomes a mask.
     """
 
-    starts: Tensor  # [C+1] int32, where documents begin in all rows laid end to end, then B·L; the last may repeat
+    # [C+1] int32, where documents begin in all rows laid end to end, then B·L; the last may repeat. On the host.
+    starts: Tensor
 
-    def to_mask(self, batch: int, length: int) -> Tensor:
+    def to_mask(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Bool [B, 1, L, L], True = may attend."""
-        place = torch.arange(batch * length, device=self.starts.device)
-        document = torch.bucketize(place, self.starts, right=True).view(batch, length)
+        place = torch.arange(batch * length, device=device)
+        document = torch.bucketize(place, send(self.starts, device), right=True).view(batch, length)
         return (document[:, :, None] == document[:, None, :])[:, None]
 
 
@@ -145,7 +147,7 @@ class NoisedBatch:
         """The same there. From the host to a GPU nobody waits, and what is masked is counted already."""
         if self.x_t.device == device:
             return self
-        x_t, is_masked, t, *where = (_send(x, device) for x in (self.x_t, self.is_masked, self.t, *self.where))
+        x_t, is_masked, t, *where = (send(x, device) for x in (self.x_t, self.is_masked, self.t, *self.where))
         moved = NoisedBatch(x_t, is_masked, t)
         moved.where = tuple(where)
         return moved

@@ -5,6 +5,7 @@ python scripts/benchmark_train.py --pretrained /tmp/dream7b --cases '[full, lora
 """
 
 import gc
+import os
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -210,6 +211,7 @@ def main(
         reference: also time a plain loop: full logits, PEFT's and bitsandbytes' own layers, not compiled.
         steps: optimiser steps; the mean leaves the first two out.
     """
+    os.environ["TORCH_CUDNN_SDPA_AVOID_RECOMPILE"] = "0"  # rows of one length; see `model.documents`
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     table = [
         f"| {device} | tok/s | peak GiB | planned GiB | loaded after s | with GiB | on the host GiB "

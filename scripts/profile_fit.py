@@ -83,7 +83,7 @@ class GPUTime(L.Callback):
         if batch_idx + 1 == trainer.accumulate_grad_batches and trainer.global_step == 1:
             compiling = calculate_time_spent().get("total_wall_time", 0.0)
             graphs = counters["stats"]["unique_graphs"]
-            print(f"seconds since the start: {', '.join(self._reached)}; compiling {graphs} graphs {compiling:.0f}")
+            print(f"\nseconds since the start: {', '.join(self._reached)}; compiling {graphs} graphs {compiling:.0f}")
         if self._profile is not None and trainer.global_step == self.WARM_UP + self.STEPS:
             self._profile.__exit__(None, None, None)  # waits for the GPU
             events = self._profile.profiler.kineto_results.events()
@@ -95,7 +95,7 @@ class GPUTime(L.Callback):
         busy, gaps = busy_and_gaps(on_gpu)
         whole = max(end for _, end, _ in on_gpu) - min(start for start, _, _ in on_gpu)
         print(
-            f"{self.STEPS} steps, {whole / 1e9:.2f} s, {len(on_gpu):,} kernels and copies: the GPU is idle "
+            f"\n{self.STEPS} steps, {whole / 1e9:.2f} s, {len(on_gpu):,} kernels and copies: the GPU is idle "
             f"{100 * (1 - busy / whole):.2f} % of the time; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         )
         print("\n| idle for | times | share of the time |\n|---|---:|---:|")

@@ -3,7 +3,6 @@
 Axis letters as in `dream_lightning/types.py`; K = key/value heads, E = size of a head.
 """
 
-import inspect
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,21 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from dream_lightning.model.cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.configuration import DreamConfig
+from dream_lightning.model.documents import PREFERS_CUDNN, attend_in_documents, for_kernel
 from dream_lightning.model.joint import Joint, joined, lay_together, products
 from dream_lightning.model.loading import check_weights, local_folder
 from dream_lightning.types import DocumentBounds
 
-_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does it unasked
-
 Span = tuple[int, int]  # columns first … last − 1
-
-_CUDNN_FIRST = ((9, 0), (10, 0))  # compute capabilities on which torch prefers cuDNN's attention
 
 
 def _within(span: Span | None) -> slice:
@@ -112,19 +107,6 @@ class DreamAttention(nn.Module):
         return out if mask is None else out * mask.sees_something[:, :, _within(span)]
 
 
-def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:
-    """Attention that stays inside each document, in time that grows with the documents' lengths, not the rows'.
-
-    Shapes [B, H or K, L, E]; on CUDA in bfloat16 or float16.
-    """
-    batch, _, length, _ = q.shape
-    # Laid end to end [B·L, H or K, E]. Under autocast the rotation makes q and k float32, which the kernel has not.
-    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))
-    options = {"enable_gqa": True} if _ASKS_FOR_GQA else {}
-    out = varlen_attn(q, k, v, documents.starts, documents.starts, length, length, **options)  # [B·L, H, E]
-    return out.unflatten(0, (batch, length)).transpose(1, 2)
-
-
 class DreamDecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
@@ -163,7 +145,7 @@ class AttentionMask:
         batch, length = input_ids.shape
         allowed = attention_mask.bool()
         self.wants_every_head = (
-            input_ids.is_cuda and torch.cuda.get_device_capability(input_ids.device) not in _CUDNN_FIRST
+            input_ids.is_cuda and torch.cuda.get_device_capability(input_ids.device) not in PREFERS_CUDNN
         )
         if columns is not None:  # of a cache: input_ids are these columns of the mask's L
             self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
@@ -299,15 +281,15 @@ class DreamBaseModel(DreamPreTrainedModel):
     def _mask(
         self, attention_mask: Tensor | DocumentBounds | None, input_ids: Tensor, columns: Tensor | None = None
     ) -> "AttentionMask | DocumentBounds | None":
-        if attention_mask is None:
-            return None
-        if isinstance(attention_mask, DocumentBounds):
-            half = torch.is_autocast_enabled(input_ids.device.type) or self.embed_tokens.weight.dtype.itemsize == 2
-            drops = self.training and self.layers[0].self_attn.dropout > 0
-            if input_ids.is_cuda and half and not drops:  # what the varlen kernel can do
+        half = torch.is_autocast_enabled(input_ids.device.type) or self.embed_tokens.weight.dtype.itemsize == 2
+        drops = self.training and self.layers[0].self_attn.dropout > 0
+        if input_ids.is_cuda and half and not drops:  # what kernels for documents can do
+            attention_mask = for_kernel(attention_mask, input_ids, training=self.training)
+            if isinstance(attention_mask, DocumentBounds):
                 return attention_mask
-            attention_mask = attention_mask.to_mask(*input_ids.shape)
-        return AttentionMask(attention_mask, input_ids, columns)
+        if isinstance(attention_mask, DocumentBounds):
+            attention_mask = attention_mask.to_mask(*input_ids.shape, input_ids.device)
+        return None if attention_mask is None else AttentionMask(attention_mask, input_ids, columns)
 
 
 class DreamModel(DreamPreTrainedModel):

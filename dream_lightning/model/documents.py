@@ -1,0 +1,174 @@
+"""Attention inside the documents of packed rows, on a GPU.
+
+Flash attention 2 takes all documents in one call. cuDNN's attention, which torch prefers on Hopper and Blackwell, needs
+60 % of its time, but torch lets it plan anew at every call over several documents. So it is called once a document, and
+plans for all lengths up to the next power of two, if `plan_for_all_lengths` came early enough.
+"""
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from dream_lightning.types import DocumentBounds, send
+
+PREFERS_CUDNN = ((9, 0), (10, 0))  # compute capabilities on which torch prefers cuDNN's attention
+_LONG = 1536  # tokens of a document on average, from which on one call a document is faster than one call for all
+
+_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does it unasked
+
+_aten = torch.ops.aten
+
+
+def plan_for_all_lengths() -> None:
+    """Let cuDNN's attention take one plan for many lengths, in this whole process; before its first attention.
+
+    Otherwise each new length costs a plan, for which the process waits until the GPU has nothing left to do, and then
+    the GPU 50 ms for the process. Where all rows have one length, a plan for it alone is better, by 10 % of attention's
+    time: TORCH_CUDNN_SDPA_AVOID_RECOMPILE=0 in the environment keeps torch's own way.
+    """
+    os.environ.setdefault("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
+
+
+def for_kernel(
+    mask: Tensor | DocumentBounds | None, input_ids: Tensor, *, training: bool
+) -> Tensor | DocumentBounds | None:
+    """What a layer needs of a mask: documents stay on the host for cuDNN, and go to the GPU for flash attention.
+
+    In training, where cuDNN plans for all lengths, rows without a mask are taken for documents too, so that rows of one
+    document and rows of several share one compiled graph.
+    """
+    device, documents = input_ids.device, mask
+    if mask is None and training:
+        rows, length = input_ids.shape
+        documents = DocumentBounds(torch.arange(rows + 1, dtype=torch.int32) * length)
+    if not isinstance(documents, DocumentBounds):
+        return mask
+    if _one_by_one(documents.starts, device):
+        return documents
+    return None if mask is None else DocumentBounds(send(documents.starts, device))
+
+
+def _one_by_one(starts: Tensor, device: torch.device) -> bool:
+    if not starts.is_cpu or torch.cuda.get_device_capability(device) not in PREFERS_CUDNN:
+        return False
+    lengths = [length for _, length in _documents(starts)]
+    return sum(lengths) >= _LONG * len(lengths) and _plans_for_all_lengths(device)
+
+
+def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:
+    """Attention that stays inside each document, in time that grows with the documents' lengths, not the rows'.
+
+    Shapes [B, H or K, L, E]; on CUDA in bfloat16 or float16, `documents` as `for_kernel` made it.
+    """
+    batch, _, length, _ = q.shape
+    # Laid end to end [B·L, H or K, E]. Under autocast the rotation makes q and k float32, which no kernel has.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype).contiguous() for x in (q, k, v))
+    if documents.starts.is_cpu:
+        out, _ = _attention(q, k, v, documents.starts)  # [B·L, H, E]
+    else:
+        options = {"enable_gqa": True} if _ASKS_FOR_GQA else {}
+        out = varlen_attn(q, k, v, documents.starts, documents.starts, length, length, **options)
+    return out.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+@torch.library.custom_op("dream_lightning::attention_one_by_one", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """By cuDNN: the result [T, H, E], and the logarithm of the sum of each softmax, [T·H] float32."""
+    outs, sums = [], []
+    for part in _parts(starts):
+        out, log_sum, *_ = _aten._scaled_dot_product_cudnn_attention(*(part.of(x) for x in (q, k, v)), None, True)
+        if not _by_position(log_sum):
+            raise RuntimeError("the sums of cuDNN's attention are laid out in another way than this code reads them")
+        outs.append(part.end_to_end(out))
+        sums.append(log_sum.transpose(1, 2).flatten())
+    return _whole(outs), _whole(sums)
+
+
+@torch.library.custom_op("dream_lightning::attention_one_by_one_backward", mutates_args=())
+def _gradients(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the generator of dropout
+    log_sum = log_sum.view(*q.shape[:2], 1)
+    parts = []
+    for part in _parts(starts):
+        at = [part.of(x) for x in (gradient, q, k, v, out, log_sum)]
+        at += [unused, unused, None, None, None, part.length, part.length, 0.0, False]
+        parts.append([part.end_to_end(x) for x in _aten._scaled_dot_product_cudnn_attention_backward(*at)])
+    return tuple(_whole(list(of_one)) for of_one in zip(*parts, strict=True))
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[0] * q.shape[1], dtype=torch.float32)
+
+
+@_gradients.register_fake
+def _(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, starts = inputs
+    ctx.save_for_backward(q, k, v, *output, starts)
+
+
+def _backward(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_gradients(gradient.contiguous(), *ctx.saved_tensors), None)
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
+
+
+class _Part:
+    """Documents of one length that lie next to each other."""
+
+    def __init__(self, start: int, count: int, length: int) -> None:
+        self.start, self.count, self.length = start, count, length
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of [T, H, E] the part's documents, [documents, H, L, E]."""
+        documents = x[self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
+        return documents.transpose(1, 2)
+
+    def end_to_end(self, x: Tensor) -> Tensor:
+        """[documents, H, L, E] → [documents · L, H, E]."""
+        return x.transpose(1, 2).flatten(0, 1)
+
+
+def _parts(starts: Tensor) -> Iterator[_Part]:
+    for length, same in groupby(_documents(starts), key=lambda document: document[1]):
+        first, *others = same
+        yield _Part(first[0], 1 + len(others), length)
+
+
+def _documents(starts: Tensor) -> list[tuple[int, int]]:
+    """Where each document begins, and its length."""
+    return [(start, end - start) for start, end in pairwise(starts.tolist()) if end > start]
+
+
+def _whole(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@cache
+def _plans_for_all_lengths(device: torch.device) -> bool:
+    """Whether torch listened to `plan_for_all_lengths`: its sums then lie position by position, not head by head."""
+    x = torch.zeros(1, 64, 2, 64, dtype=torch.bfloat16, device=device).transpose(1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is experimental; our tests compare it
+        log_sum = torch._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1]
+    return _by_position(log_sum)
+
+
+def _by_position(log_sum: Tensor) -> bool:
+    return log_sum.transpose(1, 2).is_contiguous()

@@ -1,0 +1,196 @@
+"""Attention inside documents: one call of cuDNN's kernel a document, here played by plain products, and on a GPU."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dream_lightning.model import documents
+from dream_lightning.types import DocumentBounds
+
+documents.plan_for_all_lengths()  # when tests are collected: before any attention on a GPU
+
+HEADS, GROUPS, SIZE = 4, 2, 8
+
+
+def every_head(x, heads):
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def weights_of(q, k):
+    return q @ every_head(k, q.shape[1]).transpose(2, 3) / q.shape[-1] ** 0.5
+
+
+def forward(q, k, v, bias, wants_sums):
+    assert bias is None and wants_sums
+    weights = weights_of(q, k)
+    sums = weights.logsumexp(-1, keepdim=True).transpose(1, 2).contiguous().transpose(1, 2)
+    return weights.softmax(-1) @ every_head(v, q.shape[1]), sums, None
+
+
+def backward(gradient, q, k, v, out, sums, *_):
+    """From what the forward pass kept, so that a mix-up shows."""
+    p = (weights_of(q, k) - sums).exp()
+    of_weights = p * (gradient @ every_head(v, q.shape[1]).transpose(2, 3) - (gradient * out).sum(-1, keepdim=True))
+    of_weights = of_weights / q.shape[-1] ** 0.5
+
+    def by_group(x):
+        return x.unflatten(1, (k.shape[1], -1)).sum(2)
+
+    of_k, of_v = of_weights.transpose(2, 3) @ q, p.transpose(2, 3) @ gradient
+    return of_weights @ every_head(k, q.shape[1]), by_group(of_k), by_group(of_v)
+
+
+@pytest.fixture
+def plain_products(monkeypatch):
+    kernels = {
+        "_scaled_dot_product_cudnn_attention": forward,
+        "_scaled_dot_product_cudnn_attention_backward": backward,
+    }
+    monkeypatch.setattr(documents, "_aten", SimpleNamespace(**kernels))
+
+
+def inputs(rows, length, *, size=SIZE, device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows, n, length, size) for n in (HEADS, GROUPS, GROUPS)]
+    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def with_gradients(attend, tensors, *arguments):
+    out = attend(*tensors, *arguments)
+    gradient = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
+    return out, *torch.autograd.grad(out, tensors, gradient)
+
+
+def masked(q, k, v, bounds):
+    mask = bounds.to_mask(len(q), q.shape[2], q.device)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+STARTS = [
+    [0, 7, 12, 12],  # the last repeats
+    [0, 12, 24],  # whole rows, one call
+    [0, 4, 8, 12, 15, 24, 24, 24],  # three of one length, a short one, a row
+    [0, 3, 12, 15, 24],
+]
+
+
+@pytest.mark.parametrize("starts", STARTS)
+def test_one_call_a_document_equals_a_mask(plain_products, starts):
+    bounds = DocumentBounds(torch.tensor(starts, dtype=torch.int32))
+    tensors = inputs(starts[-1] // 12, 12)
+    ours = with_gradients(documents.attend_in_documents, tensors, bounds)
+    for a, b in zip(ours, with_gradients(masked, tensors, bounds), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_documents_of_one_length_share_a_call(plain_products, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(
+        documents._aten, "_scaled_dot_product_cudnn_attention", lambda *x: (shapes.append(x[0].shape), forward(*x))[1]
+    )
+    bounds = DocumentBounds(torch.tensor(STARTS[2], dtype=torch.int32))
+    with torch.no_grad():
+        documents.attend_in_documents(*inputs(2, 12), bounds)
+    assert shapes == [(3, HEADS, 4, SIZE), (1, HEADS, 3, SIZE), (1, HEADS, 9, SIZE)]
+
+
+def test_compiled_once_for_all_documents(plain_products):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(documents.attend_in_documents, backend=counter)
+    for length, starts in ((12, [0, 7, 12, 12]), (30, [0, 11, 20, 25, 30]), (17, [0, 17])):
+        tensors, bounds = inputs(1, length), DocumentBounds(torch.tensor(starts, dtype=torch.int32))
+        for x in tensors:
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        torch._dynamo.maybe_mark_dynamic(bounds.starts, 0)
+        for a, b in zip(
+            with_gradients(compiled, tensors, bounds), with_gradients(masked, tensors, bounds), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_sums_laid_out_otherwise_are_refused(plain_products, monkeypatch):
+    def otherwise(*arguments):
+        out, sums, seed = forward(*arguments)
+        return out, sums.contiguous(), seed
+
+    monkeypatch.setattr(documents._aten, "_scaled_dot_product_cudnn_attention", otherwise)
+    with pytest.raises(RuntimeError, match="laid out in another way"):
+        documents.attend_in_documents(*inputs(1, 12), DocumentBounds(torch.tensor([0, 7, 12], dtype=torch.int32)))
+
+
+LONG, SHORT = [0, 2000, 4096], [0, 1000, 2000, 3000, 4096]
+HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("starts", "capability", "all_lengths", "training", "kernel"),
+    [
+        (LONG, HOPPER, True, True, "cudnn"),
+        (LONG, HOPPER, True, False, "cudnn"),
+        (LONG, HOPPER, False, True, "flash"),  # another library attended before `plan_for_all_lengths`
+        (LONG, AMPERE, True, True, "flash"),
+        (SHORT, HOPPER, True, True, "flash"),
+        (None, HOPPER, True, True, "cudnn"),
+        (None, HOPPER, False, True, None),
+        (None, HOPPER, True, False, None),  # answers are made without documents
+        (None, AMPERE, True, True, None),
+    ],
+)
+def test_which_kernel(monkeypatch, starts, capability, all_lengths, training, kernel):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(documents, "_plans_for_all_lengths", lambda device: all_lengths)
+    monkeypatch.setattr(documents, "send", lambda x, device: x.to("meta"))
+    mask = None if starts is None else DocumentBounds(torch.tensor(starts, dtype=torch.int32))
+    chosen = documents.for_kernel(mask, torch.zeros(1, 4096, dtype=torch.long), training=training)
+    assert kernel == (chosen and {"cpu": "cudnn", "meta": "flash"}[chosen.starts.device.type])
+    if kernel == "cudnn":
+        assert chosen.starts.tolist() == (starts or [0, 4096])
+
+
+def test_a_mask_stays_a_mask():
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    assert documents.for_kernel(mask, torch.zeros(1, 4, dtype=torch.long), training=True) is mask
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "1"), ("0", "0")])
+def test_what_the_environment_says_stays(monkeypatch, given, wanted):
+    name = "TORCH_CUDNN_SDPA_AVOID_RECOMPILE"
+    monkeypatch.delenv(name) if given is None else monkeypatch.setenv(name, given)
+    documents.plan_for_all_lengths()
+    assert os.environ[name] == wanted
+
+
+def test_importing_changes_no_environment():
+    code = "import os; before = dict(os.environ); import dream_lightning.model; assert dict(os.environ) == before"
+    name = "TORCH_CUDNN_SDPA_AVOID_RECOMPILE"
+    env = {k: v for k, v in os.environ.items() if k != name}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnAGPU:
+    @pytest.mark.parametrize("lengths", [[4096], [3001, 1095], [1700, 1700, 1600], [2500, 1900, 3792]])
+    def test_equals_a_mask(self, lengths):
+        if torch.cuda.get_device_capability() not in documents.PREFERS_CUDNN:
+            pytest.skip("torch prefers flash attention on this GPU")
+        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        bounds = DocumentBounds(torch.tensor([*starts, starts[-1]], dtype=torch.int32))
+        total = sum(lengths)
+        truth = inputs(1, total, size=64, device="cuda", dtype=torch.bfloat16)
+        ids = torch.zeros(1, total, dtype=torch.long, device="cuda")
+        assert documents.for_kernel(bounds, ids, training=True) is bounds
+        flash = DocumentBounds(bounds.starts.cuda())
+        exact = with_gradients(masked, [x.detach().float().requires_grad_() for x in truth], bounds)
+        for attend in (documents.attend_in_documents, torch.compile(documents.attend_in_documents)):
+            ours = with_gradients(attend, truth, bounds)
+            for a, b, c in zip(ours, with_gradients(attend, truth, flash), exact, strict=True):
+                error, of_flash = ((x.float() - c).norm() / c.norm() for x in (a, b))
+                assert error < 1.1 * of_flash + 1e-5, (error, of_flash)
+        torch._dynamo.reset()

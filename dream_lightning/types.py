@@ -74,8 +74,9 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Lightning moves a batch to its device through this; nobody waits for a GPU."""
         with torch.inference_mode(False):  # tensors made in it do not count their changes
-            moved = {name: send(x, torch.device(device)) for name, x in self._tensors().items()}
-        batch = replace(self, **moved | {"document_bounds": self.document_bounds})
+            stays = "document_bounds"
+            moved = {n: send(x, torch.device(device)) for n, x in self._tensors().items() if n != stays}
+        batch = replace(self, **moved)
         if self.input_ids.is_cpu and not batch.input_ids.is_cpu:
             batch._origin = self, {name: (x, x._version) for name, x in moved.items()}
         return batch

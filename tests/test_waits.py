@@ -156,9 +156,12 @@ def test_another_bar_waits_once_a_step_and_shows_the_loss(sums, tmp_path, gpu):
 class TestWhereABatchCameFrom:
     """Noise is made on the host only of the rows that are trained on. torch's meta device stands for a GPU."""
 
-    def test_it_is_remembered(self, sums, tmp_path):
-        batch = batch_of(sums, tmp_path)
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_it_is_remembered(self, sums, tmp_path, packing):
+        batch = batch_of(sums, tmp_path, packing=packing)
+        assert (batch.document_bounds is not None) == packing
         moved = batch.to("meta")
+        assert moved.document_bounds is batch.document_bounds  # they stay
         assert moved.on_host is batch and batch.on_host is batch and batch.to("cpu").on_host is not batch
         assert copy.copy(moved).on_host is batch
         for again in (copy.deepcopy(moved), pickle.loads(pickle.dumps(moved))):

@@ -54,7 +54,7 @@ def test_idle_time_is_what_no_kernel_covers(script):
 
 
 @pytest.mark.parametrize(
-    ("steps", "batches", "words"), [(5, 600, "training takes 5 steps"), (60, 15, "an epoch takes 5 steps")]
+    ("steps", "batches", "words"), [(13, 600, "training takes 13 steps"), (60, 39, "an epoch takes 13 steps")]
 )
 def test_a_run_or_an_epoch_too_short_for_idle_time_is_refused(script, steps, batches, words):
     """Steps of two epochs would count the start of the loader's processes as idle time."""
@@ -64,6 +64,6 @@ def test_a_run_or_an_epoch_too_short_for_idle_time_is_refused(script, steps, bat
         run = {"estimated_stepping_batches": steps, "num_training_batches": batches, "accumulate_grad_batches": 3}
         callback.on_train_start(SimpleNamespace(**run), None)
 
-    start(6, 18)
-    with pytest.raises(ValueError, match=f"{words}: wanted at least 2 to warm up and 4 to record"):
+    start(14, 42)
+    with pytest.raises(ValueError, match=f"{words}: wanted at least 10 to warm up and 4 to record"):
         start(steps, batches)

@@ -59,7 +59,8 @@ def _one_by_one(starts: Tensor, device: torch.device) -> bool:
     if not starts.is_cpu or torch.cuda.get_device_capability(device) not in PREFERS_CUDNN:
         return False
     lengths = [length for _, length in _documents(starts)]
-    return sum(lengths) >= _LONG * len(lengths) and _plans_for_all_lengths(device)
+    # Padding counts as a document, and may be of one token, which torch does not hand to cuDNN.
+    return sum(lengths) >= _LONG * len(lengths) and min(lengths) > 1 and _plans_for_all_lengths(device)
 
 
 def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:

@@ -96,7 +96,7 @@ def certainty(confidence: Tensor, alg: Algorithm) -> Tensor:
 
 
 def best_tokens(logits: Tensor, alg: Algorithm, forbidden: int | None = None) -> tuple[Tensor, Tensor]:
-    """`candidates` of one part at temperature 0 without filters; compiled, it reads the logits about twice.
+    """`candidates` of one part at temperature 0 without filters.
 
     [M, V] → tokens [M] int64, confidences [M] float32.
     """

@@ -42,7 +42,7 @@ class CompiledDenoiser:
         self.config, self.lm_head = model.config, model.lm_head
         self.original = weakref.ref(model)
         self.model = GraphedTrunk(model.model, capture, mode)
-        self._best = torch.compile(best_tokens) if capture else best_tokens
+        self._best = torch.compile(best_tokens)
         self._capture = capture
 
     def modules(self) -> Iterator[nn.Module]:
@@ -66,9 +66,14 @@ class CompiledDenoiser:
         return -(-number // _POSITIONS) * _POSITIONS
 
     def best(self, logits: Tensor, alg: Algorithm, forbidden: int | None) -> tuple[Tensor, Tensor]:
-        """`choosing.best_tokens`, compiled once for all numbers of positions."""
-        if self._capture:
-            torch._dynamo.maybe_mark_dynamic(logits, 0)
+        """`choosing.best_tokens`: one kernel, or where there is none compiled once for all numbers of positions."""
+        if not self._capture:
+            return best_tokens(logits, alg, forbidden)
+        if alg != "topk_margin":
+            from dream_lightning.sampling import fused  # which needs triton
+
+            return fused.best_tokens(logits, alg, forbidden)
+        torch._dynamo.maybe_mark_dynamic(logits, 0)
         return self._best(logits, alg, forbidden)
 
 

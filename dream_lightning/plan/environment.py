@@ -8,6 +8,8 @@ from importlib.util import find_spec
 
 import torch
 
+from dream_lightning.model.documents import PREFERS_CUDNN
+
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton")
 
 
@@ -64,7 +66,9 @@ def _attention(cuda: bool) -> str:
         return "torch's, on the CPU"
     if torch.cuda.get_device_capability() < (8, 0):
         return "memory-efficient (the flash kernel needs an Ampere GPU or newer, as does bfloat16)"
-    return "varlen flash for packed rows, memory-efficient for padded ones, else torch's choice (on Hopper cuDNN)"
+    if torch.cuda.get_device_capability() in PREFERS_CUDNN:
+        return "cuDNN; for packed rows of short documents varlen flash"
+    return "varlen flash for packed rows, memory-efficient for padded ones, else torch's choice"
 
 
 def _compile(cuda: bool) -> str:

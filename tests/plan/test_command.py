@@ -206,3 +206,11 @@ def test_a_full_disk_is_one_message(command, monkeypatch):
     _, err = command("fit", *ONE_STEP, status=1)
     assert "Traceback" not in err
     assert "No space left on device: 'documents': make room or choose other folders" in err
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel"), [((7, 5), "memory-efficient"), ((8, 0), "varlen flash"), ((9, 0), "cuDNN")]
+)
+def test_which_attention_is_said(monkeypatch, capability, kernel):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert environment._attention(True).startswith(kernel)

@@ -14,8 +14,9 @@ _BLOCK, _WARPS = 8192, 16  # logits of a row at a time, and who reads them
 
 
 def best_tokens(logits: Tensor, alg: Algorithm, forbidden: int | None = None) -> tuple[Tensor, Tensor]:
-    """Of contiguous rows [M, V], tokens [M] int64 and confidences [M] float32; for `topk_margin` there is no kernel."""
-    assert alg != "topk_margin" and logits.is_contiguous()
+    """Of logits [M, V], tokens [M] int64 and confidences [M] float32; for `topk_margin` there is no kernel."""
+    assert alg != "topk_margin"
+    logits = logits.contiguous()
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     confidences = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):

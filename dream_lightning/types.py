@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,6 +89,14 @@ class Batch:
         same = all(getattr(self, name) is x and x._version == version for name, (x, version) in moved.items())
         return origin if same else self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """From a worker to the trainer numbers go through a pipe: torch would share a file for each tensor."""
+        return {n: x.numpy() if isinstance(x, Tensor) and _as_array(x) else x for n, x in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The other end."""
+        vars(self).update({n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in state.items()})
+
     def pin_memory(self) -> "Batch":
         """A DataLoader with `pin_memory` asks for this."""
         return replace(self, **{name: x.pin_memory() for name, x in self._tensors().items()})
@@ -103,6 +112,10 @@ class Batch:
                 [self.document_bounds, self.document_bounds[1:] + self.input_ids.numel()]
             )
         return replace(self, **doubled)
+
+
+def _as_array(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype != torch.bfloat16
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

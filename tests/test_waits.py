@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 
 import lightning as L
 import pytest
@@ -167,6 +168,19 @@ class TestWhereABatchCameFrom:
         for again in (copy.deepcopy(moved), pickle.loads(pickle.dumps(moved))):
             host = again.on_host
             assert host is again or torch.equal(host.input_ids, batch.input_ids)
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_a_worker_shares_no_files(self, sums, tmp_path, packing):
+        """Seven a batch cost the trainer 2 ms, and many small batches more files than a process may open."""
+        batch = batch_of(sums, tmp_path, packing=packing)
+        sent = bytes(ForkingPickler.dumps(batch))
+        assert b"rebuild_storage" not in sent
+        got = pickle.loads(sent)
+        for name, x in batch._tensors().items():
+            y = getattr(got, name)
+            assert torch.equal(x, y) and x.dtype == y.dtype
+        got.maskable[:] = False  # its memory may be written to
+        assert batch.maskable.any() and got.padded == batch.padded
 
     @pytest.mark.parametrize("inference", [False, True])
     def test_a_change_is_noticed(self, sums, tmp_path, inference):

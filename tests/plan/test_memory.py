@@ -10,7 +10,7 @@ from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
 from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.plan import Setting, count_parameters, make_plan
-from dream_lightning.plan.advice import changes
+from dream_lightning.plan.advice import changes, faster
 from dream_lightning.plan.setting import NF4
 
 Q_V, ALL = LoraParams(targets=["q_proj", "v_proj"]), LoraParams(targets="all-linear")
@@ -41,11 +41,30 @@ KEPT = {"checkpointed": False, "compiled": True, "accumulation": 8}
         (KEPT | {"rows": 1, "checkpointed": 25}, 6.55),
         (KEPT | {"lora": None, "four_bit": False, "rows": 2, "optimizer": own_paged_adamw_8bit}, 56.6),
         ({"lora": ALL, "rows": 1, "length": 32768, "compiled": True}, 20.9),
+        ({"rows": 1, "length": 8192, "compiled": True, "accumulation": 8}, 8.26),
+        ({"lora": ALL, "four_bit": False, "rows": 1, "length": 8192, "compiled": True, "accumulation": 8}, 18.7),
     ],
 )
 def test_within_a_tenth_of_what_was_measured(change, measured):
     """GiB of torch.cuda.max_memory_allocated on one H100. `benchmark_train.py` prints the plan beside each peak."""
     assert make_plan(replace(QLORA, **change)).peak_gib == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("memory", [16, 24, 30])
+def test_as_few_layers_are_recomputed_as_fit(memory):
+    shipped = replace(QLORA, rows=1, length=8192, compiled=True, accumulation=8)
+    options, plan = faster(shipped, memory)
+    count = plan.setting.recomputed
+    assert 0 < count < 28 and options == f"--model.gradient_checkpointing={count}"
+    one_less = make_plan(replace(shipped, checkpointed=count - 1))
+    assert plan.needed_gib <= 0.95 * memory < one_less.needed_gib
+
+
+def test_none_or_all_layers_are_recomputed():
+    shipped = replace(QLORA, rows=1, length=8192, compiled=True, accumulation=8)
+    options, plan = faster(shipped, 80)
+    assert options == "--model.gradient_checkpointing=false" and plan.setting.recomputed == 0
+    assert faster(plan.setting, 80) is None and faster(shipped, make_plan(shipped).needed_gib) is None
 
 
 def test_parameters_of_the_7b():

@@ -74,9 +74,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Lightning moves a batch to its device through this; nobody waits for a GPU."""
+        device = torch.device(device)
         with torch.inference_mode(False):  # tensors made in it do not count their changes
-            stays = "document_bounds"
-            moved = {n: send(x, torch.device(device)) for n, x in self._tensors().items() if n != stays}
+            moved = {n: send(x, device) for n, x in self._tensors().items() if n != "document_bounds"}
         batch = replace(self, **moved)
         if self.input_ids.is_cpu and not batch.input_ids.is_cpu:
             batch._origin = self, {name: (x, x._version) for name, x in moved.items()}
@@ -134,7 +134,8 @@ class DocumentBounds:
     Stands where an attention mask may stand. Some kernels take it as it is; elsewhere it becomes a mask.
     """
 
-    # [C+1] int32, where documents begin in all rows laid end to end, then B·L; the last may repeat. On the host.
+    # [C+1] int32, where documents begin in all rows laid end to end, then B·L; the last may repeat. On the host,
+    # until a layer's kernel wants them on its device (`model.documents.for_kernel`).
     starts: Tensor
 
     def to_mask(self, batch: int, length: int, device: torch.device) -> Tensor:

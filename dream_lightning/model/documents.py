@@ -9,8 +9,9 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def for_kernel(
 def _one_by_one(starts: Tensor, device: torch.device) -> bool:
     if not starts.is_cpu or torch.cuda.get_device_capability(device) not in PREFERS_CUDNN:
         return False
-    lengths = [length for _, length in _documents(starts)]
+    lengths = _lengths(starts)
     # Padding counts as a document, and may be of one token, which torch does not hand to cuDNN.
     return sum(lengths) >= _LONG * len(lengths) and min(lengths) > 1 and _plans_for_all_lengths(device)
 
@@ -130,11 +131,13 @@ def _backward(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, .
 _attention.register_autograd(_backward, setup_context=_keep)
 
 
+@dataclass(frozen=True)
 class _Part:
     """Documents of one length that lie next to each other."""
 
-    def __init__(self, start: int, count: int, length: int) -> None:
-        self.start, self.count, self.length = start, count, length
+    start: int
+    count: int
+    length: int
 
     def of(self, x: Tensor) -> Tensor:
         """Of [T, H, E] the part's documents, [documents, H, L, E]."""
@@ -147,14 +150,15 @@ class _Part:
 
 
 def _parts(starts: Tensor) -> Iterator[_Part]:
-    for length, same in groupby(_documents(starts), key=lambda document: document[1]):
-        first, *others = same
-        yield _Part(first[0], 1 + len(others), length)
+    start = 0
+    for length, same in groupby(_lengths(starts)):
+        part = _Part(start, len(list(same)), length)
+        yield part
+        start += part.count * length
 
 
-def _documents(starts: Tensor) -> list[tuple[int, int]]:
-    """Where each document begins, and its length."""
-    return [(start, end - start) for start, end in pairwise(starts.tolist()) if end > start]
+def _lengths(starts: Tensor) -> list[int]:
+    return [length for length in starts.diff().tolist() if length]
 
 
 def _whole(parts: list[Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ OMP_NUM_THREADS=2 python scripts/profile_fit.py --config configs/tiny.yaml --tra
 python scripts/profile_fit.py --config configs/single_gpu_qlora.yaml --trainer.max_steps 14
 """
 
-import gc
 import resource
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from torch._dynamo.utils import calculate_time_spent, counters
 from torch.profiler import ProfilerActivity, profile
 
 from dream_lightning import DreamModule
-from dream_lightning.cli import DreamCLI
+from dream_lightning.cli import DreamCLI, spare_collections
 from dream_lightning.errors import readable_errors
 
 ACTIONS = {  # part → the end of its name in Lightning's profiler
@@ -166,6 +165,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # as python -m dream_lightning does
+    spare_collections()  # as python -m dream_lightning does
     with readable_errors():
         main()

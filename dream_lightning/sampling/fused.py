@@ -40,31 +40,40 @@ def _allowed(logits, at, forbidden, SIZE: tl.constexpr):
 
 @triton.jit
 def _best(logits, tokens, confidences, forbidden, SIZE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    """One row. NaN among its logits, or nothing but −inf, gives NaN as confidence, as softmax would."""
+    """One row. NaN among its logits, or nothing but −inf, gives NaN as confidence, as softmax would.
+
+    Every lane goes through its own part of the row, and only then are the lanes put together.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * SIZE
     lane = tl.arange(0, BLOCK)
 
-    top, total = float("-inf"), 0.0  # the largest logit, and the sum of exp(logit − top)
+    tops = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest logit, and the sum of exp(logit − it)
+    totals = tl.zeros([BLOCK], tl.float32)
     for start in range(0, SIZE, BLOCK):
-        at = start + lane
-        x = _allowed(logits, at, forbidden, SIZE)
-        higher = tl.maximum(top, tl.max(x, axis=0))
+        x = _allowed(logits, start + lane, forbidden, SIZE)
+        higher = tl.maximum(tops, x)
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # −inf − −inf is no number
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), axis=0)
-        top = higher
+        totals = totals * tl.exp(tops - shift) + tl.exp(x - shift)
+        tops = higher
+    top = tl.max(tops, axis=0)
+    total = tl.sum(totals * tl.exp(tops - top), axis=0)
 
-    best, token, entropy = -1.0, tl.zeros([], tl.int64), 0.0
+    best = tl.full([BLOCK], -1.0, tl.float32)
+    first = tl.zeros([BLOCK], tl.int32)
+    entropies = tl.zeros([BLOCK], tl.float32)
     for start in range(0, SIZE, BLOCK):
-        at = start + lane
-        x = _allowed(logits, at, forbidden, SIZE)
+        x = _allowed(logits, start + lane, forbidden, SIZE)
         p = tl.exp(x - top) / total
-        if ENTROPY:
-            entropy += tl.sum(p * tl.log(p + 1e-10), axis=0)
-        highest = tl.max(p, axis=0)
-        first = tl.min(tl.where(p == highest, at, SIZE), axis=0)
-        token = tl.where(highest > best, first.to(tl.int64), token)
-        best = tl.maximum(best, highest)
+        if ENTROPY:  # log(p + ε) in parts: where all p are alike, the rounding of one logarithm would add up
+            entropies += tl.where(p > 0, p * (x - top + tl.log(1 + 1e-10 / p)), 0.0)
+        first = tl.where(p > best, start + lane, first)
+        best = tl.maximum(best, p)
+    highest = tl.max(best, axis=0)
+    token = tl.min(tl.where(best == highest, first, SIZE - 1), axis=0)
+    confidence = highest
+    if ENTROPY:
+        confidence = tl.sum(entropies, axis=0) - tl.log(total.to(tl.float64)).to(tl.float32)
 
-    tl.store(tokens + row, token)
-    tl.store(confidences + row, (entropy if ENTROPY else best) * (total / total))
+    tl.store(tokens + row, token.to(tl.int64))
+    tl.store(confidences + row, confidence * (total / total))

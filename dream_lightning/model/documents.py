@@ -19,8 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dream_lightning.types import DocumentBounds, send
 
-PREFERS_CUDNN = ((9, 0), (10, 0))  # compute capabilities on which torch prefers cuDNN's attention
-_LONG = 1536  # tokens of a document on average, from which on one call a document is faster than one call for all
+_PREFERS_CUDNN = ((9, 0), (10, 0))  # compute capabilities on which torch prefers cuDNN's attention
+_LONG = 1536  # tokens of a call on average, from which on several of cuDNN's are faster than one of flash attention
 
 _ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does it unasked
 
@@ -32,9 +32,25 @@ def plan_for_all_lengths() -> None:
 
     Otherwise each new length costs a plan, for which the process waits until the GPU has nothing left to do, and then
     the GPU 50 ms for the process. Where all rows have one length, a plan for it alone is better, by 10 % of attention's
-    time: TORCH_CUDNN_SDPA_AVOID_RECOMPILE=0 in the environment keeps torch's own way.
+    time: TORCH_CUDNN_SDPA_AVOID_RECOMPILE=0 in the environment keeps torch's own way, which other compiled models that
+    train in this process need (see `train_without_cudnn`).
     """
     os.environ.setdefault("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
+
+
+def prefers_cudnn(device: torch.device | None = None) -> bool:
+    """Whether torch's own attention is cuDNN's on this GPU."""
+    return torch.cuda.get_device_capability(device) in _PREFERS_CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def train_without_cudnn(device: torch.device) -> None:
+    """Take cuDNN out of torch's own attention, in this whole process, where it plans for all lengths.
+
+    Its softmax sums then lie position by position. torch's compiler (2.11) expects them head by head and would end the
+    training with an AssertionError. Attention inside documents does not go through the compiler.
+    """
+    if prefers_cudnn(device) and _plans_for_all_lengths(device):
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def for_kernel(
@@ -45,23 +61,23 @@ def for_kernel(
     In training, where cuDNN plans for all lengths, rows without a mask are taken for documents too, so that rows of one
     document and rows of several share one compiled graph.
     """
-    device, documents = input_ids.device, mask
+    device = input_ids.device
+    if not (torch.cuda.get_device_capability(device) in _PREFERS_CUDNN and _plans_for_all_lengths(device)):
+        return DocumentBounds(send(mask.starts, device)) if isinstance(mask, DocumentBounds) else mask
     if mask is None and training:
         rows, length = input_ids.shape
-        documents = DocumentBounds(torch.arange(rows + 1, dtype=torch.int32) * length)
-    if not isinstance(documents, DocumentBounds):
+        mask = DocumentBounds(torch.arange(rows + 1, dtype=torch.int32) * length)
+    if not isinstance(mask, DocumentBounds) or _one_by_one(mask.starts):
         return mask
-    if _one_by_one(documents.starts, device):
-        return documents
-    return None if mask is None else DocumentBounds(send(documents.starts, device))
+    return DocumentBounds(send(mask.starts, device))
 
 
-def _one_by_one(starts: Tensor, device: torch.device) -> bool:
-    if not starts.is_cpu or torch.cuda.get_device_capability(device) not in PREFERS_CUDNN:
+def _one_by_one(starts: Tensor) -> bool:
+    """Whether to call cuDNN; a document of one token, such as a row's padding may be, torch does not hand to it."""
+    if not starts.is_cpu:
         return False
-    lengths = _lengths(starts)
-    # Padding counts as a document, and may be of one token, which torch does not hand to cuDNN.
-    return sum(lengths) >= _LONG * len(lengths) and min(lengths) > 1 and _plans_for_all_lengths(device)
+    lengths, calls = _lengths(starts), len(list(_parts(starts)))
+    return sum(lengths) >= _LONG * calls and min(lengths) > 1
 
 
 def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from dream_lightning.model.cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.configuration import DreamConfig
-from dream_lightning.model.documents import PREFERS_CUDNN, attend_in_documents, for_kernel
+from dream_lightning.model.documents import attend_in_documents, for_kernel, prefers_cudnn, train_without_cudnn
 from dream_lightning.model.joint import Joint, joined, lay_together, products
 from dream_lightning.model.loading import check_weights, local_folder
 from dream_lightning.types import DocumentBounds
@@ -144,9 +144,7 @@ class AttentionMask:
     def __init__(self, attention_mask: Tensor, input_ids: Tensor, columns: Tensor | None = None) -> None:
         batch, length = input_ids.shape
         allowed = attention_mask.bool()
-        self.wants_every_head = (
-            input_ids.is_cuda and torch.cuda.get_device_capability(input_ids.device) not in PREFERS_CUDNN
-        )
+        self.wants_every_head = input_ids.is_cuda and not prefers_cudnn(input_ids.device)
         if columns is not None:  # of a cache: input_ids are these columns of the mask's L
             self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
             self.sees_something = allowed[:, columns][:, None, :, None]  # [B, 1, W, 1]
@@ -282,11 +280,14 @@ class DreamBaseModel(DreamPreTrainedModel):
         self, attention_mask: Tensor | DocumentBounds | None, input_ids: Tensor, columns: Tensor | None = None
     ) -> "AttentionMask | DocumentBounds | None":
         half = torch.is_autocast_enabled(input_ids.device.type) or self.embed_tokens.weight.dtype.itemsize == 2
-        drops = self.training and self.layers[0].self_attn.dropout > 0
-        if input_ids.is_cuda and half and not drops:  # what kernels for documents can do
+        attention = self.layers[0].self_attn
+        drops = self.training and attention.dropout > 0
+        if input_ids.is_cuda and half and not drops and attention.head_dim % 8 == 0:  # what kernels for documents can do
             attention_mask = for_kernel(attention_mask, input_ids, training=self.training)
             if isinstance(attention_mask, DocumentBounds):
                 return attention_mask
+        if input_ids.is_cuda and self.training:
+            train_without_cudnn(input_ids.device)
         if isinstance(attention_mask, DocumentBounds):
             attention_mask = attention_mask.to_mask(*input_ids.shape, input_ids.device)
         return None if attention_mask is None else AttentionMask(attention_mask, input_ids, columns)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from dream_lightning.model.documents import PREFERS_CUDNN
+from dream_lightning.model.documents import prefers_cudnn
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton")
 
@@ -66,7 +66,7 @@ def _attention(cuda: bool) -> str:
         return "torch's, on the CPU"
     if torch.cuda.get_device_capability() < (8, 0):
         return "memory-efficient (the flash kernel needs an Ampere GPU or newer, as does bfloat16)"
-    if torch.cuda.get_device_capability() in PREFERS_CUDNN:
+    if prefers_cudnn():
         return "cuDNN; for packed rows of short documents varlen flash"
     return "varlen flash for packed rows, memory-efficient for padded ones, else torch's choice"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dream_lightning.sampling.params import Algorithm
 
-_BLOCK, _WARPS = 8192, 16  # logits of a row at a time, and who reads them
+_BLOCK, _WARPS = 8192, 32  # logits of a row at a time, and who reads them
 
 
 def best_tokens(logits: Tensor, alg: Algorithm, forbidden: int | None = None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dream_lightning.model import documents
+from dream_lightning.building import compile_layers
+from dream_lightning.model import DreamConfig, DreamModel, documents
 from dream_lightning.types import DocumentBounds
 
 documents.plan_for_all_lengths()  # when tests are collected: before any attention on a GPU
@@ -125,38 +126,66 @@ def test_sums_laid_out_otherwise_are_refused(plain_products, monkeypatch):
         documents.attend_in_documents(*inputs(1, 12), DocumentBounds(torch.tensor([0, 7, 12], dtype=torch.int32)))
 
 
-LONG, SHORT = [0, 2000, 4096], [0, 1000, 2000, 3000, 4096]
+LONG, SHORT = [0, 2000, 4096], [0, 900, 2000, 3100, 4096]
 HOPPER, AMPERE = (9, 0), (8, 0)
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """Plays one; where it is told to, cuDNN plans for all lengths."""
+
+    def play(capability, *, all_lengths):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(documents, "_plans_for_all_lengths", lambda device: all_lengths)
+        monkeypatch.setattr(documents, "send", lambda x, device: x.to("meta"))
+
+    return play
+
+
 @pytest.mark.parametrize(
-    ("starts", "capability", "all_lengths", "training", "kernel"),
+    ("starts", "shape", "capability", "all_lengths", "training", "kernel"),
     [
-        (LONG, HOPPER, True, True, "cudnn"),
-        (LONG, HOPPER, True, False, "cudnn"),
-        (LONG, HOPPER, False, True, "flash"),  # another library attended before `plan_for_all_lengths`
-        (LONG, AMPERE, True, True, "flash"),
-        (SHORT, HOPPER, True, True, "flash"),
-        ([0, 4095, 4096], HOPPER, True, True, "flash"),  # one token of padding
-        ([0, 4094, 4096], HOPPER, True, True, "cudnn"),
-        (None, HOPPER, True, True, "cudnn"),
-        (None, HOPPER, False, True, None),
-        (None, HOPPER, True, False, None),  # answers are made without documents
-        (None, AMPERE, True, True, None),
+        (LONG, (1, 4096), HOPPER, True, True, "cudnn"),
+        (LONG, (1, 4096), HOPPER, True, False, "cudnn"),
+        (LONG, (1, 4096), HOPPER, False, True, "flash"),  # another library attended before `plan_for_all_lengths`
+        (LONG, (1, 4096), AMPERE, True, True, "flash"),
+        (SHORT, (1, 4096), HOPPER, True, True, "flash"),
+        ([0, 1000, 2000, 3000, 4096], (1, 4096), HOPPER, True, True, "cudnn"),  # three in one call
+        ([0, 4095, 4096], (1, 4096), HOPPER, True, True, "flash"),  # one token of padding
+        ([0, 4094, 4096], (1, 4096), HOPPER, True, True, "cudnn"),
+        (None, (1, 4096), HOPPER, True, True, "cudnn"),
+        (None, (256, 94), HOPPER, True, True, "cudnn"),
+        (None, (2, 94), HOPPER, True, True, "flash"),  # never without documents: the compiler would stumble
+        (None, (4096, 1), HOPPER, True, True, "flash"),
+        (None, (1, 4096), HOPPER, False, True, None),
+        (None, (1, 4096), HOPPER, True, False, None),  # answers are made without documents
+        (None, (1, 4096), AMPERE, True, True, None),
     ],
 )
-def test_which_kernel(monkeypatch, starts, capability, all_lengths, training, kernel):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(documents, "_plans_for_all_lengths", lambda device: all_lengths)
-    monkeypatch.setattr(documents, "send", lambda x, device: x.to("meta"))
+def test_which_kernel(gpu, starts, shape, capability, all_lengths, training, kernel):
+    gpu(capability, all_lengths=all_lengths)
     mask = None if starts is None else DocumentBounds(torch.tensor(starts, dtype=torch.int32))
-    chosen = documents.for_kernel(mask, torch.zeros(1, 4096, dtype=torch.long), training=training)
+    chosen = documents.for_kernel(mask, torch.zeros(shape, dtype=torch.long), training=training)
     assert kernel == (chosen and {"cpu": "cudnn", "meta": "flash"}[chosen.starts.device.type])
     if kernel == "cudnn":
-        assert chosen.starts.tolist() == (starts or [0, 4096])
+        assert chosen.starts.tolist() == (starts or list(range(0, shape[0] * shape[1] + 1, shape[1])))
 
 
-def test_a_mask_stays_a_mask():
+@pytest.mark.parametrize(
+    ("capability", "all_lengths", "kept"), [(HOPPER, True, False), (HOPPER, False, True), (AMPERE, True, True)]
+)
+def test_what_the_compiler_would_stumble_over_is_left_out(gpu, capability, all_lengths, kept):
+    gpu(capability, all_lengths=all_lengths)
+    try:
+        documents.train_without_cudnn(torch.device("cuda"))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == kept
+        assert documents.prefers_cudnn(torch.device("cuda")) == (kept and capability == HOPPER)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_a_mask_stays_a_mask(gpu):
+    gpu(HOPPER, all_lengths=True)
     mask = torch.ones(1, 4, dtype=torch.bool)
     assert documents.for_kernel(mask, torch.zeros(1, 4, dtype=torch.long), training=True) is mask
 
@@ -180,7 +209,7 @@ def test_importing_changes_no_environment():
 class TestOnAGPU:
     @pytest.mark.parametrize("lengths", [[4096], [3001, 1095], [1700, 1700, 1600], [6000, 3, 2189]])
     def test_equals_a_mask(self, lengths):
-        if torch.cuda.get_device_capability() not in documents.PREFERS_CUDNN:
+        if not documents.prefers_cudnn():
             pytest.skip("torch prefers flash attention on this GPU")
         if os.environ["TORCH_CUDNN_SDPA_AVOID_RECOMPILE"] != "1":
             pytest.skip("the environment wants a plan for each length")
@@ -198,3 +227,44 @@ class TestOnAGPU:
                 error, of_flash = ((x.float() - c).norm() / c.norm() for x in (a, b))
                 assert error < 1.1 * of_flash + 1e-5, (error, of_flash)
         torch._dynamo.reset()
+
+    @pytest.mark.parametrize(
+        ("mask", "shape", "dropout"),
+        [
+            ("none", (2, 94), 0.0),
+            ("none", (32, 94), 0.0),
+            ("none", (32, 94), 0.1),
+            ("left padding", (32, 94), 0.0),
+            ("documents", (32, 94), 0.0),
+        ],
+    )
+    def test_compiled_layers_train(self, mask, shape, dropout):
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+        tokens = {"vocab_size": 60, "mask_token_id": 57, "pad_token_id": 59, "bos_token_id": 58, "eos_token_id": 59}
+        torch.manual_seed(0)
+        config = DreamConfig(**sizes, **tokens, num_hidden_layers=2, initializer_range=0.1, attention_dropout=dropout)
+        model = DreamModel(config).cuda().train()
+        ids = torch.randint(0, 57, shape, device="cuda")
+        masks = {
+            "none": None,
+            "left padding": torch.arange(shape[1], device="cuda").expand(shape) >= 5,
+            "documents": DocumentBounds(torch.arange(shape[0] * 2 + 1, dtype=torch.int32) * (shape[1] // 2)),
+        }
+
+        def gradients(dtype):
+            model.zero_grad()
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                model(ids, masks[mask]).logits.float().logsumexp(-1).square().mean().backward()
+            return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+        exact = gradients(torch.float32)
+        compile_layers(model)
+        try:
+            ours = gradients(torch.bfloat16)
+            if dropout:
+                assert ours.isfinite().all() and ours.norm() > 0
+            else:
+                assert (ours - exact).norm() < 0.05 * exact.norm()
+        finally:
+            torch._dynamo.reset()
+            torch.backends.cuda.enable_cudnn_sdp(True)

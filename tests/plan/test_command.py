@@ -219,5 +219,5 @@ def test_a_full_disk_is_one_message(command, monkeypatch):
     ("capability", "kernel"), [((7, 5), "memory-efficient"), ((8, 0), "varlen flash"), ((9, 0), "cuDNN")]
 )
 def test_which_attention_is_said(monkeypatch, capability, kernel):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert environment._attention(True).startswith(kernel)

@@ -45,6 +45,7 @@ from dream_lightning.diffusion import (
     with_complements,
 )
 from dream_lightning.diffusion.denoiser import features
+from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting, check_cart_p
@@ -343,7 +344,8 @@ class DreamModule(L.LightningModule):
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
         h = features(self.model, noised.x_t, noised.where, attention_mask(batch), batch.position_ids)
-        return token_nll(h, self.model.lm_head, batch.input_ids[noised.where], compiled=self.compile_layers)
+        targets, chunk = batch.input_ids[noised.where], chunk_of(self.model.config.vocab_size)
+        return token_nll(h, self.model.lm_head, targets, chunk=chunk, compiled=self.compile_layers)
 
     def loss(self, batch: Batch, noised: NoisedBatch, nll: Tensor) -> LossTerms:
         """The objective, weighted and reduced to a sum and a count."""

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "watch": {"types", "data", "model", "sampling", "scoring", "building", "export"},
     "export": {"types", "model", "adapters", "module", "sharded"},
     "errors": set(),
-    "plan": {"model", "adapters", "building", "optim", "strategy"},
+    "plan": {"model", "adapters", "diffusion", "building", "optim", "strategy"},
     "cli": {"data", "module", "callbacks", "saving", "errors", "plan"},
     "__main__": {"cli"},
     "quiet": set(),

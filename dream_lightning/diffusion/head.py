@@ -11,14 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+_LOGITS = 512 * 152_064  # at a time: 0.3 GB in float32
+
+
+def chunk_of(vocabulary: int) -> int:
+    """How many rows `token_nll` should work on at a time: 512 of Dream 7B's logits, up to 8,192 of shorter ones."""
+    return min(max(_LOGITS // vocabulary // 512, 1) * 512, 8192)
+
 
 def token_nll(
     features: Tensor, head: nn.Module, targets: Tensor, *, chunk: int = 512, compiled: bool = False
 ) -> Tensor:
     """−log p(target) from hidden states: [M, D], [M] int64 → [M] float32.
 
-    Works on `chunk` rows at a time, 512 × 152,064 float32 logits are 0.3 GB. A frozen head computes the gradient of
-    its input at once, while the logits are there; a head that trains runs again in the backward pass.
+    Works on `chunk` rows at a time (see `chunk_of`). A frozen head computes the gradient of its input at once, while
+    the logits are there; a head that trains runs again in the backward pass.
 
     Args:
         features: hidden states after the last norm.

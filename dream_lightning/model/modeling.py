@@ -282,7 +282,7 @@ class DreamBaseModel(DreamPreTrainedModel):
         half = torch.is_autocast_enabled(input_ids.device.type) or self.embed_tokens.weight.dtype.itemsize == 2
         attention = self.layers[0].self_attn
         drops = self.training and attention.dropout > 0
-        if input_ids.is_cuda and half and not drops and attention.head_dim % 8 == 0:  # what kernels for documents can do
+        if input_ids.is_cuda and half and attention.head_dim % 8 == 0 and not drops:  # what kernels for documents do
             attention_mask = for_kernel(attention_mask, input_ids, training=self.training)
             if isinstance(attention_mask, DocumentBounds):
                 return attention_mask

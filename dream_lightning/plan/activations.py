@@ -97,7 +97,7 @@ def top_keeps(s: Setting) -> int:
 def logits_bytes(s: Setting, *, backward: bool) -> int:
     """What one chunk of the head makes of its logits.
 
-    At most every token of a micro-batch is masked, so a chunk has `head_chunk` rows, or fewer if there are no more.
+    At most every token of a micro-batch is masked, so a chunk has `Setting.chunk` rows, or fewer if there are no more.
 
     | head    | pass     | plain, bytes a logit                                     | compiled                     |
     |---------|----------|----------------------------------------------------------|------------------------------|
@@ -107,7 +107,7 @@ def logits_bytes(s: Setting, *, backward: bool) -> int:
     |         |          | and float32, gradient: 23                                |                              |
     |         | backward | 0                                                        | 0                            |
     """
-    rows = min(s.head_chunk, s.tokens) if not s.compiled else s.head_chunk
+    rows = min(s.chunk, s.tokens) if not s.compiled else s.chunk
     if s.lora is not None:
         plain, compiled = (0, 0) if backward else (19 + s.compute * 2, 2 * s.compute)
     else:

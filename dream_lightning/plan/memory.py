@@ -101,9 +101,7 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
     older = gradients if s.accumulation > 1 else 0
     head_gradient = 0 if s.lora else table * s.compute
     # In the head's backward pass: one chunk's gradient and the sum of the others', which autocast then makes float32.
-    at_head = (
-        0 if s.lora else max(head_gradient * min(2, -(-s.tokens // s.head_chunk)), table * (s.compute + 4) * s.casts)
-    )
+    at_head = 0 if s.lora else max(head_gradient * min(2, -(-s.tokens // s.chunk)), table * (s.compute + 4) * s.casts)
     # FSDP2 sums gradients in float32, a copy of the whole layer's; those of head and norm wait for the end.
     unreduced = p.layer_trainable * (s.compute + 4) + head_gradient if s.gpus > 1 else 0
 

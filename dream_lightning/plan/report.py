@@ -58,7 +58,7 @@ def describe(plan: Plan) -> list[str]:
         "accumulated": "kept between micro-batches" if s.accumulation > 1 else "the last step's, or this one's so far",
         "layers": layers,
         "recomputed": f", {recomputed} of them only their input; and one recomputed layer" if recomputed else "",
-        "chunk": min(s.head_chunk, s.tokens),
+        "chunk": min(s.chunk, s.tokens),
     }
     kind = "all weights" if s.lora is None else f"adapters of rank {s.lora.rank} on {', '.join(s.lora.target_names)}"
     base = "nf4" if s.four_bit else str(s.dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dream_lightning.adapters import LoraParams, add_lora
+from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.model import DreamConfig, DreamModel
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a uint8 scale per 64, a float32 scale per 256 of those
@@ -41,13 +42,18 @@ class Setting:
     """micro-batches of a step; with more than one, gradients live through every backward pass but the first"""
     gpus: int = 1
     """over which weights, gradients and optimiser are sharded (FSDP2); under DDP each GPU is a single one"""
-    head_chunk: int = 512
-    """rows of logits at a time, as in `dream_lightning.diffusion.head.token_nll`"""
+    head_chunk: int | None = None
+    """rows of logits at a time; None = so many as training takes"""
 
     @property
     def tokens(self) -> int:
         """T."""
         return self.rows * self.length
+
+    @property
+    def chunk(self) -> int:
+        """Rows of logits at a time, as in `dream_lightning.diffusion.head.token_nll`."""
+        return self.head_chunk or chunk_of(self.config.vocab_size)
 
     @property
     def recomputed(self) -> int:

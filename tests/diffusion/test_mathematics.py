@@ -6,6 +6,7 @@ from torch import nn
 
 from dream_lightning.diffusion import corrupt, reduce_nll, token_nll, token_weights, with_complements
 from dream_lightning.diffusion.denoiser import align, features
+from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.types import Batch
 
 MASK, EOS = 9, 8
@@ -117,6 +118,11 @@ def test_a_certain_token_has_a_finite_focal_gradient(gamma):
     nll = torch.tensor([0.0, 1.0], requires_grad=True)
     reduce_nll(nll, torch.ones(2), maskable_count=2, focal_gamma=gamma).sum.backward()
     assert 0 <= nll.grad[0] < 1e-6 < nll.grad[1]
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(152_064, 512), (1_000_000, 512), (32_000, 2048), (264, 8192)])
+def test_a_chunk_holds_as_many_logits_as_512_rows_of_dream_7b(vocabulary, rows):
+    assert chunk_of(vocabulary) == rows
 
 
 def test_chunked_head_equals_the_plain_one():

@@ -51,7 +51,7 @@ def measured(s: Setting) -> int:
         """In Lightning's order: the last step's gradients are freed after the forward pass."""
         for micro_batch in range(s.accumulation):
             with torch.autocast("cpu", torch.bfloat16, enabled=s.mixed):
-                loss = token_nll(features(model, x_t, is_masked), model.lm_head, x_t[is_masked], chunk=s.head_chunk)
+                loss = token_nll(features(model, x_t, is_masked), model.lm_head, x_t[is_masked], chunk=s.chunk)
             if micro_batch == 0:
                 optimizer.zero_grad()
             loss.sum().backward()

@@ -49,9 +49,11 @@ def sample_rows(
     rng = random.Random(seed)
     validation = _draw(rng, validation_rows, digits, held_out=set())
     if split == "validation":
-        return [_row(pair) for pair in validation]
-    train = [_row(pair) for pair in _draw(rng, train_rows, digits, held_out={_sorted(pair) for pair in validation})]
-    check_disjoint(train, [_row(pair) for pair in validation])
+        return [sample_row(pair) for pair in validation]
+    train = [
+        sample_row(pair) for pair in _draw(rng, train_rows, digits, held_out={_sorted(pair) for pair in validation})
+    ]
+    check_disjoint(train, [sample_row(pair) for pair in validation])
     return train
 
 
@@ -95,7 +97,8 @@ def _pair(row: Mapping[str, Any]) -> _Pair:
     return int(a), int(b)
 
 
-def _row(pair: _Pair) -> dict[str, Any]:
+def sample_row(pair: _Pair) -> dict[str, Any]:
+    """The sum of two terms with as many digits, in s1K's columns."""
     a, b = pair
     columns = [int(x) + int(y) for x, y in zip(str(a), str(b), strict=True)]
     # What each column passes to the left: of three digits the first digit of a four-digit sum, then into the hundreds,

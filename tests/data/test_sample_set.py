@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from dream_lightning.data.sample_set import _row, check_disjoint, sample_rows
+from dream_lightning.data.sample_set import check_disjoint, sample_row, sample_rows
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +22,16 @@ def terms(row):
 
 def test_sums_worked_out_by_hand():
     """457 + 286: 7+6 = 13 passes 1, 5+8 = 13 and 1 pass 1, 4+2 = 6 and 1 pass nothing."""
-    row = _row((457, 286))
+    row = sample_row((457, 286))
     assert row["question"] == "457+286=?"
     assert row["thinking_trajectories"] == ["06 13 13 011"]
     assert row["attempt"] == "\\boxed{743}"
-    assert _row((999, 101))["thinking_trajectories"] == ["10 09 10 111"]
+    assert sample_row((999, 101))["thinking_trajectories"] == ["10 09 10 111"]
 
 
 def test_sums_of_more_digits(tmp_path):
     """6406 + 4089: 6+9 = 15 passes 1, 0+8 and 1 pass nothing, 4+0 nothing, 6+4 = 10 pass 1."""
-    assert _row((6406, 4089))["thinking_trajectories"] == ["10 04 08 15 1001"]
+    assert sample_row((6406, 4089))["thinking_trajectories"] == ["10 04 08 15 1001"]
     rows = sample_rows("train", train_rows=500, digits=8)
     assert len({row["question"] for row in rows}) == 500
     assert all(re.fullmatch(r"[1-9]\d{7}\+[1-9]\d{7}=\?", row["question"]) for row in rows)
@@ -92,8 +92,8 @@ def test_overlap_is_named(train):
 
 def test_exchanged_terms_are_an_overlap():
     with pytest.raises(ValueError, match=r"286\+457=\? \(in training as 457\+286=\?\)"):
-        check_disjoint([_row((457, 286))], [_row((286, 457))])
-    check_disjoint([_row((457, 286))], [_row((457, 287))])
+        check_disjoint([sample_row((457, 286))], [sample_row((286, 457))])
+    check_disjoint([sample_row((457, 286))], [sample_row((457, 287))])
 
 
 @pytest.mark.parametrize(

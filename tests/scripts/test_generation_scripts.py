@@ -1,6 +1,7 @@
 """The benchmark and the curve, run small."""
 
 import importlib.util
+import random
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -49,8 +50,25 @@ def test_curve(folder, tmp_path, capsys):
 
 def test_sums_are_written_for_training(tmp_path, capsys):
     script("write_sums").main(str(tmp_path / "sums"), digits=8, train_rows=200, validation_rows=10)
-    examples = {split: read_examples(tmp_path / "sums" / f"{split}.jsonl") for split in ("train", "validation")}
-    assert [len(examples[split]) for split in examples] == [200, 10]
+    examples = {s: read_examples(tmp_path / "sums" / f"{s}.jsonl") for s in ("train", "validation", "hard")}
+    assert [len(examples[split]) for split in examples] == [200, 10, 10]
     tokenizer, config = load_tokenizer("bytes"), yaml.safe_load((SCRIPTS.parent / "configs/sums_gpu.yaml").read_text())
     longest = max(len(plain_ids(response_text(e), tokenizer)) + 1 for some in examples.values() for e in some)
     assert longest <= config["data"]["eos_fill_to"] == config["model"]["sampling"]["max_new_tokens"]
+
+
+@pytest.mark.parametrize(("digits", "through"), [(8, 5), (8, 7), (8, 0), (1, 0), (3, 2)])
+def test_a_hard_sum_carries_through(digits, through):
+    for seed in range(200):
+        a, b = script("write_sums").hard_sum(random.Random(seed), digits, through)
+        assert len(str(a)) == len(str(b)) == digits
+        sums = [int(x) + int(y) for x, y in zip(str(a)[::-1], str(b)[::-1], strict=True)]
+        assert any(
+            sums[begins] >= 10 and set(sums[begins + 1 : begins + 1 + through]) <= {9}
+            for begins in range(digits - through)
+        )
+
+
+def test_a_carry_has_to_begin_somewhere():
+    with pytest.raises(ValueError, match="through 8 of 8 columns: take carried_through below digits"):
+        script("write_sums").hard_sum(random.Random(0), 8, 8)

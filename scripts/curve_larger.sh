@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up (once), train a Dream of 15 M parameters on sums of eight digits, and draw its curve of accuracy against tokens
-# per forward on hard ones: lightning_logs/sums/curve.md and .svg. Minutes on a GPU: bash scripts/curve_larger.sh [--option value …]
+# per forward on hard ones: lightning_logs/sums/curve.md and .svg. Minutes on a GPU:
+# bash scripts/curve_larger.sh [--option value …]
 # The options (of trainer, model and data) go to the training. QUESTIONS: how many a point of the curve is measured on.
 set -euo pipefail
 cd "$(dirname "$0")/.."

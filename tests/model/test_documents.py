@@ -73,6 +73,7 @@ def masked(q, k, v, bounds):
 
 
 STARTS = [
+    [0, 12, 12],  # one document
     [0, 7, 12, 12],  # the last repeats
     [0, 12, 24],  # whole rows, one call
     [0, 4, 8, 12, 15, 24, 24, 24],  # three of one length, a short one, a row
@@ -94,7 +95,7 @@ def test_documents_of_one_length_share_a_call(plain_products, monkeypatch):
     monkeypatch.setattr(
         documents._aten, "_scaled_dot_product_cudnn_attention", lambda *x: (shapes.append(x[0].shape), forward(*x))[1]
     )
-    bounds = DocumentBounds(torch.tensor(STARTS[2], dtype=torch.int32))
+    bounds = DocumentBounds(torch.tensor(STARTS[3], dtype=torch.int32))
     with torch.no_grad():
         documents.attend_in_documents(*inputs(2, 12), bounds)
     assert shapes == [(3, HEADS, 4, SIZE), (1, HEADS, 3, SIZE), (1, HEADS, 9, SIZE)]
@@ -114,6 +115,15 @@ def test_compiled_once_for_all_documents(plain_products):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("starts", STARTS)
+def test_the_compiler_is_told_how_results_lie(plain_products, starts):
+    q, k, v = (x.detach().transpose(1, 2).flatten(0, 1).contiguous() for x in inputs(starts[-1] // 12, 12))
+    starts = torch.tensor(starts, dtype=torch.int32)
+    out, sums = documents._attention(q, k, v, starts)
+    torch.library.opcheck(documents._attention, (q, k, v, starts))
+    torch.library.opcheck(documents._gradients, (torch.ones_like(out), q, k, v, out, sums, starts))
 
 
 def test_sums_laid_out_otherwise_are_refused(plain_products, monkeypatch):

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit, load_float8
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
+from dream_lightning.model.recomputing import recompute_what_is_cheap
 from dream_lightning.model.sharding import read_shards
 
 Quantize = Literal["nf4", "nf4_float8", "float8"]
@@ -132,9 +133,8 @@ def start_compilers(device: torch.device) -> None:
 
 
 def compile_layers(model: DreamModel) -> None:
-    """Let each decoder layer be compiled at its first call. Two settings of torch change for the whole process."""
-    # Products and norms of a layer are cheap to make again, and a sixth of what it keeps.
-    torch._functorch.config.activation_memory_budget = 0.8
+    """Let each decoder layer be compiled at its first call. Settings of torch change for the whole process."""
+    recompute_what_is_cheap()
     # A graph for each combination of gradients or none, padding or none, one row or several, so that a fit with
     # validation and answers comes near torch's limit of 8. Beyond it layers would run uncompiled, with a warning only.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 1024, 4096

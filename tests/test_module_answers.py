@@ -95,8 +95,8 @@ def test_compiled_layers_stay_compiled_whatever_is_answered(monkeypatch):
 class EagerDenoiser(CompiledDenoiser):
     """With the fixed buffers of graphs, on a CPU."""
 
-    def __init__(self, model):
-        super().__init__(model, capture=False)
+    def __init__(self, model, **options):
+        super().__init__(model, capture=False, **options)
 
 
 class Heard(L.Callback):

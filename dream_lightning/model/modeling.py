@@ -136,15 +136,17 @@ class AttentionMask:
     Such rows (left padding) attend to everything and their output is then zeroed, which is what the authors' masks
     amount to.
 
-    `wants_every_head`: beside a mask only cuDNN's kernel takes fewer key heads than heads, and torch prefers it on
-    Hopper and Blackwell alone. On other GPUs it would fall back to plain products that hold all L² weights, so keys and
-    values are written out for every head.
+    `wants_every_head`: beside a mask only cuDNN's kernel takes fewer key heads than heads, in half precision, and torch
+    prefers it on Hopper and Blackwell alone. Elsewhere torch would fall back to plain products that hold all L²
+    weights, so keys and values are written out for every head.
     """
 
-    def __init__(self, attention_mask: Tensor, input_ids: Tensor, columns: Tensor | None = None) -> None:
+    def __init__(
+        self, attention_mask: Tensor, input_ids: Tensor, columns: Tensor | None = None, *, half: bool = True
+    ) -> None:
         batch, length = input_ids.shape
         allowed = attention_mask.bool()
-        self.wants_every_head = input_ids.is_cuda and not prefers_cudnn(input_ids.device)
+        self.wants_every_head = input_ids.is_cuda and not (half and prefers_cudnn(input_ids.device))
         if columns is not None:  # of a cache: input_ids are these columns of the mask's L
             self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
             self.sees_something = allowed[:, columns][:, None, :, None]  # [B, 1, W, 1]
@@ -290,7 +292,7 @@ class DreamBaseModel(DreamPreTrainedModel):
             train_without_cudnn(input_ids.device)
         if isinstance(attention_mask, DocumentBounds):
             attention_mask = attention_mask.to_mask(*input_ids.shape, input_ids.device)
-        return None if attention_mask is None else AttentionMask(attention_mask, input_ids, columns)
+        return None if attention_mask is None else AttentionMask(attention_mask, input_ids, columns, half=half)
 
 
 class DreamModel(DreamPreTrainedModel):

@@ -29,21 +29,33 @@ class CompiledDenoiser:
         model: a DreamModel on a CUDA device. It may be trained between two generations.
         capture: False runs the layers as they are, in the same fixed shapes and buffers, on any device: for tests.
         mode: of torch.compile, such as `max-autotune-no-cudagraphs`, which takes minutes to try kernels.
+        keep_alive: hold the model, so that this may take its place.
 
     Raises:
-        ValueError: the model is not on a CUDA device, or its weights are sharded.
+        ValueError: the model is not on a CUDA device, or on several, or its weights are sharded.
     """
 
-    def __init__(self, model: nn.Module, *, capture: bool = True, mode: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, capture: bool = True, mode: str | None = None, keep_alive: bool = True
+    ) -> None:
         if any(hasattr(p, "device_mesh") for p in model.parameters()):
             raise ValueError(
                 "the model's weights are sharded over ranks, which a graph cannot gather: set compile to False"
             )
-        self.config, self.lm_head = model.config, model.lm_head
-        self.original = weakref.ref(model)
+        self.original, self._kept = weakref.ref(model), model if keep_alive else None
         self.model = GraphedTrunk(model.model, capture, mode)
         self._best = torch.compile(best_tokens)
         self._capture = capture
+
+    @property
+    def config(self) -> Any:
+        """That of the original."""
+        return self.original().config
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """That of the original, in which it may be exchanged."""
+        return self.original().lm_head
 
     def modules(self) -> Iterator[nn.Module]:
         """Those of the original."""
@@ -85,11 +97,14 @@ class GraphedTrunk:
         self._forget()
 
     def _forget(self) -> None:
-        device = next(self._trunk().parameters()).device
-        if self._capture and device.type != "cuda":  # what runs elsewhere is not captured, and never runs again
-            raise ValueError(f"the model is on {device}, CUDA graphs need a GPU: set compile to False")
+        devices = sorted({str(p.device) for p in self._trunk().parameters()})
+        # What runs elsewhere is not captured, and never runs again.
+        if self._capture and (len(devices) > 1 or not devices[0].startswith("cuda")):
+            raise ValueError(f"the model is on {', '.join(devices)}, CUDA graphs need one GPU: set compile to False")
         self._graphs: dict[tuple, _Graph] = {}
-        self._caches: dict[tuple[int, int], Any] = {}
+        self._caches: dict[tuple[int, int], Any] = {}  # the one used last comes last
+        # Without one of its own a capture takes torch's, which is of the device where anybody captured first.
+        self._stream = torch.cuda.Stream(devices[0]) if self._capture else None
         self._pool = None
         self._trunk().lay_together()
         self._captured = _captured(self._trunk())
@@ -100,11 +115,26 @@ class GraphedTrunk:
             self._forget()
 
     def new_cache(self, rows: int, length: int) -> Any:
-        """The cache of this shape; there is one, because graphs know its address."""
-        if (rows, length) not in self._caches:
+        """The cache of this shape; there is one, because graphs know its address.
+
+        All together hold at most twice what the largest holds, enough for a batch that is let go row by row. Those not
+        used for the longest time go, and their graphs.
+        """
+        cache = self._caches.pop((rows, length), None)
+        if cache is None:
+            sizes = {shape: shape[0] * shape[1] for shape in self._caches}
+            most = 2 * max(rows * length, *sizes.values(), 0)
+            while sum(sizes.values()) + rows * length > most:
+                oldest = next(iter(self._caches))
+                self._drop(self._caches.pop(oldest))
+                del sizes[oldest]
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
-                self._caches[rows, length] = self._trunk().new_cache(rows, length)
-        return self._caches[rows, length]
+                cache = self._trunk().new_cache(rows, length)
+        self._caches[rows, length] = cache
+        return cache
+
+    def _drop(self, cache: Any) -> None:
+        self._graphs = {key: graph for key, graph in self._graphs.items() if graph.cache is not cache}
 
     def __call__(
         self,
@@ -133,21 +163,20 @@ class GraphedTrunk:
                 return trunk(ids, attention_mask, position_ids, cache, columns, span)
 
         if not self._capture:
-            return _Graph(static, forward)
+            return _Graph(static, cache, forward)
         # Of the weights' device, which need not be the current one.
         with torch.cuda.device(ids.device), _compiled_parts(trunk, self._mode), _no_autocast_cache():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 for _ in range(_WARM_UP):
                     forward()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # thread_local: a data loader's thread may pin memory meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 output = forward()
         self._pool = self._pool or graph.pool()
-        return _Graph(static, graph.replay, output)
+        return _Graph(static, cache, graph.replay, output)
 
 
 def _captured(trunk: nn.Module) -> list:
@@ -160,11 +189,12 @@ def _captured(trunk: nn.Module) -> list:
 class _Graph:
     """A forward with fixed inputs, into which those of a call are copied.
 
-    Of all but the ids, which hooks may change in place, only those that are not the last call's tensors.
+    Of all but the ids, which hooks may change in place, only those that are not the last call's tensors. It holds its
+    cache, so that no other one gets its address.
     """
 
-    def __init__(self, static: list[Tensor | None], run: Any, output: Tensor | None = None) -> None:
-        self._static, self._run, self._output = static, run, output
+    def __init__(self, static: list[Tensor | None], cache: Any, run: Any, output: Tensor | None = None) -> None:
+        self._static, self.cache, self._run, self._output = static, cache, run, output
         self._last: list[Tensor | None] = [None] * len(static)
 
     def __call__(self, inputs: list[Tensor | None]) -> Tensor:
@@ -186,7 +216,7 @@ def compiled(model: "nn.Module | CompiledDenoiser") -> CompiledDenoiser:
         fast = model
     else:
         if model not in _COMPILED:
-            _COMPILED[model] = CompiledDenoiser(model)
+            _COMPILED[model] = CompiledDenoiser(model, keep_alive=False)
         fast = _COMPILED[model]
     fast.model.refresh()
     return fast

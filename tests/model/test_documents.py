@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from dream_lightning.building import compile_layers
 from dream_lightning.model import DreamConfig, DreamModel, documents
+from dream_lightning.model.modeling import AttentionMask
 from dream_lightning.types import DocumentBounds
 
 documents.plan_for_all_lengths()  # when tests are collected: before any attention on a GPU
@@ -192,6 +193,16 @@ def test_what_the_compiler_would_stumble_over_is_left_out(gpu, capability, all_l
         assert documents.prefers_cudnn(torch.device("cuda")) == (kept and capability == HOPPER)
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "half", "wants"), [(HOPPER, True, False), (HOPPER, False, True), (AMPERE, True, True)]
+)
+def test_who_wants_keys_for_every_head(gpu, capability, half, wants):
+    """Every kernel but cuDNN's, which has none for float32."""
+    gpu(capability, all_lengths=True)
+    ids = SimpleNamespace(shape=(1, 4), is_cuda=True, device=torch.device("cuda"))
+    assert AttentionMask(torch.ones(1, 4, dtype=torch.bool), ids, half=half).wants_every_head == wants
 
 
 def test_a_mask_stays_a_mask(gpu):

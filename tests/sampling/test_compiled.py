@@ -155,6 +155,36 @@ def test_two_generations_at_a_time_do_not_share_a_cache_unnoticed(deep, prompts)
         by_turns(fast, **blocks)
 
 
+def test_caches_of_other_shapes_go_in_time(deep, prompts, run):
+    """A stream of prompts of many lengths would fill a GPU, where one cache at a time is at work."""
+    fast, blocks = CompiledDenoiser(deep, capture=False), {"block_length": 8, "cache": "dual"}
+    for rows, length in ((8, 20), (4, 40), (2, 60), (8, 80), (1, 100), (8, 20)):
+        ids = prompts(rows, length)
+        assert torch.equal(run(fast, ids, **blocks).sequences, run(deep, ids, **blocks).sequences)
+        sizes = [rows * columns for rows, columns in fast.model._caches]
+        assert sum(sizes) <= 2 * max(sizes)
+        assert {id(g.cache) for g in fast.model._graphs.values()} == {id(c) for c in fast.model._caches.values()}
+    fast.model._forget()
+    shapes = [(8, 64), (4, 64), (2, 64), (1, 64)]
+    caches = [fast.model.new_cache(*shape) for shape in shapes]  # of a batch that is let go row by row
+    assert all(fast.model.new_cache(*shape) is cache for shape, cache in zip(shapes, caches, strict=True))
+    assert fast.model.new_cache(4, 128) not in caches and (8, 64) not in fast.model._caches
+
+
+def test_it_may_take_the_models_place(prompts, run):
+    model = CompiledDenoiser(tiny_model(1), capture=False)
+    assert torch.equal(run(model, prompts(2)).sequences, run(tiny_model(1), prompts(2)).sequences)
+
+
+def test_a_new_head_is_seen(prompts, run):
+    model = tiny_model(1)
+    fast = CompiledDenoiser(model, capture=False)
+    before = run(fast, prompts(2)).sequences
+    model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    assert torch.equal(run(fast, prompts(2)).sequences, run(model, prompts(2)).sequences)
+    assert not torch.equal(run(fast, prompts(2)).sequences, before)
+
+
 def test_hooks_do_not_see_what_pads_the_batch(deep, prompts, run):
     for name in ("logits_hook", "tokens_hook"):
         for model, options in ((CompiledDenoiser(deep, capture=False), {}), (deep, {"compile": True})):
@@ -164,7 +194,7 @@ def test_hooks_do_not_see_what_pads_the_batch(deep, prompts, run):
 
 def test_a_cpu_is_refused(deep, prompts, run, monkeypatch):
     """Later, too: a graph captured of a model that has left the GPU would be empty, and its result an old one."""
-    with pytest.raises(ValueError, match="the model is on cpu, CUDA graphs need a GPU"):
+    with pytest.raises(ValueError, match="the model is on cpu, CUDA graphs need one GPU"):
         run(deep, prompts(1), compile=True)
     fast, weight = CompiledDenoiser(deep, capture=False), deep.model.norm.weight
     fast.model._capture = True
@@ -172,6 +202,20 @@ def test_a_cpu_is_refused(deep, prompts, run, monkeypatch):
     for _ in range(2):
         with pytest.raises(ValueError, match="the model is on cpu"):
             run(fast, prompts(1))
+
+
+def test_several_devices_are_refused():
+    model = tiny_model(1)
+    model.model.norm.to("meta")
+    with pytest.raises(ValueError, match="the model is on cpu, meta, CUDA graphs need one GPU: set compile to False"):
+        CompiledDenoiser(model)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_model_on_another_gpu(prompts, run):
+    for device in ("cuda:0", "cuda:1"):
+        model, ids = tiny_model(1).to(device), prompts(2).to(device)
+        assert torch.equal(run(model, ids).sequences, run(model, ids, compile=True).sequences)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

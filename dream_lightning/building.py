@@ -21,7 +21,9 @@ _NETWORK = (
 )
 
 
-def check_kind(pretrained: str | None, *, lora: bool, quantize: Quantize | None, float8_products: bool) -> None:
+def check_kind(
+    pretrained: str | None, *, lora: LoraParams | None, quantize: Quantize | None, float8_products: bool
+) -> None:
     """Refuse what makes no sense together.
 
     Raises:
@@ -33,6 +35,11 @@ def check_kind(pretrained: str | None, *, lora: bool, quantize: Quantize | None,
         raise ValueError(
             "float8_products is for weights that train, and beside adapters they are frozen: set model.quantize to "
             "float8 or nf4_float8 instead"
+        )
+    if lora and lora.dora and quantize == "float8":
+        raise ValueError(
+            "model.lora.dora measures the rows of the base, which a float8 base does not show: set model.quantize to "
+            "nf4 or nf4_float8, or dora to false"
         )
     if lora and pretrained is None:
         raise ValueError("model.lora needs model.pretrained: adapters are no use on a new random model")

@@ -154,7 +154,7 @@ class DreamModule(L.LightningModule):
             )
         if tokenizer is None and pretrained is None:
             raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
-        check_kind(pretrained, lora=lora is not None, quantize=quantize, float8_products=float8_products)
+        check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
         if attention_dropout is not None and not 0 <= attention_dropout < 1:
             raise ValueError(f"attention_dropout is {attention_dropout}, wanted at least 0 and below 1")
         if not 0 < t_min < 1:

@@ -283,8 +283,9 @@ class DreamBaseModel(DreamPreTrainedModel):
     ) -> "AttentionMask | DocumentBounds | None":
         half = torch.is_autocast_enabled(input_ids.device.type) or self.embed_tokens.weight.dtype.itemsize == 2
         attention = self.layers[0].self_attn
-        drops = self.training and attention.dropout > 0
-        if input_ids.is_cuda and half and attention.head_dim % 8 == 0 and not drops:  # what kernels for documents do
+        # What kernels for documents can do; torch's own attention finds another one where they cannot.
+        fits = half and attention.head_dim % 8 == 0 and attention.head_dim <= 128
+        if input_ids.is_cuda and fits and not (self.training and attention.dropout > 0):
             attention_mask = for_kernel(attention_mask, input_ids, training=self.training)
             if isinstance(attention_mask, DocumentBounds):
                 return attention_mask

@@ -30,7 +30,7 @@ def setting_from(options: Namespace) -> Setting:
     if precision not in ("bf16-mixed", "32-true", "32", "bf16-true", "bf16"):
         raise ValueError(f"trainer.precision is {precision}: a plan knows bf16-mixed, bf16-true and 32-true")
     lora, sharded = _instantiate(LoraParams | None, model.lora), _is_sharded(trainer.strategy)
-    check_kind(model.pretrained, lora=lora is not None, quantize=model.quantize, float8_products=model.float8_products)
+    check_kind(model.pretrained, lora=lora, quantize=model.quantize, float8_products=model.float8_products)
     if sharded:
         refuse_divided(
             quantized=model.quantize is not None,

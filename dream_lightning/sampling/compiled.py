@@ -135,6 +135,8 @@ class GraphedTrunk:
 
     def _drop(self, cache: Any) -> None:
         self._graphs = {key: graph for key, graph in self._graphs.items() if graph.cache is not cache}
+        if not self._graphs:  # a pool that no graph holds must not be used again
+            self._pool = None
 
     def __call__(
         self,

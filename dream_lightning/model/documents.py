@@ -76,8 +76,8 @@ def _one_by_one(starts: Tensor) -> bool:
     """Whether to call cuDNN; a document of one token, such as a row's padding may be, torch does not hand to it."""
     if not starts.is_cpu:
         return False
-    lengths, calls = _lengths(starts), len(list(_parts(starts)))
-    return sum(lengths) >= _LONG * calls and min(lengths) > 1
+    parts = list(_parts(starts))
+    return int(starts[-1]) >= _LONG * len(parts) and min(part.length for part in parts) > 1
 
 
 def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: DocumentBounds) -> Tensor:
@@ -167,14 +167,10 @@ class _Part:
 
 def _parts(starts: Tensor) -> Iterator[_Part]:
     start = 0
-    for length, same in groupby(_lengths(starts)):
+    for length, same in groupby(length for length in starts.diff().tolist() if length):
         part = _Part(start, len(list(same)), length)
         yield part
         start += part.count * length
-
-
-def _lengths(starts: Tensor) -> list[int]:
-    return [length for length in starts.diff().tolist() if length]
 
 
 def _whole(parts: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ stay few), and predicted positions to multiples of 32.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -122,12 +123,9 @@ class GraphedTrunk:
         """
         cache = self._caches.pop((rows, length), None)
         if cache is None:
-            sizes = {shape: shape[0] * shape[1] for shape in self._caches}
-            most = 2 * max(rows * length, *sizes.values(), 0)
-            while sum(sizes.values()) + rows * length > most:
-                oldest = next(iter(self._caches))
-                self._drop(self._caches.pop(oldest))
-                del sizes[oldest]
+            most = 2 * max(rows * length, *map(prod, self._caches), 0)
+            while sum(map(prod, self._caches)) + rows * length > most:
+                self._drop(self._caches.pop(next(iter(self._caches))))
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
                 cache = self._trunk().new_cache(rows, length)
         self._caches[rows, length] = cache

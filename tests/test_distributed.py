@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -30,6 +31,7 @@ ROWS, STEPS, SAVED = 8, 3, 2  # rows a step, steps of a run, step of its checkpo
 EPSILON = 1e-4
 # 45 and 5 rows do not go round two processes evenly
 SIZES = {"hidden_size": 40, "intermediate_size": 45, "num_hidden_layers": 2, "num_attention_heads": 4}
+SUM = "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
 LORA = LoraParams(rank=5, alpha=10, targets="all-linear")
 
 
@@ -111,7 +113,8 @@ def fit(folder, name, kind, strategy, *, batch_size, resume=None, hollow=False, 
         validation_questions=5,
         cache_dir=str(folder / "cache"),
     )
-    trainer.fit(model, data, ckpt_path=resume and folder / f"{resume}.ckpt", weights_only=True)
+    with mock.patch.object(torch.distributed, SUM, wraps=getattr(torch.distributed, SUM)) as sums:
+        trainer.fit(model, data, ckpt_path=resume and folder / f"{resume}.ckpt", weights_only=True)
     if world_size > 1:
         everyone = [None] * world_size
         torch.distributed.all_gather_object(everyone, recorder.answers)
@@ -121,6 +124,7 @@ def fit(folder, name, kind, strategy, *, batch_size, resume=None, hollow=False, 
         "norms": recorder.norms,
         "answers": recorder.answers,
         "part": recorder.parts,
+        "sums": sums.call_count,
         "val_nll": trainer.callback_metrics.get("val/nll", torch.tensor(0.0)).item(),
         "weights": {n: whole(p).detach().clone() for n, p in model.named_parameters() if p.requires_grad},
     }
@@ -151,7 +155,7 @@ def train(launch: str, folder: Path) -> None:
         fit(folder, "full-fsdp2-checkpointing", "full", "fsdp2", batch_size=4, gradient_checkpointing=True)
         mixed = {"precision": "bf16-mixed"}
         fit(folder, "full-fsdp2-mixed", "full", "fsdp2", batch_size=4, trainer_options=mixed)
-        fit(folder, "lora-fsdp2-mixed", "lora", "fsdp2", batch_size=4, trainer_options=mixed, dtype="bfloat16")
+        fit(folder, "lora-fsdp2-mixed", "lora", "fsdp2", batch_size=2, trainer_options=mixed, dtype="bfloat16")
         plain = torch.nn.Module.compile
         torch.nn.Module.compile = lambda layer: plain(layer, backend="eager")  # the compiler's part without its C++
         fit(folder, "lora-fsdp2-compiled", "lora", "fsdp2", batch_size=4, compile_layers=True)
@@ -283,6 +287,13 @@ def test_of_an_adapted_model_only_the_adapters_and_their_optimiser_are_saved(run
 def test_a_process_holds_its_part_only(runs):
     assert 0.5 <= runs("full-fsdp2")["part"] < 0.51
     assert runs("full-ddp")["part"] == 1
+
+
+def test_gradients_of_adapters_are_summed_once_a_step(runs):
+    """Those of all weights at every micro-batch, of which a step has two here."""
+    layers = SIZES["num_hidden_layers"]
+    assert runs("lora-fsdp2")["sums"] == STEPS * layers
+    assert runs("full-fsdp2")["sums"] == STEPS * (layers + 2) * 2
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

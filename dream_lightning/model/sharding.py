@@ -23,6 +23,7 @@ def shard(
     whole step of training or validation is one forward of `root`, so the head is gathered once a step, however often
     it runs in it: in chunks, at every step of denoising, or not at all where one process has nothing masked. That
     every process makes the same number of collectives then follows from the same number of `model.model` calls.
+    Embeddings and head that do not train are gathered once and kept, as nothing is computed that would hide it.
 
     Args:
         model: whole, or on the meta device (see `read_shards`); its layers may be compiled already.
@@ -34,12 +35,16 @@ def shard(
     """
     # No casting of inputs: token weights of a batch must stay float32.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for unit in (model.model.embed_tokens, *model.model.layers):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    if model.model.lengths_vary:
-        for layer in model.model.layers:
+    ends = (model.model.embed_tokens, model.model.norm, model.lm_head)
+    kept = not any(parameter.requires_grad for end in ends for parameter in end.parameters())
+    fully_shard(model.model.embed_tokens, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        if model.model.lengths_vary:
             layer.register_forward_pre_hook(_one_kind_of_input)
     fully_shard(root, mesh=mesh, mp_policy=policy)
+    for unit in (model.model.embed_tokens, root):
+        unit.set_reshard_after_backward(not kept, recurse=False)
     for step in steps:
         register_fsdp_forward_method(root, step)
 

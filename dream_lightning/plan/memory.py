@@ -102,8 +102,11 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
     head_gradient = 0 if s.lora else table * s.compute
     # In the head's backward pass: one chunk's gradient and the sum of the others', which autocast then makes float32.
     at_head = 0 if s.lora else max(head_gradient * min(2, -(-s.tokens // s.chunk)), table * (s.compute + 4) * s.casts)
-    # FSDP2 sums gradients in float32, a copy of the whole layer's; those of head and norm wait for the end.
+    # FSDP2 sums gradients in float32, a copy of the whole layer's; those of head and norm wait for the end, an adapter's
+    # for the last micro-batch, whole until then.
     unreduced = p.layer_trainable * (s.compute + 4) + head_gradient if s.gpus > 1 else 0
+    if s.lora and s.gpus > 1 and s.accumulation > 1:
+        gradients, older = (n + 4 * p.trainable for n in (gradients, older))
 
     # bfloat16 copies of float32 parameters: of trainable ones until the forward pass is over, of others and after it
     # for the layers that keep them; a recomputed layer makes its own again.
@@ -113,8 +116,10 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
     # The largest matrix of a layer: taken out of 4 bits, or its gradient before it is added to the others'.
     matrix = s.config.intermediate_size * s.config.hidden_size * s.compute
     unpacked, new_gradient = matrix * s.four_bit, 0 if s.lora else matrix
-    # FSDP2 gathers a layer and, ahead of time, the next (the embeddings come last); the head stays gathered.
-    head, pair, last = (n * s.compute if s.gpus > 1 else 0 for n in (table, 2 * p.layer, p.layer + table))
+    # FSDP2 gathers a layer and, ahead of time, the next (the embeddings come last). The head stays gathered, and the
+    # embeddings too where neither trains.
+    gathered = (2 * table, 2 * p.layer, p.layer) if s.lora else (table, 2 * p.layer, p.layer + table)
+    head, pair, last = (n * s.compute if s.gpus > 1 else 0 for n in gathered)
     return {
         "forward, at the head": Memory(
             **always,

@@ -124,6 +124,16 @@ def test_sharding_divides_what_stays_and_gathers_layers_in_bfloat16():
     assert eight.moments["forward, at the head"].copies == 2 * table
 
 
+def test_sharded_adapters_keep_embeddings_head_and_their_own_gradients_whole():
+    setting = replace(FULL, lora=LoraParams(rank=16, alpha=32, targets="all-linear"), dtype=torch.bfloat16, gpus=8)
+    once, twice = make_plan(setting), make_plan(replace(setting, accumulation=2))
+    layer, trainable, table = once.parameters.layer, once.parameters.trainable, 152_064 * 3_584
+    assert once.moments["forward, at the head"].copies == 2 * 2 * table
+    assert once.moments["backward, first layer"].copies == 2 * (layer + 2 * table)
+    name = "forward, at the head"
+    assert twice.moments[name].gradients - once.moments[name].gradients == 4 * trainable
+
+
 @pytest.mark.parametrize("setting", [QLORA, FULL], ids=["qlora", "full"])
 def test_what_takes_more(setting):
     def total(moment, **change):

@@ -1,8 +1,9 @@
-"""Linear layers over one input as one product: q with k and v, gate with up.
+"""Fewer kernels for a forward without gradients: q with k and v and gate with up as one product, sums in products.
 
 A forward of few tokens is bound by reading weights, and one large product reads them faster than two or three small
 ones. The weights lie one after the other in one tensor, of which those of the layers are views: no memory more, and
-parameters keep their identity, names, values and gradients.
+parameters keep their identity, names, values and gradients. A forward of many tokens gains where the last products of
+attention and MLP add themselves to the residual stream.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Joint = tuple[Tensor, Tensor | None]  # weight [sum of out_features, D] and bias of several layers
+Factors = tuple[Tensor, Tensor]  # x [..., I] and weight [O, I] of a product that is yet to be made
 
 _ANY_NUMBER = 2**62
 _GROUPS = (  # and the most tokens of a forward with which one product is faster
@@ -29,6 +31,35 @@ def products(x: Tensor, layers: Sequence[nn.Module], joint: Joint | None) -> Seq
         return [layer(x) for layer in layers]
     assert not torch.is_grad_enabled(), "the layers would get no gradients"
     return F.linear(x, *joint).split([layer.out_features for layer in layers], dim=-1)
+
+
+def last_product(x: Tensor, layer: nn.Module, later: bool) -> Tensor | Factors:
+    """What the layer makes of x [..., I]; while `joined` lasts its factors, for `added`."""
+    return (x, layer.weight) if later else layer(x)
+
+
+def added(stream: Tensor, product: Tensor | Factors) -> Tensor:
+    """The sum [B, W, D]; of factors, made by their product within `stream`, which changes."""
+    if isinstance(product, Tensor):
+        return stream + product
+    assert not torch.is_grad_enabled(), "what changes has no gradient"
+    x, weight = product
+    if torch.is_autocast_enabled(stream.device.type) or not stream.dtype == x.dtype == weight.dtype:
+        return stream + F.linear(x, weight)
+    stream = stream.contiguous()
+    _add_to_stream(stream, x, weight)
+    return stream
+
+
+@torch.library.custom_op("dream_lightning::add_to_stream", mutates_args=("stream",))
+def _add_to_stream(stream: Tensor, x: Tensor, weight: Tensor) -> None:
+    # An operation of its own, as the compiler would take it apart into a copy and a product.
+    stream.view(-1, stream.shape[-1]).addmm_(x.flatten(0, -2), weight.t())
+
+
+@_add_to_stream.register_fake
+def _(stream: Tensor, x: Tensor, weight: Tensor) -> None:
+    pass
 
 
 def lay_together(trunk: nn.Module) -> None:
@@ -50,9 +81,14 @@ def lay_together(trunk: nn.Module) -> None:
 
 @contextmanager
 def joined(trunk: nn.Module, tokens: int) -> Iterator[None]:
-    """Inside, forwards of so many tokens (rows · columns) without gradients use one product for what lies together."""
-    groups = list(_groups(trunk))
+    """Inside, forwards of so many tokens (rows · columns) without gradients use one product for what lies together.
+
+    And sums are made in products, so that a layer's input changes.
+    """
+    groups, ends = list(_groups(trunk)), [end for layer in trunk.layers for end in _ends(layer)]
     try:
+        for owner in ends:
+            owner.adds_later = True
         for owner, layers, most in groups:
             weight, *bias = (_as_one(tensors) for tensors in _parameters(layers))
             if tokens <= most and weight is not None and None not in bias:
@@ -61,6 +97,8 @@ def joined(trunk: nn.Module, tokens: int) -> Iterator[None]:
     finally:
         for owner, _, _ in groups:
             owner.joint = None
+        for owner in ends:
+            owner.adds_later = False
 
 
 def _groups(trunk: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear], int]]:
@@ -70,6 +108,12 @@ def _groups(trunk: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear], int]
             layers = [getattr(owner, part) for part in parts]
             if all(map(_is_plain, layers)):
                 yield owner, layers, most
+
+
+def _ends(layer: nn.Module) -> Iterator[nn.Module]:
+    for owner, last in ((layer.self_attn, layer.self_attn.o_proj), (layer.mlp, layer.mlp.down_proj)):
+        if _is_plain(last) and not owner._forward_hooks:
+            yield owner
 
 
 def _is_plain(layer: nn.Module) -> bool:

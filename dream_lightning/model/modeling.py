@@ -17,7 +17,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from dream_lightning.model.cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.configuration import DreamConfig
 from dream_lightning.model.documents import attend_in_documents, for_kernel, prefers_cudnn, train_without_cudnn
-from dream_lightning.model.joint import Joint, joined, lay_together, products
+from dream_lightning.model.joint import Factors, Joint, added, joined, last_product, lay_together, products
 from dream_lightning.model.loading import check_weights, local_folder
 from dream_lightning.types import DocumentBounds
 
@@ -52,11 +52,12 @@ class DreamMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.joint: Joint | None = None  # gate and up, while `joint.joined` lasts
+        self.adds_later = False  # the same
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | Factors:
         """Any shape [..., D]."""
         gate, up = products(x, (self.gate_proj, self.up_proj), self.joint)
-        return self.down_proj(F.silu(gate) * up)
+        return last_product(F.silu(gate) * up, self.down_proj, self.adds_later)
 
 
 class DreamAttention(nn.Module):
@@ -72,6 +73,7 @@ class DreamAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.joint: Joint | None = None  # q, k and v, while `joint.joined` lasts
+        self.adds_later = False  # the same
 
     def forward(
         self,
@@ -80,7 +82,7 @@ class DreamAttention(nn.Module):
         mask: "AttentionMask | None",
         cache: LayerCache | None = None,
         span: Span | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Factors:
         """[B, L, D] → [B, W, D], the W columns of the span; the arguments are those of `DreamBaseModel.forward`."""
         q, k, v = (
             out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
@@ -91,7 +93,7 @@ class DreamAttention(nn.Module):
             k, v = store(cache, k, v)
         packed = isinstance(mask, DocumentBounds)
         out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask, span)  # [B, H, L, E]
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return last_product(out.transpose(1, 2).flatten(2), self.o_proj, self.adds_later)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None", span: Span | None) -> Tensor:
         if mask is not None and mask.wants_every_head:
@@ -126,8 +128,8 @@ class DreamDecoderLayer(nn.Module):
         span: Span | None = None,
     ) -> Tensor:
         """[B, L, D] → [B, W, D]."""
-        x = x[:, _within(span)] + self.self_attn(self.input_layernorm(x), rotation, mask, cache, span)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = added(x[:, _within(span)], self.self_attn(self.input_layernorm(x), rotation, mask, cache, span))
+        return added(x, self.mlp(self.post_attention_layernorm(x)))
 
 
 class AttentionMask:

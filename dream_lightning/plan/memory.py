@@ -102,8 +102,8 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
     head_gradient = 0 if s.lora else table * s.compute
     # In the head's backward pass: one chunk's gradient and the sum of the others', which autocast then makes float32.
     at_head = 0 if s.lora else max(head_gradient * min(2, -(-s.tokens // s.chunk)), table * (s.compute + 4) * s.casts)
-    # FSDP2 sums gradients in float32, a copy of the whole layer's; those of head and norm wait for the end, an adapter's
-    # for the last micro-batch, whole until then.
+    # FSDP2 sums gradients in float32, a copy of the whole layer's; those of head and norm wait for the end, those of
+    # adapters for a step's last micro-batch, whole until then.
     unreduced = p.layer_trainable * (s.compute + 4) + head_gradient if s.gpus > 1 else 0
     if s.lora and s.gpus > 1 and s.accumulation > 1:
         gradients, older = (n + 4 * p.trainable for n in (gradients, older))

@@ -193,7 +193,9 @@ def size_gb(folder: Path) -> float:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["fit"]:
         from dream_lightning.cli import main as command_line
+        from dream_lightning.cli import spare_collections
 
+        spare_collections()  # as python -m dream_lightning does
         command_line()
     else:
         with readable_errors():

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 _TABLE, _REST, _STATE = ".metadata", "meta.pt", "state_dict."
+_DAMAGE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError)  # what reading it may raise
 _PARTIAL = ".partial"  # `saving` clears away what is called so
 _DATA_CLASSES = {
     "builtins": {"set"},
@@ -54,7 +55,7 @@ def read_sharded(path: str | Path) -> dict[str, Any]:
             if name.startswith(_STATE) and isinstance(entry, TensorStorageMetadata)
         }
         dcp.load(state, storage_reader=reader, no_dist=True)
-    except (CheckpointException, OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+    except (CheckpointException, *_DAMAGE) as error:
         why = " ".join(str(error).split())[-300:]
         raise ValueError(f"{folder} is damaged or not whole: {why}. Take an earlier checkpoint") from error
     return checkpoint | {"state_dict": {name.removeprefix(_STATE): tensor for name, tensor in state.items()}}
@@ -74,7 +75,7 @@ def read_rest(path: str | Path) -> dict[str, Any]:
         )
     try:
         return torch.load(folder / _REST, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except _DAMAGE as error:
         why = " ".join(str(error).split())[-300:]
         raise ValueError(f"{folder / _REST} is damaged: {why}. Take an earlier checkpoint") from error
 
@@ -85,10 +86,13 @@ def read_into(state: dict[str, Any], path: str | Path) -> None:
     Raises:
         ValueError: tensors are missing or of another shape; it is damaged; it holds more than tensors and values.
     """
+    reader = _Reader(path)
     try:
-        dcp.load(state, storage_reader=_Reader(path), planner=_Planner())
-    except CheckpointException as error:
-        why = " ".join(str(next(iter(error.failures.values()))[0]).split())[:500]
+        reader.read_metadata()  # what is wrong with it torch 2.11 would not say
+        dcp.load(state, storage_reader=reader, planner=_Planner())
+    except (CheckpointException, *_DAMAGE) as error:
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        why = " ".join(str(first).split())[:500]
         raise ValueError(f"{path} does not fit this model and optimiser, or is damaged: {why}") from error
 
 

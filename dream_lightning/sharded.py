@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 _TABLE, _REST, _STATE = ".metadata", "meta.pt", "state_dict."
-_DAMAGE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError)  # what reading it may raise
 _PARTIAL = ".partial"  # `saving` clears away what is called so
 _DATA_CLASSES = {
     "builtins": {"set"},
@@ -55,7 +54,7 @@ def read_sharded(path: str | Path) -> dict[str, Any]:
             if name.startswith(_STATE) and isinstance(entry, TensorStorageMetadata)
         }
         dcp.load(state, storage_reader=reader, no_dist=True)
-    except (CheckpointException, *_DAMAGE) as error:
+    except (CheckpointException, OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError) as error:
         why = " ".join(str(error).split())[-300:]
         raise ValueError(f"{folder} is damaged or not whole: {why}. Take an earlier checkpoint") from error
     return checkpoint | {"state_dict": {name.removeprefix(_STATE): tensor for name, tensor in state.items()}}
@@ -75,7 +74,7 @@ def read_rest(path: str | Path) -> dict[str, Any]:
         )
     try:
         return torch.load(folder / _REST, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         why = " ".join(str(error).split())[-300:]
         raise ValueError(f"{folder / _REST} is damaged: {why}. Take an earlier checkpoint") from error
 
@@ -88,11 +87,9 @@ def read_into(state: dict[str, Any], path: str | Path) -> None:
     """
     reader = _Reader(path)
     try:
-        reader.read_metadata()  # what is wrong with it torch 2.11 would not say
         dcp.load(state, storage_reader=reader, planner=_Planner())
-    except (CheckpointException, *_DAMAGE) as error:
-        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        why = " ".join(str(first).split())[:500]
+    except CheckpointException as error:
+        why = " ".join(str(reader.problem or next(iter(error.failures.values()))[0]).split())[:500]
         raise ValueError(f"{path} does not fit this model and optimiser, or is damaged: {why}") from error
 
 
@@ -178,10 +175,17 @@ def _remove(path: Path) -> None:
 class _Reader(dcp.FileSystemReader):
     """Torch's, except that the pickled table of contents may name nothing but the classes that it is made of."""
 
+    problem: Exception | None = None
+    """why there is no table of contents; torch 2.11 keeps it to itself"""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The table of contents."""
-        with Path(self.path, _TABLE).open("rb") as file:
-            return _TableUnpickler(file).load()
+        try:
+            with Path(self.path, _TABLE).open("rb") as file:
+                return _TableUnpickler(file).load()
+        except Exception as error:
+            self.problem = error
+            raise
 
 
 class _TableUnpickler(pickle.Unpickler):

@@ -119,46 +119,46 @@ def _moments(s: Setting, p: Parameters, states: OptimizerMemory) -> dict[str, Me
     # FSDP2 gathers a layer and, ahead of time, the next (the embeddings come last). The head stays gathered, and the
     # embeddings too where neither trains.
     gathered = (2 * table, 2 * p.layer, p.layer) if s.lora else (table, 2 * p.layer, p.layer + table)
-    head, pair, last = (n * s.compute if s.gpus > 1 else 0 for n in gathered)
+    ends, pair, last = (n * s.compute if s.gpus > 1 else 0 for n in gathered)
     return {
         "forward, at the head": Memory(
             **always,
-            copies=forward_copies + head,
+            copies=forward_copies + ends,
             gradients=gradients,
             activations=kept,
             logits=logits_bytes(s, backward=False),
         ),
         "backward, at the head": Memory(
             **always,
-            copies=copies + head,
+            copies=copies + ends,
             gradients=older + at_head,
             activations=kept,
             logits=logits_bytes(s, backward=True),
         ),
         "backward, last layer": Memory(
             **always,
-            copies=copies + (copy if recomputed == layers else 0) + unpacked + head + pair,
+            copies=copies + (copy if recomputed == layers else 0) + unpacked + ends + pair,
             gradients=max(older, 0 if s.lora else table * s.dtype.itemsize / s.gpus) + new_gradient + unreduced,
             activations=kept - top + (layer if recomputed == layers else 0),
             temporaries=temporary,
         ),
         "backward, last recomputed layer": Memory(
             **always,
-            copies=(copy if recomputed else 0) + unpacked + head + pair,
+            copies=(copy if recomputed else 0) + unpacked + ends + pair,
             gradients=max(older, 0 if s.lora else table * s.dtype.itemsize / s.gpus) + new_gradient + unreduced,
             activations=recomputed * s.tokens * checkpoint_keeps(s) + layer,
             temporaries=temporary,
         ),
         "backward, first layer": Memory(
             **always,
-            copies=copy + unpacked + head + last,
+            copies=copy + unpacked + ends + last,
             gradients=gradients + new_gradient + unreduced,
             activations=layer + (s.tokens * checkpoint_keeps(s) if recomputed else 0),
             temporaries=temporary,
         ),
         "backward, embeddings": Memory(
             **always,
-            copies=head,
+            copies=ends,
             gradients=gradients + (0 if s.lora else table * (s.compute + 4 + s.compute if s.gpus > 1 else s.stream)),
         ),
         "optimiser step": Memory(**always, gradients=gradients, temporaries=states.temporary / s.gpus),

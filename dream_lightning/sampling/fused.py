@@ -1,4 +1,4 @@
-"""`choosing.best_tokens` as one kernel. It reads the logits twice, where compiled code reads them four times.
+"""`choosing.best_tokens` as one kernel. It reads the logits at most twice, where compiled code reads them four times.
 
 Imported only where there is a GPU: torch's builds without CUDA come without triton.
 """
@@ -14,7 +14,10 @@ _BLOCK, _WARPS = 8192, 32  # logits of a row at a time, and who reads them
 
 
 def best_tokens(logits: Tensor, alg: Algorithm, forbidden: int | None = None) -> tuple[Tensor, Tensor]:
-    """Of logits [M, V], tokens [M] int64 and confidences [M] float32; for `topk_margin` there is no kernel."""
+    """Of logits [M, V], tokens [M] int64 and confidences [M] float32; for `topk_margin` there is no kernel.
+
+    The token is that of the largest logit, also where the probabilities of two round to the same number.
+    """
     assert alg != "topk_margin"
     logits = logits.contiguous()
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
@@ -48,32 +51,26 @@ def _best(logits, tokens, confidences, forbidden, SIZE: tl.constexpr, ENTROPY: t
     logits += row * SIZE
     lane = tl.arange(0, BLOCK)
 
-    tops = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest logit, and the sum of exp(logit − it)
+    tops = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest logit, where, and the sum of exp(logit − it)
+    first = tl.zeros([BLOCK], tl.int32)
     totals = tl.zeros([BLOCK], tl.float32)
     for start in range(0, SIZE, BLOCK):
         x = _allowed(logits, start + lane, forbidden, SIZE)
-        higher = tl.maximum(tops, x)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # −inf − −inf is no number
-        totals = totals * tl.exp(tops - shift) + tl.exp(x - shift)
-        tops = higher
+        higher = x > tops
+        smaller = tl.where(x == float("-inf"), 0.0, tl.exp(-tl.abs(x - tops)))  # −inf − −inf is no number
+        totals = tl.where(higher, totals * smaller + 1, totals + smaller)
+        first = tl.where(higher, start + lane, first)
+        tops = tl.maximum(tops, x)
     top = tl.max(tops, axis=0)
+    token = tl.min(tl.where(tops == top, first, SIZE - 1), axis=0)
     total = tl.sum(totals * tl.exp(tops - top), axis=0)
-
-    best = tl.full([BLOCK], -1.0, tl.float32)
-    first = tl.zeros([BLOCK], tl.int32)
-    entropies = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, SIZE, BLOCK):
-        x = _allowed(logits, start + lane, forbidden, SIZE)
-        p = tl.exp(x - top) / total
-        if ENTROPY:  # log(p + ε) in parts: where all p are alike, the rounding of one logarithm would add up
-            entropies += tl.where(p > 0, p * (x - top + tl.log(1 + 1e-10 / p)), 0.0)
-        first = tl.where(p > best, start + lane, first)
-        best = tl.maximum(best, p)
-    highest = tl.max(best, axis=0)
-    token = tl.min(tl.where(best == highest, first, SIZE - 1), axis=0)
-    confidence = highest
-    if ENTROPY:
-        confidence = tl.sum(entropies, axis=0) - tl.log(total.to(tl.float64)).to(tl.float32)
+    confidence = 1 / total
+    if ENTROPY:  # p·log(p + ε) = e / total · (log(e + ε·total) − log(total)) of e = exp(x − top)
+        sums = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, SIZE, BLOCK):
+            e = tl.exp(_allowed(logits, start + lane, forbidden, SIZE) - top)
+            sums += e * tl.log(e + 1e-10 * total)
+        confidence = tl.sum(sums, axis=0) / total - tl.log(total.to(tl.float64)).to(tl.float32)
 
     tl.store(tokens + row, token.to(tl.int64))
-    tl.store(confidences + row, confidence * (total / total))
+    tl.store(confidences + row, confidence)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from dream_lightning.model.cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.configuration import DreamConfig
 from dream_lightning.model.documents import attend_in_documents, for_kernel, prefers_cudnn, train_without_cudnn
-from dream_lightning.model.joint import Factors, Joint, added, joined, last_product, lay_together, products
+from dream_lightning.model.joint import Factors, Joint, added, joined, last_product, lay_together, products, swiglu
 from dream_lightning.model.loading import check_weights, local_folder
 from dream_lightning.types import DocumentBounds
 
@@ -52,12 +52,16 @@ class DreamMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.joint: Joint | None = None  # gate and up, while `joint.joined` lasts
-        self.adds_later = False  # the same
+        self.adds_later = self.fused = False  # the same
 
     def forward(self, x: Tensor) -> Tensor | Factors:
         """Any shape [..., D]."""
-        gate, up = products(x, (self.gate_proj, self.up_proj), self.joint)
-        return last_product(F.silu(gate) * up, self.down_proj, self.adds_later)
+        if self.fused:
+            hidden = swiglu(x, self.gate_proj.weight, self.up_proj.weight)
+        else:
+            gate, up = products(x, (self.gate_proj, self.up_proj), self.joint)
+            hidden = F.silu(gate) * up
+        return last_product(hidden, self.down_proj, self.adds_later)
 
 
 class DreamAttention(nn.Module):

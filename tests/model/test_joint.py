@@ -1,22 +1,24 @@
 """Several linear layers as one product: the same numbers, and nobody else notices."""
 
 import copy
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch import nn
 
 from dream_lightning.adapters import LoraParams, add_lora
-from dream_lightning.model import DreamModel
+from dream_lightning.model import DreamModel, joint
 from dream_lightning.model.joint import lay_together
 from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.sampling import CompiledDenoiser, SamplingParams, diffusion_generate
 
-FEW, MANY = 1024, 1025
+FEW, MORE, MANY = 1024, 1025, 2048
 Q_K_V, GATE_UP = ("self_attn", ["q_proj", "k_proj", "v_proj"]), ("mlp", ["gate_proj", "up_proj"])
 
 
@@ -62,7 +64,7 @@ def test_hidden_states_are_the_same(model, ids, monkeypatch):
     assert calls(FEW) == [name for name in separate if name not in ("down_proj", "o_proj")]  # they add themselves
     model.model.lay_together()
     assert calls(FEW) == []
-    assert calls(MANY) == ["gate_proj"] * 2 + ["up_proj"] * 2
+    assert calls(MORE) == ["gate_proj"] * 2 + ["up_proj"] * 2
     assert calls() == separate and len(separate) == 14
 
 
@@ -188,3 +190,53 @@ def test_sums_made_in_products(model, ids, compiled):
             assert torch.equal(ours, model.model(ids))
     finally:
         torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gate_and_up_of_many_tokens_are_one_kernel(model, ids, monkeypatch, compiled):
+    """Played by plain products; where types differ, and where there are few tokens, it is not asked."""
+    calls = []
+
+    def kernel(x, gate, up):
+        calls.append(len(x))
+        return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+    monkeypatch.setitem(sys.modules, "dream_lightning.model.swiglu", SimpleNamespace(swiglu=kernel))
+    monkeypatch.delattr("dream_lightning.model.swiglu", raising=False)
+    monkeypatch.setattr(joint, "_has_kernel", lambda mlp: True)
+    expected = model.model(ids)
+    for layer in model.model.layers if compiled else ():
+        layer.compile(dynamic=False)
+    try:
+        for tokens, number in ((FEW, 0), (MANY - 1, 0), (MANY, 2)):
+            calls.clear()
+            with model.model.joined(tokens):
+                torch.testing.assert_close(model.model(ids), expected, rtol=1e-5, atol=1e-5)
+            assert calls == number * [ids.numel()]
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = model.model(ids)
+            with model.model.joined(MANY):
+                assert torch.equal(model.model(ids), plain)
+        assert len(calls) == 2
+    finally:
+        torch._dynamo.reset()
+    mlp = model.model.layers[0].mlp
+    with torch.enable_grad(), model.model.joined(MANY), pytest.raises(AssertionError, match="no gradients"):
+        mlp(torch.randn(2, 3, model.config.hidden_size))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_makes_gate_and_up_on_hopper(model, ids, monkeypatch):
+    hopper, kernel, calls = torch.cuda.get_device_capability() == (9, 0), joint._swiglu, []
+    monkeypatch.setattr(joint, "_swiglu", lambda *tensors: (calls.append(len(tensors[0])), kernel(*tensors))[1])
+    model.to("cuda", torch.bfloat16)
+    expected = model.model(ids.cuda())
+    with model.model.joined(MANY):
+        torch.testing.assert_close(model.model(ids.cuda()), expected, rtol=0.02, atol=0.02)
+    assert calls == (2 * [ids.numel()] if hopper else [])
+    model.float()
+    with model.model.joined(MANY):
+        model.model(ids.cuda())
+    assert len(calls) == (2 if hopper else 0)

@@ -1,5 +1,7 @@
 """Fixtures over what tests read."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from material import addition_rows, shared_path, write_jsonl
@@ -18,3 +20,16 @@ def shared():
 def sums(tmp_path):
     """A file of 40 s1K-shaped rows."""
     return write_jsonl(tmp_path / "sums.jsonl", addition_rows(40))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests that share a launch of processes go to one worker, which makes it; the others to whoever is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByLaunch(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if Path(file).stem in ("test_distributed", "test_invariance", "test_sharded") else nodeid
+
+    return ByLaunch(config, log)

@@ -139,7 +139,11 @@ def fit(sums, tmp_path):
         )
         seen = Seen()
         trainer = quiet_trainer(
-            default_root_dir=tmp_path, callbacks=[seen], max_steps=3, accumulate_grad_batches=accumulate
+            default_root_dir=tmp_path,
+            callbacks=[seen],
+            max_steps=3,
+            accumulate_grad_batches=accumulate,
+            limit_val_batches=0,
         )
         trainer.fit(module, rows)
         return seen, module

@@ -4,6 +4,7 @@ Axis letters as in `dream_lightning/types.py`; K = key/value heads, E = size of 
 """
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from transformers.modeling_outputs import MaskedLMOutput
 from dream_lightning.model.cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.configuration import DreamConfig
 from dream_lightning.model.documents import attend_in_documents, for_kernel, prefers_cudnn, train_without_cudnn
-from dream_lightning.model.joint import Factors, Joint, added, joined, last_product, lay_together, products, swiglu
 from dream_lightning.model.loading import check_weights, local_folder
 from dream_lightning.types import DocumentBounds
 
 Span = tuple[int, int]  # columns first … last − 1
 
 
-def _within(span: Span | None) -> slice:
+def within(span: Span | None) -> slice:
+    """The columns of the span; all without one."""
     return slice(None) if span is None else slice(*span)
 
 
@@ -51,17 +52,10 @@ class DreamMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.joint: Joint | None = None  # gate and up, while `joint.joined` lasts
-        self.adds_later = self.fused = False  # the same
 
-    def forward(self, x: Tensor) -> Tensor | Factors:
+    def forward(self, x: Tensor) -> Tensor:
         """Any shape [..., D]."""
-        if self.fused:
-            hidden = swiglu(x, self.gate_proj.weight, self.up_proj.weight)
-        else:
-            gate, up = products(x, (self.gate_proj, self.up_proj), self.joint)
-            hidden = F.silu(gate) * up
-        return last_product(hidden, self.down_proj, self.adds_later)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DreamAttention(nn.Module):
@@ -76,8 +70,6 @@ class DreamAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.joint: Joint | None = None  # q, k and v, while `joint.joined` lasts
-        self.adds_later = False  # the same
 
     def forward(
         self,
@@ -86,31 +78,42 @@ class DreamAttention(nn.Module):
         mask: "AttentionMask | None",
         cache: LayerCache | None = None,
         span: Span | None = None,
-    ) -> Tensor | Factors:
+    ) -> Tensor:
         """[B, L, D] → [B, W, D], the W columns of the span; the arguments are those of `DreamBaseModel.forward`."""
-        q, k, v = (
-            out.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, E]
-            for out in products(x, (self.q_proj, self.k_proj, self.v_proj), self.joint)
-        )
+        seen = self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotation, mask, cache, span)
+        return self.o_proj(seen)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: "AttentionMask | None",
+        cache: LayerCache | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
+        """Projections [B, L, H · E] and twice [B, L, K · E] → what the heads make of them, [B, W, H · E]."""
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # [B, H or K, L, E]
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = store(cache, k, v)
         packed = isinstance(mask, DocumentBounds)
         out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask, span)  # [B, H, L, E]
-        return last_product(out.transpose(1, 2).flatten(2), self.o_proj, self.adds_later)
+        return out.transpose(1, 2).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None", span: Span | None) -> Tensor:
         if mask is not None and mask.wants_every_head:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(
-            q[:, :, _within(span)],
+            q[:, :, within(span)],
             k,
             v,
             attn_mask=None if mask is None else mask.may_attend,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out if mask is None else out * mask.sees_something[:, :, _within(span)]
+        return out if mask is None else out * mask.sees_something[:, :, within(span)]
 
 
 class DreamDecoderLayer(nn.Module):
@@ -122,6 +125,7 @@ class DreamDecoderLayer(nn.Module):
         self.mlp = DreamMLP(config)
         self.input_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.joint: Callable[..., Tensor] | None = None  # makes fewer kernels of it, see `joint.joined`
 
     def forward(
         self,
@@ -132,8 +136,10 @@ class DreamDecoderLayer(nn.Module):
         span: Span | None = None,
     ) -> Tensor:
         """[B, L, D] → [B, W, D]."""
-        x = added(x[:, _within(span)], self.self_attn(self.input_layernorm(x), rotation, mask, cache, span))
-        return added(x, self.mlp(self.post_attention_layernorm(x)))
+        if self.joint is not None:
+            return self.joint(self, x, rotation, mask, cache, span)
+        x = x[:, within(span)] + self.self_attn(self.input_layernorm(x), rotation, mask, cache, span)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class AttentionMask:
@@ -278,10 +284,14 @@ class DreamBaseModel(DreamPreTrainedModel):
 
     def lay_together(self) -> None:
         """See `joint.lay_together`."""
+        from dream_lightning.model.joint import lay_together  # which imports this module
+
         lay_together(self)
 
     def joined(self, tokens: int) -> AbstractContextManager[None]:
         """See `joint.joined`."""
+        from dream_lightning.model.joint import joined  # the same
+
         return joined(self, tokens)
 
     def _mask(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dream_lightning import DreamModule
 from dream_lightning.adapters import LoraParams
+from dream_lightning.cli import spare_collections
 from dream_lightning.data.packing import collate, pack
 from dream_lightning.errors import readable_errors
 from dream_lightning.model import DreamConfig
@@ -265,5 +266,6 @@ def _line(case: Case, ours: dict | str, other: dict | str | None) -> str:
 
 
 if __name__ == "__main__":
+    spare_collections()  # as python -m dream_lightning does; it serves the reference too
     with readable_errors():
         auto_cli(main, as_positional=False)

@@ -1,7 +1,7 @@
 """`python -m dream_lightning`."""
 
-from dream_lightning.cli import main, spare_collections
+from dream_lightning.cli import main, tune_gc
 
 if __name__ == "__main__":
-    spare_collections()
+    tune_gc()
     main()

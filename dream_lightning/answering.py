@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dream_lightning.batch import Answers, Prediction, PromptBatch
+from dream_lightning.errors import UserError
 from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams, diffusion_generate
-from dream_lightning.scoring import grade
-from dream_lightning.types import Answers, Prediction, PromptBatch
+from dream_lightning.tasks import grade
 
 
 @torch.no_grad()
@@ -82,13 +83,13 @@ def complete(
         params: how to fill; `max_new_tokens` is not used. None fills one token a step, the most certain first.
 
     Raises:
-        ValueError: the text has no gap, or a gap no token; as `diffusion_generate`.
+        UserError: the text has no gap, or a gap no token; as `diffusion_generate`.
     """
     pieces = text.split(marker) if marker else []
     if len(pieces) <= 1:
-        raise ValueError(f"the text has no {marker!r}, so there is nothing to fill: mark a gap with it")
+        raise UserError(f"the text has no {marker!r}, so there is nothing to fill: mark a gap with it")
     if tokens_per_gap < 1:
-        raise ValueError(f"tokens_per_gap is {tokens_per_gap}, wanted at least 1")
+        raise UserError(f"tokens_per_gap is {tokens_per_gap}, wanted at least 1")
     gap = [tokenizer.mask_token_id] * tokens_per_gap
     ids: list[int] = []
     for n, piece in enumerate(pieces):

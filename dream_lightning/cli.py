@@ -18,13 +18,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from dream_lightning.callbacks import Autosave, ProgressBar
 from dream_lightning.data import S1KDataModule
-from dream_lightning.errors import readable_errors
+from dream_lightning.errors import UserError
 from dream_lightning.module import DreamModule
 from dream_lightning.plan.config import setting_from
 from dream_lightning.plan.report import out_of_memory, report
-from dream_lightning.saving import SafeCheckpointIO
+from dream_lightning.readable_errors import readable_errors
+from dream_lightning.training import Autosave, ProgressBar
+from dream_lightning.training.checkpointing import SafeCheckpointIO
 
 # In a folder of its own: jsonargparse starts Python there, where our types.py would stand in for the library's
 BASE = Path(__file__).parent / "defaults" / "base.yaml"
@@ -132,14 +133,14 @@ class DreamCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except torch.OutOfMemoryError as error:
-            raise ValueError(out_of_memory(setting_from(self.config[subcommand]), error)) from error
+            raise UserError(out_of_memory(setting_from(self.config[subcommand]), error)) from error
 
 
 def _check_last(trainer: L.Trainer) -> None:
     """Lightning would score or ask the weights that training starts from, and say so in a line among many."""
     if not any(callback._find_last_checkpoints(trainer) for callback in trainer.checkpoint_callbacks):
         folders = ", ".join(sorted({str(callback.dirpath) for callback in trainer.checkpoint_callbacks}))
-        raise ValueError(
+        raise UserError(
             f"ckpt_path is `last` and there is no last.ckpt in {folders}: train first, set autosave.dirpath to the "
             "folder of the run, or name a file; without ckpt_path the weights before training are meant"
         )
@@ -147,7 +148,7 @@ def _check_last(trainer: L.Trainer) -> None:
 
 def _check_gpu(accelerator: object) -> None:
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             f"trainer.accelerator is {accelerator} and torch sees no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES, "
             f"install a CUDA build of torch (this one is {torch.__version__}), or set --trainer.accelerator=cpu"
         )
@@ -163,7 +164,7 @@ _NOISE = (
 )
 
 
-def spare_collections() -> None:
+def tune_gc() -> None:
     """Let Python search all objects for garbage a hundred times more rarely than it would.
 
     Imports made 600,000, the compiler 200,000 more; they stay, and a search, 0.2 to 0.5 s, lets a GPU stand still.

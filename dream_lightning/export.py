@@ -28,9 +28,10 @@ from dream_lightning.adapters import (
     merge_lora,
     save_peft_folder,
 )
+from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.model.loading import local_folder, weight_files
-from dream_lightning.sharded import read_sharded
+from dream_lightning.training.sharded_checkpoint import read_sharded
 
 AUTHORS_CODE = ("configuration_dream.py", "modeling_dream.py", "generation_utils.py", "tokenization_dream.py")
 
@@ -51,7 +52,7 @@ def export_model(
         max_shard_size: of one file; the default gives the official four files for the 7B.
 
     Raises:
-        ValueError: the folder is not empty, or the disk too full; the model is not as said above.
+        UserError: the folder is not empty, or the disk too full; the model is not as said above.
     """
     _check_plain(model)
     with new_folder(folder, size=sum(t.nbytes for t in model.state_dict().values())) as partial:
@@ -80,7 +81,7 @@ def export_checkpoint(
         dtype: element type to write: as stored, or rounded to bfloat16 like the official weights.
 
     Raises:
-        ValueError: as `export_model` and `model_from_checkpoint`.
+        UserError: as `export_model` and `model_from_checkpoint`.
     """
     checkpoint = _read_checkpoint(Path(ckpt_path))
     if pretrained is None and "base" in checkpoint:
@@ -102,11 +103,11 @@ def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str
         pretrained: name of the base for `adapter_config.json`, such as its hub id; by default as training called it.
 
     Raises:
-        ValueError: no whole checkpoint, or one without adapters; the folder is not empty, or the disk too full.
+        UserError: no whole checkpoint, or one without adapters; the folder is not empty, or the disk too full.
     """
     checkpoint = _read_checkpoint(Path(ckpt_path))
     if "lora" not in checkpoint:
-        raise ValueError(f"{ckpt_path} holds no adapters, all its weights were trained: export the official folder")
+        raise UserError(f"{ckpt_path} holds no adapters, all its weights were trained: export the official folder")
     state = _state(checkpoint)
     with torch.device("meta"):
         model = DreamModel(_config(checkpoint, ckpt_path, pretrained))
@@ -122,7 +123,7 @@ def model_from_checkpoint(ckpt_path: str | Path, *, pretrained: str | Path | Non
     Its sizes stand in the checkpoint (`dream_config`) or, if not, in the config.json of `pretrained`.
 
     Raises:
-        ValueError: not a whole checkpoint, or one with more than tensors and plain values; adapters of another base; no
+        UserError: not a whole checkpoint, or one with more than tensors and plain values; adapters of another base; no
             sizes; tensors that do not fit the sizes.
     """
     return _model(_read_checkpoint(Path(ckpt_path)), ckpt_path, pretrained)
@@ -142,9 +143,7 @@ def _model(checkpoint: dict[str, Any], ckpt_path: str | Path, pretrained: str | 
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"{ckpt_path} does not fit the model that training started from: {str(error)[:999]}"
-        ) from error
+        raise UserError(f"{ckpt_path} does not fit the model that training started from: {str(error)[:999]}") from error
     return model
 
 
@@ -191,14 +190,14 @@ def new_folder(folder: str | Path, *, size: int) -> Iterator[Path]:
     """A hidden folder beside `folder` to write `size` bytes into; it takes its name at the end, or goes on an error.
 
     Raises:
-        ValueError: `folder` is neither new nor empty, the disk has less room than `size`, or becomes full.
+        UserError: `folder` is neither new nor empty, the disk has less room than `size`, or becomes full.
     """
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
+        raise UserError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder.parent).free) < size:
-        raise ValueError(f"{folder} needs {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left: free some")
+        raise UserError(f"{folder} needs {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left: free some")
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()
     try:
@@ -209,7 +208,7 @@ def new_folder(folder: str | Path, *, size: int) -> Iterator[Path]:
     except Exception as error:
         if not _disk_is_full(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"the disk became full while {folder} was written, nothing of it is left: free some space, or name a "
             "folder on another disk"
         ) from error
@@ -228,15 +227,15 @@ def _check_plain(model: DreamModel) -> None:
         expected = DreamModel(model.config).state_dict().keys()
     state = model.state_dict()
     if odd := sorted(expected ^ state.keys()):
-        raise ValueError(
+        raise UserError(
             f"the model has {len(odd)} tensors too many or too few for a DreamModel ({', '.join(odd[:3])}, …): merge "
             "adapters first, into the bfloat16 base (never into 4 bits)"
         )
     if any(isinstance(tensor, DTensor) or tensor.is_meta for tensor in state.values()):
-        raise ValueError("the model's weights are not all here (sharded or meta): export a checkpoint of it instead")
+        raise UserError("the model's weights are not all here (sharded or meta): export a checkpoint of it instead")
     types = {tensor.dtype for tensor in state.values()}
     if len(types) > 1 or not next(iter(types)).is_floating_point:
-        raise ValueError(f"the model holds {types}, wanted one floating-point type: call model.to(torch.bfloat16)")
+        raise UserError(f"the model holds {types}, wanted one floating-point type: call model.to(torch.bfloat16)")
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -246,7 +245,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["state_dict"].keys()
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of a DreamModule: {str(error)[:500]}") from error
+        raise UserError(f"{path} is not a whole checkpoint of a DreamModule: {str(error)[:500]}") from error
     return checkpoint
 
 
@@ -266,7 +265,7 @@ def _config(checkpoint: dict[str, Any], path: str | Path, pretrained: str | Path
     if "dream_config" in checkpoint:
         return DreamConfig.from_dict(checkpoint["dream_config"])
     if pretrained is None:
-        raise ValueError(f"{path} does not say its model's sizes: pass the model it started from as pretrained")
+        raise UserError(f"{path} does not say its model's sizes: pass the model it started from as pretrained")
     return DreamConfig.from_pretrained(pretrained)
 
 

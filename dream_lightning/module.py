@@ -21,20 +21,7 @@ from dream_lightning.adapters import (
     zero_gradients,
 )
 from dream_lightning.answering import answer_questions
-from dream_lightning.building import (
-    Quantize,
-    adapt,
-    check_kind,
-    check_network,
-    check_tokenizer,
-    checkpoint_layers,
-    compile_layers,
-    empty_model,
-    fill,
-    quantized_model,
-    random_model,
-    start_compilers,
-)
+from dream_lightning.batch import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
 from dream_lightning.diffusion import (
     corrupt,
     independent_t,
@@ -49,23 +36,37 @@ from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting, check_cart_p
+from dream_lightning.errors import UserError
+from dream_lightning.kernels.packed_attention import enable_dynamic_cudnn_plans
 from dream_lightning.model import DreamModel, load_tokenizer
-from dream_lightning.model.documents import plan_for_all_lengths
 from dream_lightning.model.flops import matmul_ceiling, training_cost
-from dream_lightning.model.sharding import agree, local, shard, whole
-from dream_lightning.optim import PagedAdamW8bit, adamw, decay_groups
+from dream_lightning.model_factory import (
+    Quantize,
+    adapt,
+    check_kind,
+    check_network,
+    check_tokenizer,
+    checkpoint_layers,
+    compile_layers,
+    empty_model,
+    fill,
+    quantized_model,
+    random_model,
+    start_compilers,
+)
 from dream_lightning.sampling import SamplingParams, release
-from dream_lightning.saving import refuse_diverged
-from dream_lightning.scoring import AnswerAccuracy, MeanLoss, TokensPerForward
-from dream_lightning.strategy import (
+from dream_lightning.tasks import AnswerAccuracy, MeanLoss, TokensPerForward
+from dream_lightning.training.checkpointing import refuse_diverged
+from dream_lightning.training.fsdp import (
     FSDP2Strategy,
-    recount,
+    ignore_frozen_in_ddp,
     refuse_untested,
-    send_only_what_trains,
+    rescale_progress,
     sum_over_processes,
 )
-from dream_lightning.sums import TrainingSums
-from dream_lightning.types import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
+from dream_lightning.training.optimizer import PagedAdamW8bit, adamw, decay_groups
+from dream_lightning.training.sharding import agree, local, shard, whole
+from dream_lightning.training.step_accumulator import StepAccumulator
 
 # Gradients are summed over an optimiser step and divided by its token count once, at its end. Until then they carry
 # this factor, a power of two (so exact), which keeps them near one.
@@ -84,7 +85,7 @@ class DreamModule(L.LightningModule):
             tokenizer.
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
         dtype: element type of the weights. All weights trained: float32, computing in bfloat16 with
-            `trainer.precision=bf16-mixed`, or bfloat16 with the optimiser `dream_lightning.optim.PagedAdamW8bit`.
+            `trainer.precision=bf16-mixed`, or bfloat16 with `dream_lightning.training.optimizer.PagedAdamW8bit`.
         lora: train low-rank adapters beside frozen weights, and keep only them in checkpoints.
         quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation: smallest), the same
             with products in 8-bit floats (`nf4_float8`: faster on Hopper and later GPUs, with `compile_layers`), or in
@@ -113,7 +114,7 @@ class DreamModule(L.LightningModule):
         seed: of the noise in training and validation.
 
     Raises:
-        ValueError: both or neither of `pretrained` and `new_model`; a tokenizer that does not fit the model.
+        UserError: both or neither of `pretrained` and `new_model`; a tokenizer that does not fit the model.
     """
 
     def __init__(
@@ -147,21 +148,21 @@ class DreamModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if (pretrained is None) == (new_model is None):
-            raise ValueError(
+            raise UserError(
                 f"pretrained is {pretrained!r} and new_model is {new_model!r}: wanted exactly one of them, the "
                 "checkpoint to start from or the sizes of a new model; --model.new_model=null or "
                 "--model.pretrained=null takes away what a config names"
             )
         if tokenizer is None and pretrained is None:
-            raise ValueError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
+            raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
         check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
         if attention_dropout is not None and not 0 <= attention_dropout < 1:
-            raise ValueError(f"attention_dropout is {attention_dropout}, wanted at least 0 and below 1")
+            raise UserError(f"attention_dropout is {attention_dropout}, wanted at least 0 and below 1")
         if not 0 < t_min < 1:
-            raise ValueError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
+            raise UserError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
         check_cart_p(cart_p)
         if complementary_masks and t_min >= 0.5:
-            raise ValueError(f"t_min is {t_min}, wanted less than 0.5: with complementary_masks t keeps it from 1 too")
+            raise UserError(f"t_min is {t_min}, wanted less than 0.5: with complementary_masks t keeps it from 1 too")
         for name, value, possible in (
             ("focal_alpha", focal_alpha, focal_alpha > 0),
             ("focal_gamma", focal_gamma, focal_gamma >= 0),
@@ -169,7 +170,7 @@ class DreamModule(L.LightningModule):
             ("gradient_checkpointing", gradient_checkpointing, gradient_checkpointing >= 0),
         ):
             if not possible:
-                raise ValueError(f"{name} is {value}, which is out of its range: see the options of DreamModule")
+                raise UserError(f"{name} is {value}, which is out of its range: see the options of DreamModule")
         self.pretrained, self.new_model = pretrained, new_model
         self.tokenizer = load_tokenizer(tokenizer or pretrained)
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
@@ -194,7 +195,7 @@ class DreamModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what is not tested together, before anything is loaded."""
         if stage == "fit":
-            plan_for_all_lengths()
+            enable_dynamic_cudnn_plans()
         dora = self.lora is not None and self.lora.dora
         refuse_untested(
             self.trainer,
@@ -233,7 +234,7 @@ class DreamModule(L.LightningModule):
             self.base = adapt(self.model, self.lora, pretrained=self.pretrained, seed=self.seed, device=place)
             self.base["quantize"] = self.quantize or "none"
             if not self.sharded:
-                send_only_what_trains(self)
+                ignore_frozen_in_ddp(self)
         if self.float8_products:
             train_in_float8(self.model, device)
         if self.attention_dropout is not None:
@@ -265,7 +266,7 @@ class DreamModule(L.LightningModule):
         """Keep the network's sizes, for export; of an adapted model only the adapters and what they belong to.
 
         Raises:
-            ValueError: the run has diverged, which would replace its last good checkpoint.
+            UserError: the run has diverged, which would replace its last good checkpoint.
         """
         refuse_diverged(self.trainer.callback_metrics, self.global_step)
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
@@ -283,7 +284,7 @@ class DreamModule(L.LightningModule):
         # What else loads a checkpoint takes the weights only; load_from_checkpoint has no Trainer.
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self._saved_optimizer = checkpoint.get("optimizer")
-            recount(checkpoint, self.trainer.accumulate_grad_batches)
+            rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
 
     @property
     def trained_steps(self) -> int:
@@ -294,11 +295,11 @@ class DreamModule(L.LightningModule):
         """Refuse a checkpoint of another network, with other adapters, or of another base; looks at no tensor.
 
         Raises:
-            ValueError: no checkpoint of a DreamModule; a network of other sizes, constants or token ids; with adapters
+            UserError: no checkpoint of a DreamModule; a network of other sizes, constants or token ids; with adapters
                 where the model has none, or the other way round, or other ones; the contents of the bases differ.
         """
         if "dream_config" not in checkpoint:
-            raise ValueError("the checkpoint was not saved by a DreamModule: name one of a run of this package")
+            raise UserError("the checkpoint was not saved by a DreamModule: name one of a run of this package")
         check_network(checkpoint["dream_config"], self.model.config)
         check_adapters(checkpoint, self.lora, self.base)
 
@@ -313,7 +314,7 @@ class DreamModule(L.LightningModule):
         """x_0 → x_t, with the noise that belongs to each document's draw."""
         bounds = {"t_min": self.t_min, "t_max": t_max}
         if stratified:
-            t = stratified_t(self.seed, batch.epochs, batch.places, **bounds)  # [B, L]
+            t = stratified_t(self.seed, batch.epochs, batch.document_ids, **bounds)  # [B, L]
         else:
             t = independent_t(self.seed, batch.epochs, batch.sample_ids, **bounds)
         return corrupt(
@@ -323,7 +324,7 @@ class DreamModule(L.LightningModule):
             t=t,
             u=uniform(self.seed, batch.epochs, batch.sample_ids, batch.position_ids),
             eos_as_one=self.tokenizer.eos_token_id if eos_as_one else None,
-            places=batch.places,
+            document_ids=batch.document_ids,
         )
 
     def training_noise(self, batch: Batch) -> tuple[Batch, NoisedBatch]:
@@ -354,8 +355,8 @@ class DreamModule(L.LightningModule):
             noised.t,
             weighting=self.weighting,
             cart_p=self.cart_p,
-            context=~noised.is_masked & (batch.places >= 0),
-            places=batch.places,
+            context=~noised.is_masked & (batch.document_ids >= 0),
+            document_ids=batch.document_ids,
         )
         return reduce_nll(
             nll,
@@ -372,11 +373,11 @@ class DreamModule(L.LightningModule):
         """Start the running sums; go on at the checkpoint's row.
 
         Raises:
-            ValueError: the checkpoint holds the states of another optimiser.
+            UserError: the checkpoint holds the states of another optimiser.
         """
         ours, saved = type(self.trainer.optimizers[0]).__name__, self._saved_optimizer
         if saved not in (None, ours):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint holds the states of {saved} and model.optimizer is {ours}: go on with the optimiser "
                 "of the run that saved it, or export it and start anew with the folder as model.pretrained"
             )
@@ -384,7 +385,7 @@ class DreamModule(L.LightningModule):
         # Where the schedule needs the length of an epoch, Lightning made the loader before it read the checkpoint, and
         # would begin the epoch again.
         self.trainer.fit_loop._load_combined_loader_states()
-        self.sums = TrainingSums(self.device)
+        self.sums = StepAccumulator(self.device)
         self._set_accumulation()
 
     def _set_accumulation(self) -> None:
@@ -472,16 +473,17 @@ class DreamModule(L.LightningModule):
         trainable = [p for p in self.parameters() if p.requires_grad]
         optimizer = self.optimizer(decay_groups(trainable))
         if any(p.dtype == torch.bfloat16 for p in trainable) and not isinstance(optimizer, PagedAdamW8bit):
-            raise ValueError(
-                f"model.optimizer is {type(optimizer).__name__} and bfloat16 weights train, which loses every small "
-                "update: set model.optimizer to dream_lightning.optim.PagedAdamW8bit, or model.dtype to float32"
+            raise UserError(
+                f"model.optimizer is {type(optimizer).__name__} and bfloat16 weights train, which loses small "
+                "updates: set model.optimizer to dream_lightning.training.optimizer.PagedAdamW8bit, or model.dtype to "
+                "float32"
             )
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:
             steps = self.trainer.estimated_stepping_batches
             if steps == float("inf"):
-                raise ValueError(f"the schedule {self.lr_schedule} needs an end: set trainer.max_steps or max_epochs")
+                raise UserError(f"the schedule {self.lr_schedule} needs an end: set trainer.max_steps or max_epochs")
             scheduler = get_scheduler(self.lr_schedule, optimizer, round(steps * self.warmup_fraction), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -563,4 +565,4 @@ def attention_mask(batch: Batch) -> Tensor | DocumentBounds | None:
     """Who may attend to whom: everyone, all but the padding [B, L], or each document to itself."""
     if batch.document_bounds is not None:
         return DocumentBounds(batch.document_bounds)
-    return batch.places >= 0 if batch.padded else None
+    return batch.document_ids >= 0 if batch.padded else None

@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from dream_lightning import DreamModule
 from dream_lightning.adapters import LoraParams
-from dream_lightning.cli import spare_collections
+from dream_lightning.batch import Batch, Document, SampleKey
+from dream_lightning.cli import tune_gc
 from dream_lightning.data.packing import collate, pack
-from dream_lightning.errors import readable_errors
 from dream_lightning.model import DreamConfig
 from dream_lightning.plan import Setting, make_plan
-from dream_lightning.types import Batch, Document, Draw
+from dream_lightning.readable_errors import readable_errors
 
 S1K_MEDIAN, S1K_SPREAD, S1K_SHORTEST = 4986, 0.55, 969  # tokens of a document, as a log-normal; FACTS of s1K
 PROMPT = 128  # tokens of a document that are never masked
@@ -84,7 +84,7 @@ class PackedRows(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         rows = self.rows[index * self.case.rows : (index + 1) * self.case.rows]
-        drawn = [[(Draw(0, i, i), self._document(i)) for i in row] for row in rows]
+        drawn = [[(SampleKey(0, i, i), self._document(i)) for i in row] for row in rows]
         return collate(drawn, pad_token_id=0)
 
     def _document(self, index: int) -> Document:
@@ -121,7 +121,7 @@ def fused_adamw(groups):
 
 def adamw_8bit(groups):
     """The optimiser of full fine-tuning on one GPU."""
-    from dream_lightning.optim import PagedAdamW8bit
+    from dream_lightning.training.optimizer import PagedAdamW8bit
 
     return PagedAdamW8bit(groups, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01)
 
@@ -266,6 +266,6 @@ def _line(case: Case, ours: dict | str, other: dict | str | None) -> str:
 
 
 if __name__ == "__main__":
-    spare_collections()  # as python -m dream_lightning does; it serves the reference too
+    tune_gc()  # as python -m dream_lightning does; it serves the reference too
     with readable_errors():
         auto_cli(main, as_positional=False)

@@ -21,8 +21,8 @@ import yaml
 from jsonargparse import auto_cli
 
 from dream_lightning import DreamModule, S1KDataModule
-from dream_lightning.errors import readable_errors
-from dream_lightning.types import Batch
+from dream_lightning.batch import Batch
+from dream_lightning.readable_errors import readable_errors
 
 TINY = yaml.safe_load((Path(__file__).parents[1] / "configs" / "tiny.yaml").read_text())
 SIZES = {

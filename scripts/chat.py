@@ -7,8 +7,8 @@ python scripts/chat.py --model lightning_logs/tiny/checkpoints/last.ckpt --token
 from jsonargparse import auto_cli
 
 from dream_lightning import SamplingParams
-from dream_lightning.errors import readable_errors
-from dream_lightning.watch import Chat, Conversation, open_model
+from dream_lightning.readable_errors import readable_errors
+from dream_lightning.viewer import Chat, Conversation, open_model
 
 
 def main(

@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from jsonargparse import auto_cli
 
-from dream_lightning.errors import readable_errors
+from dream_lightning.readable_errors import readable_errors
 
 CALIBRATION = 2  # first steps, left out of speeds: compilation, first allocations
 
@@ -41,7 +41,7 @@ class Probe(L.Callback):
         self._write(trainer, step=trainer.global_step, trainable=sum(p.requires_grad for p in pl_module.parameters()))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self._tokens += int((batch.on_host.places >= 0).sum())
+        self._tokens += int((batch.on_host.document_ids >= 0).sum())
         if trainer.global_step > self._seen:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -193,9 +193,9 @@ def size_gb(folder: Path) -> float:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["fit"]:
         from dream_lightning.cli import main as command_line
-        from dream_lightning.cli import spare_collections
+        from dream_lightning.cli import tune_gc
 
-        spare_collections()  # as python -m dream_lightning does
+        tune_gc()  # as python -m dream_lightning does
         command_line()
     else:
         with readable_errors():

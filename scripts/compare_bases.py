@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 
 from dream_lightning import DreamModule, S1KDataModule
 from dream_lightning.adapters import LoraParams
-from dream_lightning.errors import readable_errors
+from dream_lightning.readable_errors import readable_errors
 
 
 def subtraction(rng: random.Random) -> dict[str, str]:

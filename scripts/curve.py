@@ -14,8 +14,8 @@ from jsonargparse import auto_cli
 
 from dream_lightning import DreamModel, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.answering import answer_questions
-from dream_lightning.errors import readable_errors
-from dream_lightning.scoring import AnswerAccuracy, TokensPerForward
+from dream_lightning.readable_errors import readable_errors
+from dream_lightning.tasks import AnswerAccuracy, TokensPerForward
 
 CACHES = ("no blocks", "none", "prefix", "dual")
 COLOURS = {"maskgit_plus": "#1b6ca8", "topk_margin": "#c8553d", "entropy": "#3a7d44", "origin": "#777777"}

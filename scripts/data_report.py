@@ -6,12 +6,12 @@ python scripts/data_report.py --source train.jsonl --tokenizer Dream-org/Dream-v
 import rich
 from jsonargparse import auto_cli
 
-from dream_lightning.data.chat import Overflow, Style
-from dream_lightning.data.records import Schema, Trace, read_examples
+from dream_lightning.data.encoding import Overflow, Style
 from dream_lightning.data.report import as_markdown, as_tables, report
+from dream_lightning.data.schemas import Schema, Trace, read_examples
 from dream_lightning.data.tokenization import tokenize
-from dream_lightning.errors import readable_errors
 from dream_lightning.model.tokenizer import load_tokenizer
+from dream_lightning.readable_errors import readable_errors
 
 
 def main(

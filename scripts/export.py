@@ -8,8 +8,8 @@ from typing import Literal
 
 from jsonargparse import auto_cli
 
-from dream_lightning.errors import readable_errors
 from dream_lightning.export import AUTHORS_CODE, export_adapter, export_checkpoint
+from dream_lightning.readable_errors import readable_errors
 
 
 def main(

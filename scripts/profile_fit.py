@@ -18,8 +18,8 @@ from torch._dynamo.utils import calculate_time_spent, counters
 from torch.profiler import ProfilerActivity, profile
 
 from dream_lightning import DreamModule
-from dream_lightning.cli import DreamCLI, spare_collections
-from dream_lightning.errors import readable_errors
+from dream_lightning.cli import DreamCLI, tune_gc
+from dream_lightning.readable_errors import readable_errors
 
 ACTIONS = {  # part → the end of its name in Lightning's profiler
     "model forward, head and loss included": "model forward",
@@ -165,6 +165,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    spare_collections()  # as python -m dream_lightning does
+    tune_gc()  # as python -m dream_lightning does
     with readable_errors():
         main()

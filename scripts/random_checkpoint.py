@@ -13,10 +13,10 @@ from jsonargparse import auto_cli
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dream_lightning.errors import readable_errors
 from dream_lightning.export import new_folder, save_tokenizer
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.model.loading import INDEX
+from dream_lightning.readable_errors import readable_errors
 
 
 def main(

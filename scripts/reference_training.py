@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from transformers import modeling_rope_utils
 
 from dream_lightning.adapters.quantization import load_4bit
+from dream_lightning.batch import Batch
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
-from dream_lightning.types import Batch
 
 
 def authors_model(folder: str, config: dict[str, Any]) -> torch.nn.Module:

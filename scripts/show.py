@@ -7,12 +7,12 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from dream_lightning.data.chat import Overflow, Style, encode
-from dream_lightning.data.records import Schema, Trace, read_examples
-from dream_lightning.data.show import LEGEND, render
+from dream_lightning.data.encoding import Overflow, Style, encode
+from dream_lightning.data.schemas import Schema, Trace, read_examples
 from dream_lightning.diffusion import corrupt
-from dream_lightning.errors import readable_errors
 from dream_lightning.model.tokenizer import load_tokenizer
+from dream_lightning.readable_errors import readable_errors
+from dream_lightning.viewer.row import LEGEND, render
 
 
 def main(

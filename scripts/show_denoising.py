@@ -10,10 +10,10 @@ import torch
 from jsonargparse import auto_cli
 
 from dream_lightning import SamplingParams, diffusion_generate
-from dream_lightning.data.chat import Style, encode_prompt
-from dream_lightning.errors import readable_errors
-from dream_lightning.types import Example, Message
-from dream_lightning.watch import denoising_page, open_model
+from dream_lightning.batch import Example, Message
+from dream_lightning.data.encoding import Style, encode_prompt
+from dream_lightning.readable_errors import readable_errors
+from dream_lightning.viewer import denoising_page, open_model
 
 
 def main(

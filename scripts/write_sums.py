@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from dream_lightning.data.sample_set import check_disjoint, sample_row, sample_rows
-from dream_lightning.errors import readable_errors
+from dream_lightning.data.additions import check_disjoint, sample_row, sample_rows
+from dream_lightning.readable_errors import readable_errors
 
 
 def main(

@@ -25,8 +25,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from material import addition_rows, write_jsonl
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams
-from dream_lightning.callbacks import Autosave
-from dream_lightning.saving import SafeCheckpointIO
+from dream_lightning.training import Autosave
+from dream_lightning.training.checkpointing import SafeCheckpointIO
 
 STEPS = 120
 MOMENTS = ("any time", "before a change", "in a save")

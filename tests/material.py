@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from dream_lightning.adapters import LoraParams, add_lora
-from dream_lightning.building import random_model
 from dream_lightning.export import save_tokenizer
 from dream_lightning.model import DreamModel, load_tokenizer
+from dream_lightning.model_factory import random_model
 
 SHARED = Path(os.environ.get("DREAM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 

@@ -5,8 +5,8 @@ import torch
 
 from dream_lightning import answering
 from dream_lightning.answering import complete
-from dream_lightning.building import random_model
 from dream_lightning.model import load_tokenizer
+from dream_lightning.model_factory import random_model
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

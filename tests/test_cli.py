@@ -16,7 +16,7 @@ from meeting import MeetingPoint
 
 from dream_lightning import DreamConfig, DreamModel, S1KDataModule, load_tokenizer
 from dream_lightning.cli import DreamCLI, main
-from dream_lightning.sharded import read_rest
+from dream_lightning.training.sharded_checkpoint import read_rest
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -126,7 +126,7 @@ def test_a_saved_config_can_be_used_again(at_root, monkeypatch, capsys, tmp_path
     with pytest.raises(SystemExit) as exit_:
         command(monkeypatch, "fit", f"--config={file}", "--print_config")
     assert exit_.value.code in (0, None)
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"] == "dream_lightning.optim.adamw"
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"] == "dream_lightning.training.optimizer.adamw"
 
 
 @pytest.mark.parametrize(("name", "said"), [("no.ckpt", "no.ckpt does not exist"), ("last", "no last.ckpt in")])

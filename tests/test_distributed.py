@@ -20,9 +20,9 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.adapters import LoraParams
-from dream_lightning.model.sharding import local, whole
-from dream_lightning.sharded import read_rest
-from dream_lightning.types import Batch
+from dream_lightning.batch import Batch
+from dream_lightning.training.sharded_checkpoint import read_rest
+from dream_lightning.training.sharding import local, whole
 
 ENVIRONMENT = {}  # of this process of a launch
 LAUNCHES = {"one": 1, "two": 2, "back": 1}  # processes
@@ -71,7 +71,7 @@ def nothing_masked_on_rank_1(model):
     """As if the rows of the second of two processes, at two rows a micro-batch, were all prompt."""
 
     def noise(batch: Batch, **options):
-        masked_out = batch.maskable & (batch.places // 2 % 2 == 0)
+        masked_out = batch.maskable & (batch.document_ids // 2 % 2 == 0)
         return DreamModule.noise(model, Batch(**{**vars(batch), "maskable": masked_out}), **options)
 
     model.noise = noise

@@ -18,7 +18,7 @@ from dream_lightning import export as module
 from dream_lightning.adapters import LoraParams, add_lora, merge_lora
 from dream_lightning.export import AUTHORS_CODE, export_checkpoint, export_model, model_from_checkpoint
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
-from dream_lightning.optim import PagedAdamW8bit
+from dream_lightning.training.optimizer import PagedAdamW8bit
 
 SIZES = {
     "vocab_size": 320,

@@ -12,8 +12,8 @@ from material import SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams, load_tokenizer
-from dream_lightning.callbacks import PredictionWriter
-from dream_lightning.types import Batch
+from dream_lightning.batch import Batch
+from dream_lightning.predict import PredictionWriter
 
 
 class Recorder(L.Callback):
@@ -284,10 +284,10 @@ def test_noise_is_addressed_by_sample_not_by_batch(sums, tmp_path):
     batch: Batch = next(iter(source.train_dataloader()))
     noised = model.noise(batch)
     for b in range(6):
-        length = int((batch.places[b] >= 0).sum())
+        length = int((batch.document_ids[b] >= 0).sum())
         alone = {
             k: getattr(batch, k)[b : b + 1, :length]
-            for k in ("input_ids", "maskable", "position_ids", "places", "sample_ids", "epochs", "extra_weight")
+            for k in ("input_ids", "maskable", "position_ids", "document_ids", "sample_ids", "epochs", "extra_weight")
         }
         assert torch.equal(model.noise(Batch(**alone)).x_t[0], noised.x_t[b, :length])
     assert not noised.is_masked[~batch.maskable].any()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dream_lightning import DreamModule, S1KDataModule
-from dream_lightning.types import Batch
+from dream_lightning.batch import Batch
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -46,7 +46,7 @@ def test_packed_equals_unpacked(sums, tmp_path, objective):
     results = []
     for packing in (False, True):
         batch = whole_epoch(sums, tmp_path, module, packing)
-        documents = int(((batch.position_ids == 0) & (batch.places >= 0)).sum())
+        documents = int(((batch.position_ids == 0) & (batch.document_ids >= 0)).sum())
         assert (documents > len(batch.input_ids)) == packing
         batch, noised = module.training_noise(batch)
         loss = module.loss(batch, noised, module.masked_nll(batch, noised)).mean
@@ -63,14 +63,14 @@ def test_documents_stay_whole_in_their_rows(sums, tmp_path):
     module = DreamModule(new_model=SIZES, tokenizer="bytes", complementary_masks=True)
     alone, packed = (whole_epoch(sums, tmp_path, module, packing) for packing in (False, True))
     assert len(packed.input_ids) <= len(alone.input_ids) / 2
-    starts = (packed.position_ids == 0) & (packed.places >= 0)
+    starts = (packed.position_ids == 0) & (packed.document_ids >= 0)
     assert starts.sum() == len(alone.input_ids)
     _, noised = module.training_noise(packed)
     assert not noised.is_masked[starts.repeat(2, 1)].any()
     for row in range(len(alone.input_ids)):
-        real = alone.places[row] >= 0
-        where = packed.places == alone.places[row, 0]
+        real = alone.document_ids[row] >= 0
+        where = packed.document_ids == alone.document_ids[row, 0]
         for name in ("input_ids", "maskable", "position_ids", "sample_ids", "epochs", "extra_weight"):
             assert torch.equal(getattr(alone, name)[row, real], getattr(packed, name)[where]), name
         assert alone.maskable[row].sum() == 60  # filled with eos to eos_fill_to, in the loss
-    assert not packed.maskable[packed.places < 0].any()
+    assert not packed.maskable[packed.document_ids < 0].any()

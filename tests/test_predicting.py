@@ -11,9 +11,9 @@ from pathlib import Path
 from material import write_jsonl
 from meeting import MeetingPoint
 
-from dream_lightning.callbacks import read_predictions
+from dream_lightning.answer_file import read_predictions
 from dream_lightning.cli import main
-from dream_lightning.data.by_length import by_length
+from dream_lightning.data.length_bucketing import by_length
 
 ROOT = Path(__file__).parents[1]
 COUNT = 300
@@ -21,7 +21,7 @@ COUNT = 300
 
 def arguments(folder: Path, source: Path, *more: str) -> list[str]:
     # A usual random model is sure of nothing: the rounding of another batch shape tips its scales. This one is sure,
-    # fills places in random order, and gets prompts of one length, so that only last batches differ in shape.
+    # fills document_ids in random order, and gets prompts of one length, so that only last batches differ in shape.
     sizes = (
         "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2, initializer_range: 1.0}"
     )

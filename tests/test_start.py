@@ -9,7 +9,7 @@ import torch
 from torch._inductor import async_compile
 
 from dream_lightning import DreamModule, cli, module
-from dream_lightning.building import start_compilers
+from dream_lightning.model_factory import start_compilers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 

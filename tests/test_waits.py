@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dream_lightning import DreamModule, S1KDataModule, load_tokenizer
-from dream_lightning.callbacks import ProgressBar, Throughput, progress
-from dream_lightning.types import Batch, NoisedBatch
+from dream_lightning.batch import Batch, NoisedBatch
+from dream_lightning.training import ProgressBar, Throughput, progress
 
 ACCUMULATE, LOG_EVERY = 4, 3
 OPTIONS = [{}, {"complementary_masks": True, "treat_eos_as_one": True}, {"weighting": "cart", "focal_gamma": 2.0}]

@@ -3,8 +3,7 @@
 And, for weights that train, 8-bit floats and sums of gradients in place.
 """
 
-from dream_lightning.adapters.accumulation import accumulate_by_autograd, accumulate_in_products, zero_gradients
-from dream_lightning.adapters.belonging import base_hash, check_adapters, check_base
+from dream_lightning.adapters.base_fingerprint import base_hash, check_adapters, check_base
 from dream_lightning.adapters.float8 import load_float8
 from dream_lightning.adapters.float8_training import train_in_float8
 from dream_lightning.adapters.lora import (
@@ -23,6 +22,7 @@ from dream_lightning.adapters.quantization import (
     quantize_layers,
     trainable_summary,
 )
+from dream_lightning.kernels.gradient_accumulation import accumulate_by_autograd, accumulate_in_products, zero_gradients
 
 __all__ = [
     "LoraParams",

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dream_lightning.errors import UserError
+
 BLOCK, _SUPERBLOCK = 64, 256  # weights that share a scale, scales that share a scale of theirs
 _INTEGERS = {torch.bfloat16: (torch.int16, torch.int32), torch.float8_e4m3fn: (torch.uint8, torch.int16)}  # of 1, of 2
 
@@ -24,11 +26,11 @@ def hold_statistics(linear: nn.Module) -> None:
     """Put what the packed weights are taken out with into buffers: as inputs of compiled code, which layers share.
 
     Raises:
-        ValueError: rows do not fill blocks of 64 weights, which bitsandbytes' CPU kernels unpack wrongly.
+        UserError: rows do not fill blocks of 64 weights, which bitsandbytes' CPU kernels unpack wrongly.
     """
     state = linear.weight.quant_state
     if linear.in_features % BLOCK:
-        raise ValueError(
+        raise UserError(
             f"a 4-bit layer of shape {list(state.shape)} has rows that do not fill blocks of {BLOCK} weights: leave "
             "quantize out"
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_lightning.adapters.frozen import check_files, read_frozen
+from dream_lightning.errors import UserError
 
 LARGEST = 448.0  # of e4m3
 
@@ -88,7 +89,7 @@ def load_float8(model: nn.Module, files: dict[str, Path], *, device: torch.devic
         device: where the weights go.
 
     Raises:
-        ValueError: `files` lacks tensors of the model; a layer's sizes are no multiples of 16; a GPU without float8.
+        UserError: `files` lacks tensors of the model; a layer's sizes are no multiples of 16; a GPU without float8.
     """
     device = torch.device(device)
     check_float8(model, device)
@@ -102,16 +103,16 @@ def check_float8(model: nn.Module, device: torch.device) -> None:
     """Refuse a model, before it is loaded, whose layers cannot be multiplied in float8 on this device.
 
     Raises:
-        ValueError: a GPU without float8; a layer's sizes are no multiples of 16.
+        UserError: a GPU without float8; a layer's sizes are no multiples of 16.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError(
+        raise UserError(
             f"{torch.cuda.get_device_name(device)} has no 8-bit floats (Ada, Hopper and later have): leave "
             "model.float8_products out, and set model.quantize to nf4 or leave it out"
         )
     for name, linear in linear_layers(model):
         if linear.in_features % 16 or linear.out_features % 16:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {linear.out_features} × {linear.in_features}: float8 products need multiples of 16; "
                 "leave model.quantize and model.float8_products out"
             )

@@ -10,15 +10,15 @@ import types
 import torch
 from torch import Tensor, nn
 
-from dream_lightning.adapters.accumulation import add_product
 from dream_lightning.adapters.float8 import apply_linear, check_float8, linear_layers, product, to_float8
+from dream_lightning.kernels.gradient_accumulation import add_product
 
 
 def train_in_float8(model: nn.Module, device: torch.device) -> None:
     """Let every linear layer but the head multiply in float8 while it trains; they keep class, names and weights.
 
     Raises:
-        ValueError: a GPU without float8; a layer's sizes are no multiples of 16.
+        UserError: a GPU without float8; a layer's sizes are no multiples of 16.
     """
     check_float8(model, device)
     for _, linear in linear_layers(model):

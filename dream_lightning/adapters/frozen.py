@@ -7,15 +7,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dream_lightning.errors import UserError
+
 
 def check_files(model: nn.Module, files: dict[str, Path]) -> None:
     """Refuse files that lack a tensor of the model.
 
     Raises:
-        ValueError: naming the first.
+        UserError: naming the first.
     """
     if lacking := sorted({name for name, _ in model.named_parameters()} - files.keys()):
-        raise ValueError(f"the files lack {len(lacking)} of the model's tensors, {lacking[0]} first: copy them again")
+        raise UserError(f"the files lack {len(lacking)} of the model's tensors, {lacking[0]} first: copy them again")
 
 
 def read_frozen(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dream_lightning.adapters.float8 import Float8Linear
 from dream_lightning.adapters.quantization import is_4bit
+from dream_lightning.errors import UserError
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _NAME = "default"  # of the one adapter, as PEFT calls it
@@ -29,7 +30,7 @@ class LoraParams:
     Source: arXiv:2106.09685.
 
     Raises:
-        ValueError: a field is out of its range.
+        UserError: a field is out of its range.
     """
 
     rank: int = 16
@@ -48,16 +49,16 @@ class LoraParams:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank is {self.rank!r}, it must be an integer of at least 1, such as 16")
+            raise UserError(f"rank is {self.rank!r}, it must be an integer of at least 1, such as 16")
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"alpha is {self.alpha}, it must be finite and above 0, such as twice the rank")
+            raise UserError(f"alpha is {self.alpha}, it must be finite and above 0, such as twice the rank")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, it must be at least 0 and below 1")
+            raise UserError(f"dropout is {self.dropout}, it must be at least 0 and below 1")
         known = get_args(Target)
         if self.targets != "all-linear" and (
             isinstance(self.targets, str) or not self.targets or not set(self.targets) <= set(known)
         ):
-            raise ValueError(f"targets is {self.targets!r}: wanted all-linear, or a list of some of {', '.join(known)}")
+            raise UserError(f"targets is {self.targets!r}: wanted all-linear, or a list of some of {', '.join(known)}")
 
     @property
     def target_names(self) -> list[str]:
@@ -87,26 +88,26 @@ def add_lora(
         device: of the adapters, where the base has no memory yet; by default they have none then either.
 
     Raises:
-        ValueError: the model has adapters already, lacks a target, or has one that is smaller than the rank; DoRA on an
+        UserError: the model has adapters already, lacks a target, or has one that is smaller than the rank; DoRA on an
             empty 4-bit model, or with `device`.
     """
     if hasattr(model, "peft_config"):
-        raise ValueError("the model already has adapters: merge_lora them first, or load the base again")
+        raise UserError("the model already has adapters: merge_lora them first, or load the base again")
     modules = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in params.target_names}
     if absent := [t for t in params.target_names if not any(name.endswith(f".{t}") for name in modules)]:
-        raise ValueError(f"{type(model).__name__} has no layers called {', '.join(absent)}: take them out of targets")
+        raise UserError(f"{type(model).__name__} has no layers called {', '.join(absent)}: take them out of targets")
     if small := [n for n, m in modules.items() if params.rank > min(m.in_features, m.out_features)]:
         read, written = modules[small[0]].in_features, modules[small[0]].out_features
-        raise ValueError(
+        raise UserError(
             f"rank is {params.rank}, and {small[0]} has {read:,} inputs and {written:,} outputs: no change of it has "
             f"more than rank {min(read, written)}, take that or less"
         )
     if params.dora and is_4bit(model) and any(p.is_meta for p in model.parameters()):
-        raise ValueError(
+        raise UserError(
             "DoRA measures the base's rows, an empty 4-bit model has none: load_4bit first, or count unquantised"
         )
     if params.dora and device is not None:
-        raise ValueError("DoRA measures the base's rows, a base that is read later has none: set dora to false")
+        raise UserError("DoRA measures the base's rows, a base that is read later has none: set dora to false")
     scale = {"r": params.rank, "lora_alpha": params.alpha, "use_rslora": params.rslora}
     kind = {"lora_dropout": params.dropout, "target_modules": params.target_names, "use_dora": params.dora}
     training = model.training
@@ -161,13 +162,13 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put what `adapter_state` gave, or PEFT's `adapter_model.safetensors` holds, into the adapters of a model.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape.
+        UserError: tensors are missing, unexpected or of another shape.
     """
     wanted = {name: list(tensor.shape) for name, tensor in adapter_state(model).items()}
     got = {name: list(tensor.shape) for name, tensor in state.items()}
     if wrong := sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name)):
         name = wrong[0]
-        raise ValueError(
+        raise UserError(
             f"{len(wrong)} adapter tensors do not fit the model's adapters, such as {name}: got {got.get(name)}, "
             f"wanted {wanted.get(name)}. Use the rank, targets and dora with which they were trained"
         )
@@ -203,15 +204,15 @@ def merge_lora(model: nn.Module) -> None:
     """Add the adapters to the base's weights, in float32 with one rounding to the base's dtype, and remove them.
 
     Raises:
-        ValueError: the base is quantised; there are no adapters.
+        UserError: the base is quantised; there are no adapters.
     """
     if is_4bit(model) or any(isinstance(layer.get_base_layer(), Float8Linear) for _, layer in _layers(model)):
-        raise ValueError(
+        raise UserError(
             "adapters are not merged into a quantised base, its rounding would be kept: load the bfloat16 checkpoint, "
             "add_lora, load_adapter_state, and merge there"
         )
     if not hasattr(model, "peft_config"):
-        raise ValueError("the model has no adapters to merge: add_lora and load_adapter_state first")
+        raise UserError("the model has no adapters to merge: add_lora and load_adapter_state first")
     for name, layer in _layers(model):
         linear = layer.get_base_layer()
         dtype = linear.weight.dtype

@@ -14,6 +14,7 @@ from dream_lightning.adapters.dequantization import compile_with_layer
 from dream_lightning.adapters.float8 import check_float8
 from dream_lightning.adapters.frozen import check_files, read_frozen
 from dream_lightning.adapters.nf4_float8 import multiply_in_float8
+from dream_lightning.errors import UserError
 
 
 def quantize_layers(model: nn.Module) -> None:
@@ -26,16 +27,16 @@ def quantize_layers(model: nn.Module) -> None:
         model: a PreTrainedModel on the meta device, such as a DreamModel.
 
     Raises:
-        ValueError: bitsandbytes is not installed; the model is not on the meta device, or has adapters already.
+        UserError: bitsandbytes is not installed; the model is not on the meta device, or has adapters already.
     """
     bnb = _bitsandbytes()
     if any(not p.is_meta for p in model.parameters()):
-        raise ValueError(
+        raise UserError(
             'the model already has memory: wanted one on the meta device (with torch.device("meta"): DreamModel(...)), '
             "because its weights go straight from the files into 4 bits"
         )
     if hasattr(model, "peft_config"):
-        raise ValueError("the model already has adapters: quantise first, then add_lora")
+        raise UserError("the model already has adapters: quantise first, then add_lora")
     head = model.get_output_embeddings()
     for name, linear in list(model.named_modules()):
         if type(linear) is not nn.Linear or linear is head:
@@ -73,7 +74,7 @@ def load_4bit(
         float8_products: multiply in 8-bit floats instead of bfloat16, see `nf4_float8`.
 
     Raises:
-        ValueError: as `quantize_layers`; `files` lacks tensors of the model; as `check_float8` with float8 products.
+        UserError: as `quantize_layers`; `files` lacks tensors of the model; as `check_float8` with float8 products.
     """
     device = torch.device(device)
     if float8_products:
@@ -98,12 +99,12 @@ def held_in_bfloat16(model: nn.Module) -> Iterator[None]:
     every forward of more than one token. Do not train inside. Adapters stay as they are.
 
     Raises:
-        ValueError: the model has no 4-bit layers.
+        UserError: the model has no 4-bit layers.
     """
     bnb = _bitsandbytes()
     packed = {n: module for n, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     if not packed:
-        raise ValueError("the model has no 4-bit layers: there is nothing to unpack")
+        raise UserError("the model has no 4-bit layers: there is nothing to unpack")
     try:
         for name, module in packed.items():
             with torch.device("meta"):
@@ -150,7 +151,7 @@ def _bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"a 4-bit base was asked for, but bitsandbytes cannot be imported ({error}): pip install bitsandbytes, or "
             "leave quantize out and train adapters on the bfloat16 base"
         ) from error

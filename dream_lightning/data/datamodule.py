@@ -12,14 +12,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.data.by_length import by_length
-from dream_lightning.data.chat import Overflow, Style, encode_prompt
-from dream_lightning.data.order import ResumableLoader, Row, RowSampler
-from dream_lightning.data.packing import DrawnRow, collate, collate_with_cutoff, pack
-from dream_lightning.data.records import Schema, Trace, read_examples
-from dream_lightning.data.subsets import first, fraction_of, split
+from dream_lightning.batch import Document, Example, PromptBatch, SampleKey
+from dream_lightning.data.encoding import Overflow, Style, encode_prompt
+from dream_lightning.data.epoch_order import ResumableLoader, Row, RowSampler
+from dream_lightning.data.length_bucketing import by_length
+from dream_lightning.data.packing import KeyedRow, collate, collate_with_cutoff, pack
+from dream_lightning.data.schemas import Schema, Trace, read_examples
+from dream_lightning.data.splits import first, fraction_of, split
 from dream_lightning.data.tokenization import TokenizedSet, tokenize
-from dream_lightning.types import Document, Draw, Example, PromptBatch
+from dream_lightning.errors import UserError
 
 # Batches a process among which predict sorts by length. Of the prompts' positions in batches of 8, padding is then 13 %
 # for s1K, 5 % for GSM8K and 19 % for MATH-500, instead of 48, 31 and 58 % in the order of the files; with 64 it is 5, 1
@@ -66,7 +67,7 @@ class S1KDataModule(L.LightningDataModule):
         seed: of the split and of the epochs' order.
 
     Raises:
-        ValueError: an option out of its range, or two that exclude each other; later, at setup, whatever is wrong with
+        UserError: an option out of its range, or two that exclude each other; later, at setup, whatever is wrong with
             the records.
     """
 
@@ -105,7 +106,7 @@ class S1KDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if packing and batch_cutoff:
-            raise ValueError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
+            raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("validation_draws", validation_draws, 1),
@@ -116,7 +117,7 @@ class S1KDataModule(L.LightningDataModule):
             *((f"extra_weight of {text!r}", weight, 0) for text, weight in (extra_weight or {}).items()),
         ):
             if value is not None and not value >= least:  # nor NaN
-                raise ValueError(f"{name} is {value}, wanted at least {least}")
+                raise UserError(f"{name} is {value}, wanted at least {least}")
         self.source, self.tokenizer = source, tokenizer
         self.validation_source, self.validation_fraction = validation_source, validation_fraction
         self.predict_source, self.first_n, self.fraction = predict_source, first_n, fraction
@@ -218,7 +219,7 @@ class S1KDataModule(L.LightningDataModule):
         """Batches of the epoch's order, resumable in the middle."""
         sampler = self._sampler(self._rows(self.train_set), shuffle=True, seed=self.seed)
         return ResumableLoader(
-            DrawnDocuments(self.train_set),
+            KeyedDocuments(self.train_set),
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=self._collate(),
@@ -231,14 +232,14 @@ class S1KDataModule(L.LightningDataModule):
         """Documents to score by likelihood, and questions to answer."""
         sampler = self._sampler(self._rows(self.validation_set), shuffle=False, repeats=self.validation_draws)
         likelihood = DataLoader(
-            DrawnDocuments(self.validation_set),
+            KeyedDocuments(self.validation_set),
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
         )
         if not self.questions:
             return [likelihood]
-        prompts = DrawnPrompts(self.questions, self.tokenizer, self.prompting)
+        prompts = KeyedPrompts(self.questions, self.tokenizer, self.prompting)
         return [likelihood, self._question_loader(prompts, range(len(prompts)))]
 
     test_dataloader = val_dataloader
@@ -250,7 +251,7 @@ class S1KDataModule(L.LightningDataModule):
             rank_zero_info(f"{len(self.questions) - len(numbers)} of {len(self.questions)} are answered already")
         if not numbers:
             return []
-        prompts = DrawnPrompts(self.questions, self.tokenizer, self.prompting)
+        prompts = KeyedPrompts(self.questions, self.tokenizer, self.prompting)
         world_size = self.trainer.world_size if self.trainer else 1
         window = _WINDOW * self.batch_size * world_size
         return self._question_loader(prompts, by_length(numbers, prompts.lengths(numbers), window=window))
@@ -271,12 +272,12 @@ class S1KDataModule(L.LightningDataModule):
             return partial(collate_with_cutoff, pad_token_id=pad, eos_token_id=eos, seed=self.seed)
         return partial(collate, pad_token_id=pad)
 
-    def _question_loader(self, prompts: "DrawnPrompts", numbers: Sequence[int]) -> DataLoader:
+    def _question_loader(self, prompts: "KeyedPrompts", numbers: Sequence[int]) -> DataLoader:
         sampler = self._sampler([[n] for n in numbers], shuffle=False)
         return DataLoader(prompts, batch_size=self.batch_size, sampler=sampler, collate_fn=prompts.collate)
 
 
-class DrawnDocuments(Dataset):
+class KeyedDocuments(Dataset):
     """Looks rows of draws up: what a worker process holds."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
@@ -285,11 +286,11 @@ class DrawnDocuments(Dataset):
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, row: Row) -> DrawnRow:
+    def __getitem__(self, row: Row) -> KeyedRow:
         return [(draw, self.documents[draw.index]) for draw in row]
 
 
-class DrawnPrompts(Dataset):
+class KeyedPrompts(Dataset):
     """Questions as ids, without their answers."""
 
     def __init__(
@@ -300,7 +301,7 @@ class DrawnPrompts(Dataset):
     def __len__(self) -> int:
         return len(self.questions)
 
-    def __getitem__(self, row: Row) -> tuple[Draw, Example, list[int]]:
+    def __getitem__(self, row: Row) -> tuple[SampleKey, Example, list[int]]:
         (draw,) = row
         example = self.questions[draw.index]
         return draw, example, encode_prompt(example, self.tokenizer, **self.prompting)
@@ -309,7 +310,7 @@ class DrawnPrompts(Dataset):
         """Tokens of these prompts: 0.7 ms each."""
         return [len(encode_prompt(self.questions[n], self.tokenizer, **self.prompting)) for n in numbers]
 
-    def collate(self, items: Sequence[tuple[Draw, Example, list[int]]]) -> PromptBatch:
+    def collate(self, items: Sequence[tuple[SampleKey, Example, list[int]]]) -> PromptBatch:
         """Pad on the left to the longest prompt."""
         length = max(len(ids) for _, _, ids in items)
         input_ids = torch.full((len(items), length), self.tokenizer.pad_token_id)

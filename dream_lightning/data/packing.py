@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import torch
 
-from dream_lightning.types import Batch, Document, Draw
+from dream_lightning.batch import Batch, Document, SampleKey
+from dream_lightning.errors import UserError
 
 _BOUNDS = 32  # the number of documents in a batch is filled up to a multiple of this with empty ones
 
-DrawnRow = Sequence[tuple[Draw, Document]]  # the documents of one row
+KeyedRow = Sequence[tuple[SampleKey, Document]]  # the documents of one row
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -21,10 +22,10 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
         For each row the numbers of its documents.
 
     Raises:
-        ValueError: a document is longer than a row.
+        UserError: a document is longer than a row.
     """
     if lengths and max(lengths) > budget:
-        raise ValueError(f"a document has {max(lengths)} tokens and a packed row {budget}: raise max_length")
+        raise UserError(f"a document has {max(lengths)} tokens and a packed row {budget}: raise max_length")
     rows: list[list[int]] = []
     rows_by_room: list[list[int]] = [[] for _ in range(budget + 1)]  # room left → rows
     for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -40,7 +41,7 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return rows
 
 
-def collate(rows: Sequence[DrawnRow], *, pad_token_id: int) -> Batch:
+def collate(rows: Sequence[KeyedRow], *, pad_token_id: int) -> Batch:
     """Lay documents out in rows, each row padded on the right to the longest.
 
     The padding is not attended, not maskable and in no loss; eos that a response is to be filled with belongs to the
@@ -61,7 +62,7 @@ def collate(rows: Sequence[DrawnRow], *, pad_token_id: int) -> Batch:
 
 
 def collate_with_cutoff(
-    rows: Sequence[DrawnRow], *, pad_token_id: int, eos_token_id: int, seed: int, kept: int | None = None
+    rows: Sequence[KeyedRow], *, pad_token_id: int, eos_token_id: int, seed: int, kept: int | None = None
 ) -> Batch:
     """The authors' `random_with_input_pad`: all responses get the length of one of them.
 
@@ -75,7 +76,7 @@ def collate_with_cutoff(
     bare = [_without_final_eos(document.response_ids, eos_token_id) for _, document in drawn]
     if kept is None:
         first = drawn[0][0]
-        kept = max(1, len(random.Random(f"cutoff {seed} {first.epoch} {first.place}").choice(bare)))
+        kept = max(1, len(random.Random(f"cutoff {seed} {first.epoch} {first.order}").choice(bare)))
     longest_prompt = max(len(document.prompt_ids) for _, document in drawn)
     batch = _empty(len(rows), longest_prompt + kept, pad_token_id)
     batch.padded = any(len(document.prompt_ids) < longest_prompt for _, document in drawn)
@@ -112,21 +113,21 @@ def _empty(rows: int, length: int, pad_token_id: int) -> Batch:
         input_ids=integers(pad_token_id),
         maskable=torch.zeros(rows, length, dtype=torch.bool),
         position_ids=integers(0),
-        places=integers(-1),
+        document_ids=integers(-1),
         sample_ids=integers(-1),
         epochs=integers(0),
         extra_weight=torch.ones(rows, length),
     )
 
 
-def _place(batch: Batch, b: int, start: int, draw: Draw, document: Document) -> None:
+def _place(batch: Batch, b: int, start: int, draw: SampleKey, document: Document) -> None:
     # Dream predicts a token from the position before it: in a packed row the first token's is the neighbour's last.
     assert document.prompt_ids, f"document {document.id} has no prompt: its first token must not be maskable"
     response, end = start + len(document.prompt_ids), start + len(document)
     batch.input_ids[b, start:end] = torch.tensor(document.prompt_ids + document.response_ids)
     batch.maskable[b, response:end] = draw.counted
     batch.position_ids[b, start:end] = torch.arange(end - start)
-    batch.places[b, start:end] = draw.place
+    batch.document_ids[b, start:end] = draw.order
     batch.sample_ids[b, start:end] = draw.index
     batch.epochs[b, start:end] = draw.epoch
     batch.extra_weight[b, response:end] = torch.tensor(document.response_weight)

@@ -14,8 +14,9 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.data.chat import Overflow, Style, encode
-from dream_lightning.types import Document, Example
+from dream_lightning.batch import Document, Example
+from dream_lightning.data.encoding import Overflow, Style, encode
+from dream_lightning.errors import UserError
 
 _FORMAT = 1  # part of the hash: raise it when encode() gives other documents for the same input
 
@@ -81,10 +82,10 @@ def tokenize(
             it in memory. Several processes may fill it at once.
 
     Raises:
-        ValueError: no examples; whatever `chat.encode` raises; every document dropped.
+        UserError: no examples; whatever `chat.encode` raises; every document dropped.
     """
     if not examples:
-        raise ValueError("no examples to tokenize: check the source, the filters and the split")
+        raise UserError("no examples to tokenize: check the source, the filters and the split")
     options = {
         "style": style,
         "system_prompt": system_prompt,
@@ -110,10 +111,10 @@ def tokenize(
             desc="Tokenizing",
         )
     except ValueError as error:
-        raise ValueError(str(error)) from error  # as ours, also where a worker process raised it
+        raise UserError(str(error)) from error  # as ours, also where a worker process raised it
     result = TokenizedSet(documents)
     if not len(result):
-        raise ValueError(
+        raise UserError(
             f"all {len(examples)} documents are longer than max_length {max_length} (the shortest has "
             f"{result.full_length.min():,} tokens) and overflow is {overflow}: raise max_length, or truncate"
         )

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dream_lightning.types import Batch, NoisedBatch
+from dream_lightning.batch import Batch, NoisedBatch
+from dream_lightning.errors import UserError
 
 
 def corrupt(
@@ -15,7 +16,7 @@ def corrupt(
     u: Tensor | None = None,
     generator: torch.Generator | None = None,
     eos_as_one: int | None = None,
-    places: Tensor | None = None,
+    document_ids: Tensor | None = None,
 ) -> NoisedBatch:
     """Replace each maskable position by the mask token, independently with probability t.
 
@@ -26,27 +27,27 @@ def corrupt(
         u: [B, L] uniform numbers that decide (masked where u < t); drawn from `generator` if not given.
         eos_as_one: the eos id, to mask or keep the run of eos that ends a response as one unit, by the draw of its
             first token (the authors' `treat_eos_as_one`); None treats eos like any token.
-        places: [B, L] int64, which document a position belongs to; needed with `eos_as_one` in packed rows.
+        document_ids: [B, L] int64, which document a position belongs to; needed with `eos_as_one` in packed rows.
 
     Raises:
-        ValueError: the shapes disagree, or neither `u` nor `generator` is given.
+        UserError: the shapes disagree, or neither `u` nor `generator` is given.
 
     Source: the forward process of masked diffusion, Sahoo et al. 2024 (MDLM) eq. 1 with α_t = 1 − t; Dream's trainer.
     """
     if u is None and generator is None:
-        raise ValueError("corrupt needs its noise: pass u [B, L] or a torch.Generator")
+        raise UserError("corrupt needs its noise: pass u [B, L] or a torch.Generator")
     if maskable.shape != x_0.shape or maskable.dtype != torch.bool:
-        raise ValueError(f"maskable is {maskable.dtype} {list(maskable.shape)}, wanted torch.bool {list(x_0.shape)}")
+        raise UserError(f"maskable is {maskable.dtype} {list(maskable.shape)}, wanted torch.bool {list(x_0.shape)}")
     if u is not None and u.shape != x_0.shape:
-        raise ValueError(f"u has shape {list(u.shape)}, wanted {list(x_0.shape)}: one number a position")
+        raise UserError(f"u has shape {list(u.shape)}, wanted {list(x_0.shape)}: one number a position")
     if t.shape not in (x_0.shape, x_0.shape[:1]):
-        raise ValueError(f"t has shape {list(t.shape)}, wanted {list(x_0.shape[:1])} or {list(x_0.shape)}")
+        raise UserError(f"t has shape {list(t.shape)}, wanted {list(x_0.shape[:1])} or {list(x_0.shape)}")
     if u is None:
         u = torch.rand(x_0.shape, generator=generator, device=x_0.device)
     t = (t[:, None] if t.dim() == 1 else t).expand(x_0.shape)  # [B, L]
     is_masked = maskable & (u < t)
     if eos_as_one is not None:
-        is_masked = _tie_final_eos(is_masked, maskable & (x_0 == eos_as_one), maskable, places)
+        is_masked = _tie_final_eos(is_masked, maskable & (x_0 == eos_as_one), maskable, document_ids)
     return NoisedBatch(x_t=torch.where(is_masked, mask_token_id, x_0), is_masked=is_masked, t=t)
 
 
@@ -65,11 +66,11 @@ def with_complements(batch: Batch, noised: NoisedBatch, *, mask_token_id: int) -
     )
 
 
-def _tie_final_eos(is_masked: Tensor, is_eos: Tensor, maskable: Tensor, places: Tensor | None) -> Tensor:
+def _tie_final_eos(is_masked: Tensor, is_eos: Tensor, maskable: Tensor, document_ids: Tensor | None) -> Tensor:
     """Give every position of a response's final run of eos the fate of the run's first position."""
     length = is_eos.shape[1]
     column = torch.arange(length, device=is_eos.device).expand(is_eos.shape)
-    segment = maskable.long() if places is None else torch.where(maskable, places + 1, 0)
+    segment = maskable.long() if document_ids is None else torch.where(maskable, document_ids + 1, 0)
     ends = torch.ones_like(is_eos)
     ends[:, :-1] = segment[:, 1:] != segment[:, :-1]  # [B, L] last position of a response
     # A position is in the final run if the next position that is not eos, or that ends a response, is such an end.

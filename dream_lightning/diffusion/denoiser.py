@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dream_lightning.types import DocumentBounds
+from dream_lightning.batch import DocumentBounds
 
 
 class Denoiser(Protocol):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dream_lightning.types import LossTerms
+from dream_lightning.batch import LossTerms
+from dream_lightning.errors import UserError
 
 Normalizer = Literal["maskable", "masked", "micro_batch"]
 
@@ -63,7 +64,7 @@ def reduce_nll(
     switches it off, alpha included.
     """
     if normalizer not in get_args(Normalizer):
-        raise ValueError(f"normalizer is {normalizer!r}, wanted one of {', '.join(get_args(Normalizer))}")
+        raise UserError(f"normalizer is {normalizer!r}, wanted one of {', '.join(get_args(Normalizer))}")
     if focal_gamma:
         # Not below the smallest float: at a certain token (nll 0) the gradient of 0^gamma is infinite for gamma < 1.
         unsure = (1 - torch.exp(-nll)).clamp(min=torch.finfo(nll.dtype).tiny)
@@ -76,5 +77,5 @@ def reduce_nll(
         case "micro_batch":
             return LossTerms(total / masked_count.clamp(min=1), torch.ones_like(masked_count))
     if maskable_count is None:
-        raise ValueError("the normaliser 'maskable' needs maskable_count, the number of maskable positions")
+        raise UserError("the normaliser 'maskable' needs maskable_count, the number of maskable positions")
     return LossTerms(total, torch.as_tensor(maskable_count, dtype=torch.float32, device=nll.device))

@@ -10,7 +10,7 @@ from dream_lightning.diffusion.noise import uniform
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-def stratified_t(seed: int, epochs: Tensor, places: Tensor, *, t_min: float = 1e-3, t_max: float = 1.0) -> Tensor:
+def stratified_t(seed: int, epochs: Tensor, document_ids: Tensor, *, t_min: float = 1e-3, t_max: float = 1.0) -> Tensor:
     """t ~ U(t_min, t_max) for each sample, so that any run of consecutive samples covers the interval evenly.
 
     The additive recurrence of the golden ratio, t = frac(offset(epoch) + place · φ), has the lowest discrepancy of its
@@ -18,16 +18,16 @@ def stratified_t(seed: int, epochs: Tensor, places: Tensor, *, t_min: float = 1e
     offset of the epoch makes every single t exactly uniform, so expectations are those of independent draws.
 
     Args:
-        epochs, places: int64, any shape: the epoch and the sample's place in that epoch's order. Negative epochs, the
-            repeated draws of a validation set, share one order and one offset.
+        epochs, document_ids: int64, any shape: the epoch and the sample's place in that epoch's order. Negative epochs,
+            the repeated draws of a validation set, share one order and one offset.
         t_min: lower end; 1/t is the weight of the ELBO, so it bounds a token's weight.
         t_max: upper end.
 
     Returns:
-        float32 in the shape of `places`.
+        float32 in the shape of `document_ids`.
     """
     offset = uniform(seed, epochs.clamp(min=-1), _OFFSET).double()
-    fraction = torch.frac(offset + places.clamp(min=0).double() * _GOLDEN_RATIO)
+    fraction = torch.frac(offset + document_ids.clamp(min=0).double() * _GOLDEN_RATIO)
     return (t_min + (t_max - t_min) * fraction).float()
 
 

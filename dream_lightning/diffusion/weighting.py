@@ -6,6 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dream_lightning.errors import UserError
+
 Weighting = Literal["original", "linear", "cart", "none"]
 
 
@@ -16,7 +18,7 @@ def token_weights(
     weighting: Weighting = "original",
     cart_p: float = 0.1,
     context: Tensor | None = None,
-    places: Tensor | None = None,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """The weight of every token's loss; meaningful at masked positions.
 
@@ -33,7 +35,7 @@ def token_weights(
         cart_p: p of the geometric distribution. The authors train with 0.1; their function's default is 0.8.
         context: [B, L] bool, what CART counts as context; by default every position that is not masked, as in the
             authors' code. Exclude padding by passing it.
-        places: [B, L] int64, which document a position belongs to; in packed rows only one's own is context.
+        document_ids: [B, L] int64, which document a position belongs to; in packed rows only one's own is context.
 
     Returns:
         [B, L] float32.
@@ -47,47 +49,49 @@ def token_weights(
         case "linear":
             return 1 - t
         case "cart":
-            return cart_weights(~is_masked if context is None else context, p=cart_p, places=places)
+            return cart_weights(~is_masked if context is None else context, p=cart_p, document_ids=document_ids)
         case "none":
             return torch.ones_like(t)
-    raise ValueError(f"weighting is {weighting!r}, wanted one of {', '.join(get_args(Weighting))}")
+    raise UserError(f"weighting is {weighting!r}, wanted one of {', '.join(get_args(Weighting))}")
 
 
-def cart_weights(context: Tensor, *, p: float, places: Tensor | None = None) -> Tensor:
+def cart_weights(context: Tensor, *, p: float, document_ids: Tensor | None = None) -> Tensor:
     """Two-sided geometric smoothing of the context: [B, L] bool → [B, L] float32, in O(L · log(1/p)).
 
     Doubling builds the one-sided sum: after k rounds it covers 2^k neighbours, and rounds stop when a further
     neighbour would weigh less than float32 can see. So the cost does not grow with L² as the dense kernel's.
 
     Raises:
-        ValueError: p is outside (0, 1].
+        UserError: p is outside (0, 1].
     """
     check_cart_p(p)
-    left = _sum_before(context.float(), places, q=1 - p)
-    right = _sum_before(context.float().flip(1), None if places is None else places.flip(1), q=1 - p).flip(1)
+    left = _sum_before(context.float(), document_ids, q=1 - p)
+    right = _sum_before(context.float().flip(1), None if document_ids is None else document_ids.flip(1), q=1 - p).flip(
+        1
+    )
     return 0.5 * p * (left + right)
 
 
 def check_cart_p(p: float) -> None:
-    """Raise ValueError for a p outside (0, 1]."""
+    """Raise UserError for a p outside (0, 1]."""
     if not 0 < p <= 1:
-        raise ValueError(f"cart_p is {p}, wanted a probability in (0, 1]: the authors train with 0.1")
+        raise UserError(f"cart_p is {p}, wanted a probability in (0, 1]: the authors train with 0.1")
 
 
-def _sum_before(c: Tensor, places: Tensor | None, *, q: float) -> Tensor:
+def _sum_before(c: Tensor, document_ids: Tensor | None, *, q: float) -> Tensor:
     """y_i = Σ_{m ≥ 1} q^(m−1) · c_{i−m}, within one document."""
-    y = _delay(c, places, 1)
+    y = _delay(c, document_ids, 1)
     reach = 1
     while reach < c.shape[1] and reach * math.log(max(q, 1e-30)) > math.log(1e-9):
-        y = y + q**reach * _delay(y, places, reach)
+        y = y + q**reach * _delay(y, document_ids, reach)
         reach *= 2
     return y
 
 
-def _delay(y: Tensor, places: Tensor | None, steps: int) -> Tensor:
+def _delay(y: Tensor, document_ids: Tensor | None, steps: int) -> Tensor:
     """y_{i−steps}, zero where that lies before the row's or the document's start."""
     shifted = torch.zeros_like(y)
     shifted[:, steps:] = y[:, :-steps]
-    if places is not None:
-        shifted[:, steps:] *= places[:, steps:] == places[:, :-steps]
+    if document_ids is not None:
+        shifted[:, steps:] *= document_ids[:, steps:] == document_ids[:, :-steps]
     return shifted

@@ -5,12 +5,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dream_lightning.errors import UserError
+
 
 class DreamConfig(PreTrainedConfig):
     """Sizes and constants of a Dream; the defaults are Dream-v0 7B.
 
     Raises:
-        ValueError: the sizes do not fit each other, or ask for what Dream does not have (RoPE scaling, a sliding
+        UserError: the sizes do not fit each other, or ask for what Dream does not have (RoPE scaling, a sliding
             window, tied embeddings).
     """
 
@@ -55,19 +57,19 @@ class DreamConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size is {self.hidden_size} and num_attention_heads {self.num_attention_heads}: "
                 "their quotient, the size of a head, must be a whole even number"
             )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads is {self.num_attention_heads}, wanted a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"mask_token_id is {self.mask_token_id}, wanted an id below vocab_size {self.vocab_size}")
+            raise UserError(f"mask_token_id is {self.mask_token_id}, wanted an id below vocab_size {self.vocab_size}")
         if self.rope_scaling is not None or self.use_sliding_window or self.tie_word_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"rope_scaling={self.rope_scaling}, use_sliding_window={self.use_sliding_window}, "
                 f"tie_word_embeddings={self.tie_word_embeddings}: no Dream has these and this code does not offer "
                 "them; set them to null, false and false"
@@ -83,12 +85,12 @@ class DreamConfig(PreTrainedConfig):
         """The configuration in a folder or of a hub id, as in transformers.
 
         Raises:
-            ValueError: there is none, it is not JSON, or not a Dream's.
+            UserError: there is none, it is not JSON, or not a Dream's.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"no config.json can be read at {str(pretrained_model_name_or_path)!r} ({str(error)[:300]}): copy or "
                 "download it again"
             ) from error
@@ -98,10 +100,10 @@ class DreamConfig(PreTrainedConfig):
         """A configuration from the content of config.json.
 
         Raises:
-            ValueError: it is another architecture's.
+            UserError: it is another architecture's.
         """
         if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
-            raise ValueError(
+            raise UserError(
                 f"config.json says model_type {model_type!r}, wanted {cls.model_type!r}: another kind of model; "
                 "name a Dream, such as Dream-org/Dream-v0-Instruct-7B"
             )

@@ -9,6 +9,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
+from dream_lightning.errors import UserError
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHECKPOINT = ("*.json", "*.safetensors", "merges.txt")  # configuration, tokenizer and weights, never code
 
@@ -22,24 +24,24 @@ def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOIN
         files: names and patterns of what is needed, and all that is fetched.
 
     Raises:
-        ValueError: neither a folder nor a reachable hub id; a folder without a config.json, where one is needed.
+        UserError: neither a folder nor a reachable hub id; a folder without a config.json, where one is needed.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_file():
-        raise ValueError(f"{path} is a file: name the folder that holds it")
+        raise UserError(f"{path} is a file: name the folder that holds it")
     if not path.is_dir():
         try:
             path = Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=list(files)))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             unnamed = isinstance(error, HFValidationError)  # a path, not an id
             why = "no such folder" if unnamed else f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            raise ValueError(
+            raise UserError(
                 f"{str(path_or_hub_id)!r} is neither a folder here nor a hub id that can be fetched "
                 f"({why}). Check the spelling; without network name a local folder, "
                 "with a mirror set HF_ENDPOINT"
             ) from error
     if any(fnmatch("config.json", pattern) for pattern in files) and not (path / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} has no config.json: wanted a folder in the official Dream format (config.json, {SINGLE} or "
             f"{INDEX} with its shards)"
         )
@@ -50,13 +52,13 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name → the file that holds it, from the index or from the single file.
 
     Raises:
-        ValueError: no weights, or a shard that the index names is missing.
+        UserError: no weights, or a shard that the index names is missing.
     """
     if (folder / INDEX).is_file():
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{folder} lacks {len(missing)} of its {len(set(weight_map.values()))} shards: {', '.join(missing)}. "
                 "Copy or download them again"
             )
@@ -64,14 +66,14 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if (folder / SINGLE).is_file():
         with _open(folder / SINGLE) as tensors:
             return dict.fromkeys(tensors.keys(), folder / SINGLE)
-    raise ValueError(f"{folder} holds no weights: wanted {SINGLE}, or {INDEX} with its shards")
+    raise UserError(f"{folder} holds no weights: wanted {SINGLE}, or {INDEX} with its shards")
 
 
 def check_weights(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
     """Compare names and shapes in the files' headers with the model's; reads no tensor.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape; an unreadable or torn file.
+        UserError: tensors are missing, unexpected or of another shape; an unreadable or torn file.
     """
     files = weight_files(folder)
     found: dict[str, tuple[int, ...]] = {}
@@ -89,14 +91,14 @@ def check_weights(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
             + _few([f"{n} is {list(found[n])}, wanted {list(expected[n])}" for n in misfits])
         )
     if problems:
-        raise ValueError(f"{folder} does not hold this Dream: " + "; ".join(problems))
+        raise UserError(f"{folder} does not hold this Dream: " + "; ".join(problems))
 
 
 def _open(file: Path):
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}): copy or download it again") from error
+        raise UserError(f"{file} is not a whole safetensors file ({error}): copy or download it again") from error
 
 
 def _few(items: list[str]) -> str:

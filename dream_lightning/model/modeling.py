@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dream_lightning.model.cache import KeyValueCache, LayerCache, store
+from dream_lightning.batch import DocumentBounds
+from dream_lightning.errors import UserError
+from dream_lightning.kernels.packed_attention import attend_in_documents, for_kernel, prefers_cudnn, train_without_cudnn
 from dream_lightning.model.configuration import DreamConfig
-from dream_lightning.model.documents import attend_in_documents, for_kernel, prefers_cudnn, train_without_cudnn
+from dream_lightning.model.kv_cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.loading import check_weights, local_folder
-from dream_lightning.types import DocumentBounds
 
 Span = tuple[int, int]  # columns first … last − 1
 
@@ -103,7 +104,7 @@ class DreamAttention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None", span: Span | None) -> Tensor:
-        if mask is not None and mask.wants_every_head:
+        if mask is not None and mask.repeat_kv:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(
             q[:, :, within(span)],
@@ -113,7 +114,7 @@ class DreamAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out if mask is None else out * mask.sees_something[:, :, within(span)]
+        return out if mask is None else out * mask.has_visible_key[:, :, within(span)]
 
 
 class DreamDecoderLayer(nn.Module):
@@ -148,7 +149,7 @@ class AttentionMask:
     Such rows (left padding) attend to everything and their output is then zeroed, which is what the authors' masks
     amount to.
 
-    `wants_every_head`: beside a mask only cuDNN's kernel takes fewer key heads than heads, in half precision, and torch
+    `repeat_kv`: beside a mask only cuDNN's kernel takes fewer key heads than heads, in half precision, and torch
     prefers it on Hopper and Blackwell alone. Elsewhere torch would fall back to plain products that hold all L²
     weights, so keys and values are written out for every head.
     """
@@ -158,18 +159,18 @@ class AttentionMask:
     ) -> None:
         batch, length = input_ids.shape
         allowed = attention_mask.bool()
-        self.wants_every_head = input_ids.is_cuda and not (half and prefers_cudnn(input_ids.device))
+        self.repeat_kv = input_ids.is_cuda and not (half and prefers_cudnn(input_ids.device))
         if columns is not None:  # of a cache: input_ids are these columns of the mask's L
             self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
-            self.sees_something = allowed[:, columns][:, None, :, None]  # [B, 1, W, 1]
+            self.has_visible_key = allowed[:, columns][:, None, :, None]  # [B, 1, W, 1]
         elif allowed.shape == (batch, length):
             self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
-            self.sees_something = allowed[:, None, :, None]  # [B, 1, L, 1]
+            self.has_visible_key = allowed[:, None, :, None]  # [B, 1, L, 1]
         elif allowed.shape == (batch, 1, length, length) and attention_mask.dtype == torch.bool:
-            self.sees_something = allowed.any(-1, keepdim=True)  # [B, 1, L, 1]
-            self.may_attend = allowed | ~self.sees_something  # [B, 1, L, L]
+            self.has_visible_key = allowed.any(-1, keepdim=True)  # [B, 1, L, 1]
+            self.may_attend = allowed | ~self.has_visible_key  # [B, 1, L, L]
         else:
-            raise ValueError(
+            raise UserError(
                 f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)} for input_ids "
                 f"{[batch, length]}: wanted None, bool or int [B, L], or bool [B, 1, L, L] with True = may attend"
             )
@@ -181,7 +182,7 @@ def _any_length(rotation: tuple[Tensor, Tensor], mask: AttentionMask | DocumentB
     if isinstance(mask, DocumentBounds):
         axes += [(mask.starts, 0)]
     elif mask is not None:
-        axes += [(t, axis) for t in (mask.may_attend, mask.sees_something) for axis in (2, 3) if t.shape[axis] > 1]
+        axes += [(t, axis) for t in (mask.may_attend, mask.has_visible_key) for axis in (2, 3) if t.shape[axis] > 1]
     for tensor, axis in axes:
         torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
@@ -282,15 +283,15 @@ class DreamBaseModel(DreamPreTrainedModel):
         shape = (rows, c.num_key_value_heads, length, c.head_dim)
         return KeyValueCache(len(self.layers), shape, dtype=weight.dtype, device=weight.device)
 
-    def lay_together(self) -> None:
-        """See `joint.lay_together`."""
-        from dream_lightning.model.joint import lay_together  # which imports this module
+    def fuse_weights_(self) -> None:
+        """See `joint.fuse_weights_`."""
+        from dream_lightning.kernels.fused_projections import fuse_weights_  # which imports this module
 
-        lay_together(self)
+        fuse_weights_(self)
 
     def joined(self, tokens: int) -> AbstractContextManager[None]:
         """See `joint.joined`."""
-        from dream_lightning.model.joint import joined  # the same
+        from dream_lightning.kernels.fused_projections import joined  # the same
 
         return joined(self, tokens)
 
@@ -342,11 +343,11 @@ class DreamModel(DreamPreTrainedModel):
             labels: refused, see Raises.
 
         Raises:
-            ValueError: `labels` given (a diffusion loss needs noised inputs, which only the caller has), or a mask of
+            UserError: `labels` given (a diffusion loss needs noised inputs, which only the caller has), or a mask of
                 another shape or type.
         """
         if labels is not None:
-            raise ValueError(
+            raise UserError(
                 "DreamModel computes no loss from labels: on clean input a bidirectional model reads the answer. "
                 "Train with dream_lightning.DreamModule, or use corrupt, token_weights and masked_nll_loss of "
                 "dream_lightning.diffusion"
@@ -374,7 +375,7 @@ class DreamModel(DreamPreTrainedModel):
         that the checkpoint was saved in.
 
         Raises:
-            ValueError: no such folder or hub id; a missing shard; missing, unexpected or wrongly sized tensors.
+            UserError: no such folder or hub id; a missing shard; missing, unexpected or wrongly sized tensors.
         """
         folder = local_folder(path_or_hub_id, revision=kwargs.pop("revision", None))
         config = kwargs.pop("config", None) or DreamConfig.from_pretrained(folder)

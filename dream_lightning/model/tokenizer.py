@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dream_lightning.errors import UserError
 from dream_lightning.model.loading import local_folder
 
 # Pieces that byte-pair merges never cross, from the authors' tokenization_dream.py (it is Qwen2's): contractions, words
@@ -42,19 +43,19 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerFast:
     is converted from `vocab.json`, `merges.txt` and `tokenizer_config.json`. From the hub only these files are fetched.
 
     Raises:
-        ValueError: nothing there, the hub does not answer, or a file is missing or broken.
+        UserError: nothing there, the hub does not answer, or a file is missing or broken.
     """
     if str(path_or_hub_id) == "bytes":
         return bytes_tokenizer()
     try:
         folder = local_folder(path_or_hub_id, files=_FILES)
     except ValueError as error:
-        raise ValueError(f"no tokenizer: {error}. A tokenizer of the package's own is called bytes") from error
+        raise UserError(f"no tokenizer: {error}. A tokenizer of the package's own is called bytes") from error
     if (folder / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     missing = [name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if not (folder / name).exists()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"no tokenizer in {folder}: it has neither tokenizer.json nor {', '.join(missing)}; copy vocab.json, "
             "merges.txt and tokenizer_config.json there from the official model folder, or name another folder"
         )
@@ -89,7 +90,7 @@ def _dream_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokens = ("bos_token", "eos_token", "pad_token", "mask_token")
     missing = [key for key in (*tokens, "added_tokens_decoder", "chat_template") if key not in settings]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'tokenizer_config.json'} lacks {', '.join(missing)}: it is not Dream's; take the official file"
         )
     model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -106,7 +107,7 @@ def _dream_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         token = AddedToken(**entry)
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(token.content) != wanted:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: token {token.content!r} gets id {tokenizer.token_to_id(token.content)}, "
                 f"tokenizer_config.json wants {wanted}: vocab.json is another model's; take all files from one folder"
             )
@@ -123,7 +124,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+        raise UserError(f"{path} is not JSON ({error}): download it again") from error
 
 
 def byte_characters() -> list[str]:

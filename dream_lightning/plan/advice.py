@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import torch
 
 from dream_lightning.adapters import LoraParams
-from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.plan.memory import Plan, make_plan
 from dream_lightning.plan.setting import Setting
+from dream_lightning.training.optimizer import PagedAdamW8bit
 
 _SHORTEST = 1024  # tokens; shorter rows hold hardly a thought
 _GPUS = (2, 4, 8, 16, 32, 64)

@@ -7,11 +7,12 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import OptimizerCallable
 
 from dream_lightning.adapters import LoraParams
-from dream_lightning.building import check_kind, new_config
+from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, load_tokenizer
 from dream_lightning.model.loading import local_folder
+from dream_lightning.model_factory import check_kind, new_config
 from dream_lightning.plan.setting import Setting
-from dream_lightning.strategy import refuse_divided
+from dream_lightning.training.fsdp import refuse_divided
 
 
 def setting_from(options: Namespace) -> Setting:
@@ -20,15 +21,15 @@ def setting_from(options: Namespace) -> Setting:
     Of a checkpoint only config.json is read, or fetched; of a new model's tokenizer the size.
 
     Raises:
-        ValueError: no configuration at `model.pretrained`; a precision whose memory is not known; what `fit` refuses as
+        UserError: no configuration at `model.pretrained`; a precision whose memory is not known; what `fit` refuses as
             well; weights to be divided over GPUs whose number is not known.
     """
     model, data, trainer = options.model, options.data, options.trainer
     if (model.pretrained is None) == (model.new_model is None):
-        raise ValueError("wanted one of model.pretrained and model.new_model: add a config, such as configs/tiny.yaml")
+        raise UserError("wanted one of model.pretrained and model.new_model: add a config, such as configs/tiny.yaml")
     precision = str(trainer.precision or "32-true")
     if precision not in ("bf16-mixed", "32-true", "32", "bf16-true", "bf16"):
-        raise ValueError(f"trainer.precision is {precision}: a plan knows bf16-mixed, bf16-true and 32-true")
+        raise UserError(f"trainer.precision is {precision}: a plan knows bf16-mixed, bf16-true and 32-true")
     lora, sharded = _instantiate(LoraParams | None, model.lora), _is_sharded(trainer.strategy)
     check_kind(model.pretrained, lora=lora, quantize=model.quantize, float8_products=model.float8_products)
     if sharded:
@@ -78,7 +79,7 @@ def _gpus(trainer: Namespace) -> int:
     if isinstance(devices, list):
         devices = len(devices)
     if devices in ("auto", -1) and not (devices := torch.cuda.device_count()):
-        raise ValueError(
+        raise UserError(
             f"trainer.devices is {trainer.devices}, and no GPU is visible here: say for how many to plan, such as "
             "--trainer.devices=2"
         )

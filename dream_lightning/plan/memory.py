@@ -77,7 +77,7 @@ def make_plan(setting: Setting) -> Plan:
     """Count a setting.
 
     Raises:
-        ValueError: see `optimizer_memory`.
+        UserError: see `optimizer_memory`.
     """
     parameters = count_parameters(setting)
     optimizer = optimizer_memory(setting.optimizer, parameters.trained)

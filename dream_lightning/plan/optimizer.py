@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dream_lightning.optim import BLOCK, PAGED, PagedAdamW8bit, decay_groups, in_8_bits
+from dream_lightning.errors import UserError
+from dream_lightning.training.optimizer import BLOCK, PAGED, PagedAdamW8bit, decay_groups, in_8_bits
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def optimizer_memory(
         parameters: on the meta device; they lend their shapes and dtypes.
 
     Raises:
-        ValueError: the optimiser cannot step without real numbers, so its states cannot be counted.
+        UserError: the optimiser cannot step without real numbers, so its states cannot be counted.
     """
     shapes = [nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
     optimizer = make(decay_groups(shapes))
@@ -52,7 +53,7 @@ def optimizer_memory(
     try:
         optimizer.step()
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
+        raise UserError(
             f"the states of {type(optimizer).__name__} cannot be counted without running it ({str(error)[:200]}): "
             "plan with torch.optim.AdamW, which keeps 8 bytes a float32 parameter"
         ) from error

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dream_lightning.errors import UserError
 from dream_lightning.sampling.params import SamplingParams
 
 
@@ -69,26 +70,26 @@ def prepare(
         infill: the prompts may contain masks.
 
     Raises:
-        ValueError: a shape or dtype is wrong, an id is outside the vocabulary, padding is not on the left, a row has
+        UserError: a shape or dtype is wrong, an id is outside the vocabulary, padding is not on the left, a row has
             no real token or is padded with masks, prompt and answer are longer than the model's context, the prompt
             contains masks without `infill`, there is nothing to fill, infilling is asked for beside what goes from
             left to right, or `params` names ids that the model lacks.
     """
     if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, wanted [B, P] with at least one row and token")
+        raise UserError(f"input_ids has shape {list(input_ids.shape)}, wanted [B, P] with at least one row and token")
     if input_ids.dtype != torch.int64:
-        raise ValueError(f"input_ids is {input_ids.dtype}, wanted torch.int64: pass token ids, input_ids.long()")
+        raise UserError(f"input_ids is {input_ids.dtype}, wanted torch.int64: pass token ids, input_ids.long()")
     if not infill and params.max_new_tokens == 0:
-        raise ValueError("max_new_tokens is 0, so there is nothing to fill: raise it, or pass infill=True")
+        raise UserError("max_new_tokens is 0, so there is nothing to fill: raise it, or pass infill=True")
     batch, length = input_ids.shape[0], input_ids.shape[1] + params.max_new_tokens
     if length > config.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{input_ids.shape[1]} prompt tokens and {params.max_new_tokens} new ones are {length}, the model has "
             f"{config.max_position_embeddings} positions (max_position_embeddings): shorten one of them"
         )
     low, high = input_ids.aminmax()
     if low < 0 or high >= config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"input_ids holds ids from {int(low)} to {int(high)}, the vocabulary is 0 … {config.vocab_size - 1}: "
             "was another tokenizer used?"
         )
@@ -96,19 +97,19 @@ def prepare(
     if attention_mask is not None:
         prompt_is_real = _left_padding(attention_mask, input_ids)
     if not infill and (masks := (input_ids == config.mask_token_id).sum()):
-        raise ValueError(
+        raise UserError(
             f"input_ids contains the mask token {config.mask_token_id} {int(masks)} times: pass infill=True to fill "
             "these positions too, or escape special tokens in the prompt's text"
         )
     if ((input_ids == config.mask_token_id) & ~prompt_is_real).any():
-        raise ValueError("input_ids is padded with the mask token: pad with another one, such as the pad token")
+        raise UserError("input_ids is padded with the mask token: pad with another one, such as the pad token")
     if infill:
         _refuse_left_to_right(params)
     _check_ids(config, params)
     if sample_ids is None:
         sample_ids = torch.arange(batch)
     if sample_ids.shape != (batch,) or sample_ids.dtype != torch.int64:
-        raise ValueError(
+        raise UserError(
             f"sample_ids is {sample_ids.dtype} {list(sample_ids.shape)}, wanted torch.int64 [{batch}]: one id per row"
         )
     real = F.pad(prompt_is_real, (0, params.max_new_tokens), value=True)  # [B, L]
@@ -133,45 +134,43 @@ def prepare(
 def _refuse_left_to_right(params: SamplingParams) -> None:
     for name in ("block_length", "stop_at_eos"):
         if getattr(params, name):
-            raise ValueError(
+            raise UserError(
                 f"infill=True with {name}: masks may stand anywhere in the prompt, and {name} goes from left to right "
                 "through the new tokens only; leave it out"
             )
     if params.max_new_tokens == 0:
         for name in ("forced_prefix", "forced_suffix"):
             if getattr(params, name):
-                raise ValueError(f"{name} is part of the new tokens, and max_new_tokens is 0: write it into the prompt")
+                raise UserError(f"{name} is part of the new tokens, and max_new_tokens is 0: write it into the prompt")
 
 
 def _check_ids(config: Any, params: SamplingParams) -> None:
     for name in ("banned_tokens", "required_tokens", "forced_prefix", "forced_suffix"):
         for token in getattr(params, name) or []:
             if not 0 <= token < config.vocab_size:
-                raise ValueError(f"{name} holds {token}, the vocabulary is 0 … {config.vocab_size - 1}")
+                raise UserError(f"{name} holds {token}, the vocabulary is 0 … {config.vocab_size - 1}")
             if token == config.mask_token_id and name != "banned_tokens":
-                raise ValueError(f"{name} holds the mask token {token}, which is no token of an answer: take it out")
+                raise UserError(f"{name} holds the mask token {token}, which is no token of an answer: take it out")
     if len({config.mask_token_id, *(params.banned_tokens or [])}) == config.vocab_size:
-        raise ValueError("banned_tokens holds the whole vocabulary: leave some tokens to answer with")
+        raise UserError("banned_tokens holds the whole vocabulary: leave some tokens to answer with")
     if (params.stop_at_eos or params.min_new_tokens or params.eos_penalty) and config.eos_token_id is None:
-        raise ValueError(
-            "the model's config has no eos_token_id, which stop_at_eos, min_new_tokens and eos_penalty use"
-        )
+        raise UserError("the model's config has no eos_token_id, which stop_at_eos, min_new_tokens and eos_penalty use")
 
 
 def _left_padding(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     """The mask as bool [B, P], or an error that says what is wrong with it."""
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(
+        raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}, wanted that of input_ids, "
             f"{list(input_ids.shape)}: the new positions are added here"
         )
     real = attention_mask.to(input_ids.device).bool()
     if (attention_mask != attention_mask.bool()).any():
-        raise ValueError("attention_mask has values other than 0 and 1: pass 1 for real tokens and 0 for padding")
+        raise UserError("attention_mask has values other than 0 and 1: pass 1 for real tokens and 0 for padding")
     if (empty := ~real.any(-1)).any():
-        raise ValueError(f"row {int(empty.nonzero()[0])} of attention_mask has no real token: drop the row")
+        raise UserError(f"row {int(empty.nonzero()[0])} of attention_mask has no real token: drop the row")
     if (broken := (real[:, 1:] < real[:, :-1]).any(-1)).any():
-        raise ValueError(
+        raise UserError(
             f"row {int(broken.nonzero()[0])} of attention_mask has a 0 after a 1: the answer follows the last column, "
             'so pad on the left (tokenizer.padding_side = "left") and leave no holes'
         )

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from dream_lightning.errors import UserError
+
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 CacheMode = Literal["none", "prefix", "dual"]
 
@@ -16,7 +18,7 @@ class SamplingParams:
     faster ways promise and cost: docs/sampling.md.
 
     Raises:
-        ValueError: a field is out of its range, or makes no sense beside another.
+        UserError: a field is out of its range, or makes no sense beside another.
     """
 
     max_new_tokens: int = 256
@@ -86,27 +88,27 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.alg not in get_args(Algorithm):
-            raise ValueError(f"alg is {self.alg!r}: choose one of {', '.join(get_args(Algorithm))}")
+            raise UserError(f"alg is {self.alg!r}: choose one of {', '.join(get_args(Algorithm))}")
         _check_integer("max_new_tokens", self.max_new_tokens, 0)
         _check_integer("steps", self.steps, 1)
         if self.top_k is not None:
             _check_integer("top_k", self.top_k, 1, "; None keeps every token")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, it must lie in (0, 1]: None or 1 keeps every token")
+            raise UserError(f"top_p is {self.top_p}, it must lie in (0, 1]: None or 1 keeps every token")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature is {self.temperature}, it must be finite and at least 0: 0 takes the argmax")
+            raise UserError(f"temperature is {self.temperature}, it must be finite and at least 0: 0 takes the argmax")
         if self.alg_temp is not None and not (self.alg_temp >= 0 and math.isfinite(self.alg_temp)):
-            raise ValueError(f"alg_temp is {self.alg_temp}, it must be finite and at least 0: None turns it off")
+            raise UserError(f"alg_temp is {self.alg_temp}, it must be finite and at least 0: None turns it off")
         if not 0 < self.eps < 1:
-            raise ValueError(f"eps is {self.eps}, it must lie in (0, 1): the authors use 1e-3")
+            raise UserError(f"eps is {self.eps}, it must lie in (0, 1): the authors use 1e-3")
         _check_integer("seed", self.seed)
         for name in ("forbid_mask", "stop_at_eos", "compile"):
             if not isinstance(getattr(self, name), bool):  # the text "False" would count as true
-                raise ValueError(f"{name} is {getattr(self, name)!r}, it must be true or false")
+                raise UserError(f"{name} is {getattr(self, name)!r}, it must be true or false")
         for name in ("banned_tokens", "required_tokens", "forced_prefix", "forced_suffix"):
             ids = getattr(self, name)
             if ids is not None and not (isinstance(ids, list | tuple) and all(map(_is_integer, ids))):
-                raise ValueError(f"{name} is {ids!r}, it must be a list of token ids")
+                raise UserError(f"{name} is {ids!r}, it must be a list of token ids")
 
         self._check_blocks()
         self._check_parallel()
@@ -124,31 +126,31 @@ class SamplingParams:
 
     def _check_blocks(self) -> None:
         if self.cache not in get_args(CacheMode):
-            raise ValueError(f"cache is {self.cache!r}: choose one of {', '.join(get_args(CacheMode))}")
+            raise UserError(f"cache is {self.cache!r}: choose one of {', '.join(get_args(CacheMode))}")
         if self.refresh_every is not None:
             _check_integer("refresh_every", self.refresh_every, 1, "; None refreshes at the start of a block only")
             if self.cache == "none":
-                raise ValueError(f"refresh_every is {self.refresh_every} without a cache: set cache to prefix or dual")
+                raise UserError(f"refresh_every is {self.refresh_every} without a cache: set cache to prefix or dual")
         if self.block_length is None:
             if self.cache != "none":
-                raise ValueError(
+                raise UserError(
                     f"cache is {self.cache!r} without blocks: set block_length, such as 32; keys and values are kept "
                     "for what lies outside the block at work"
                 )
             return
         _check_integer("block_length", self.block_length, 1)
         if not self.max_new_tokens or self.max_new_tokens % self.block_length:
-            raise ValueError(
+            raise UserError(
                 f"block_length is {self.block_length} and max_new_tokens {self.max_new_tokens}: wanted whole blocks, "
                 "make the one a multiple of the other"
             )
         if self.steps % self.blocks:
-            raise ValueError(
+            raise UserError(
                 f"steps is {self.steps} for {self.blocks} blocks: wanted the same number for each, a multiple of "
                 f"{self.blocks}"
             )
         if self.steps > self.max_new_tokens:
-            raise ValueError(
+            raise UserError(
                 f"steps is {self.steps} for {self.max_new_tokens} new tokens in blocks: a step fills at least one, so "
                 f"set steps to {self.max_new_tokens} or less"
             )
@@ -157,25 +159,25 @@ class SamplingParams:
     def _check_parallel(self) -> None:
         chosen = [n for n in ("tokens_per_step", "threshold", "factor") if getattr(self, n) is not None]
         if len(chosen) > 1:
-            raise ValueError(f"{' and '.join(chosen)} are set: they are ways to choose how many, set one of them")
+            raise UserError(f"{' and '.join(chosen)} are set: they are ways to choose how many, set one of them")
         for name in chosen:
             if self.alg == "origin":
-                raise ValueError(f"{name} is set and alg is 'origin', whose order is random: choose another alg")
+                raise UserError(f"{name} is set and alg is 'origin', whose order is random: choose another alg")
             self._needs_forbid_mask(name)
         if self.tokens_per_step is not None:
             _check_integer("tokens_per_step", self.tokens_per_step, 1)
             length = self.block_length or self.max_new_tokens
             if self.tokens_per_step * (self.steps // self.blocks) < length:
-                raise ValueError(
+                raise UserError(
                     f"tokens_per_step is {self.tokens_per_step} and steps {self.steps}: the last step would have to "
                     f"fill more, set steps to at least {-(-length // self.tokens_per_step) * self.blocks}"
                 )
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold}, it must lie in (0, 1]: 0.9 is usual")
+            raise UserError(f"threshold is {self.threshold}, it must lie in (0, 1]: 0.9 is usual")
         if self.factor is not None and not (self.factor > 0 and math.isfinite(self.factor)):
-            raise ValueError(f"factor is {self.factor}, it must be finite and above 0: 1.0 is usual")
+            raise UserError(f"factor is {self.factor}, it must be finite and above 0: 1.0 is usual")
         if self.alg_temp and (self.threshold is not None or self.factor is not None):
-            raise ValueError(
+            raise UserError(
                 f"alg_temp is {self.alg_temp}, but threshold and factor fill the most certain positions, not drawn "
                 "ones: set alg_temp to None, or use tokens_per_step"
             )
@@ -186,30 +188,30 @@ class SamplingParams:
         if self.stop_at_eos:
             self._needs_forbid_mask("stop_at_eos")
             if self.forced_suffix:
-                raise ValueError("stop_at_eos would end the answer before forced_suffix: leave one of them out")
+                raise UserError("stop_at_eos would end the answer before forced_suffix: leave one of them out")
         _check_integer("min_new_tokens", self.min_new_tokens, 0)
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only {self.max_new_tokens}")
+            raise UserError(f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only {self.max_new_tokens}")
         if not math.isfinite(self.eos_penalty):
-            raise ValueError(f"eos_penalty is {self.eos_penalty}, it must be finite: min_new_tokens forbids eos")
+            raise UserError(f"eos_penalty is {self.eos_penalty}, it must be finite: min_new_tokens forbids eos")
         forced = len(self.forced_prefix or []) + len(self.forced_suffix or [])
         required = len(self.required_tokens or [])
         if forced and forced >= self.max_new_tokens > 0:
-            raise ValueError(
+            raise UserError(
                 f"forced_prefix and forced_suffix are {forced} of {self.max_new_tokens} new tokens, which leaves "
                 "nothing to fill: raise max_new_tokens"
             )
         if required > self.max_new_tokens - forced and self.max_new_tokens > 0:
-            raise ValueError(
+            raise UserError(
                 f"required_tokens are {required}, but only {self.max_new_tokens - forced} positions are free: raise "
                 "max_new_tokens"
             )
         if both := set(self.required_tokens or []) & set(self.banned_tokens or []):
-            raise ValueError(f"required_tokens and banned_tokens both hold {sorted(both)}: take them out of one")
+            raise UserError(f"required_tokens and banned_tokens both hold {sorted(both)}: take them out of one")
 
     def _needs_forbid_mask(self, name: str) -> None:
         if not self.forbid_mask:
-            raise ValueError(
+            raise UserError(
                 f"{name} is set and forbid_mask is False: set it to True, because it counts on every chosen position "
                 "being filled, and a model that predicts the mask token would leave some unfilled"
             )
@@ -222,4 +224,4 @@ def _is_integer(value: object) -> bool:
 def _check_integer(name: str, value: int, minimum: int | None = None, remedy: str = "") -> None:
     if not _is_integer(value) or (minimum is not None and value < minimum):
         least = "" if minimum is None else f" of at least {minimum}"
-        raise ValueError(f"{name} is {value!r}, it must be an integer{least}{remedy}")
+        raise UserError(f"{name} is {value!r}, it must be an integer{least}{remedy}")

@@ -72,7 +72,7 @@ class Rows:
         self.state, self.canvas = self.state.select(rows), self.canvas.select(rows)
         self._merged = self.state
 
-    def end_answers(self, mask_token_id: int, eos_token_id: int) -> None:
+    def fill_after_eos(self, mask_token_id: int, eos_token_id: int) -> None:
         """Fill the masks of rows whose text is decided with eos."""
         x = self.state.x
         ended = has_ended(x[:, self.canvas.prompt_length :], mask_token_id, eos_token_id)  # [b]

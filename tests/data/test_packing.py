@@ -7,13 +7,13 @@ import torch
 from material import shared_path
 from safetensors.torch import load_file
 
+from dream_lightning.batch import Document, SampleKey
 from dream_lightning.data.packing import collate, collate_with_cutoff, pack
-from dream_lightning.data.records import read_examples
+from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.tokenization import tokenize
 from dream_lightning.diffusion.denoiser import logits
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.module import attention_mask
-from dream_lightning.types import Document, Draw
 
 
 def document(prompt, response):
@@ -36,7 +36,7 @@ def test_packing_keeps_whole_documents_and_fills_rows():
 def test_a_document_without_a_prompt_is_refused():
     """Its first token would be predicted from the last position of its neighbour."""
     with pytest.raises(AssertionError, match="document x has no prompt"):
-        collate([[(Draw(0, 0, 0), document([1], [2])), (Draw(0, 1, 1), document([], [3]))]], pad_token_id=0)
+        collate([[(SampleKey(0, 0, 0), document([1], [2])), (SampleKey(0, 1, 1), document([], [3]))]], pad_token_id=0)
 
 
 def least_rows(lengths: list[int], budget: int) -> int:
@@ -86,7 +86,7 @@ def test_a_packed_document_gets_the_logits_it_gets_alone():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = DreamModel(DreamConfig(vocab_size=64, num_key_value_heads=2, mask_token_id=60, pad_token_id=61, **sizes))
     documents = [document(range(i, i + 3 + i), range(20, 30 + 2 * i)) for i in range(4)]
-    drawn = [(Draw(0, i, i), d) for i, d in enumerate(documents)]
+    drawn = [(SampleKey(0, i, i), d) for i, d in enumerate(documents)]
     packed = collate([drawn[:3], drawn[3:]], pad_token_id=61)
     assert packed.document_bounds is not None and packed.maskable.sum() == sum(len(d.response_ids) for d in documents)
     together = logits(model, packed.input_ids, packed.maskable, attention_mask(packed), packed.position_ids)
@@ -98,13 +98,13 @@ def test_a_packed_document_gets_the_logits_it_gets_alone():
 
 
 def test_the_first_token_of_a_document_is_never_maskable():
-    drawn = [(Draw(0, i, i), document([1, 2], [3, 4, 5])) for i in range(5)]
+    drawn = [(SampleKey(0, i, i), document([1, 2], [3, 4, 5])) for i in range(5)]
     for batch in (collate([drawn[:2], drawn[2:]], pad_token_id=0), collate([[d] for d in drawn], pad_token_id=0)):
         assert not batch.maskable[batch.position_ids == 0].any()
 
 
 def test_uncounted_draws_have_nothing_maskable():
-    rows = [[(Draw(0, 0, 0), document([1], [2, 3]))], [(Draw(0, 0, 0, counted=False), document([1], [2, 3]))]]
+    rows = [[(SampleKey(0, 0, 0), document([1], [2, 3]))], [(SampleKey(0, 0, 0, counted=False), document([1], [2, 3]))]]
     assert collate(rows, pad_token_id=0).maskable.sum(1).tolist() == [2, 0]
 
 
@@ -115,18 +115,18 @@ def test_batch_cutoff_equals_the_authors(shared, kept):
     for i, (ids, loss_mask) in enumerate(
         zip(golden["cutoff.input_ids"], golden["cutoff.loss_mask"].bool(), strict=True)
     ):
-        rows.append([(Draw(0, i, i), document(ids[~loss_mask].tolist(), ids[loss_mask].tolist()))])
+        rows.append([(SampleKey(0, i, i), document(ids[~loss_mask].tolist(), ids[loss_mask].tolist()))])
     batch = collate_with_cutoff(rows, pad_token_id=499, eos_token_id=499, seed=0, kept=kept)
     prefix = f"cutoff.kept{kept}."
     assert torch.equal(batch.input_ids, golden[prefix + "input_ids"])
     assert torch.equal(batch.maskable, golden[prefix + "loss_mask"].bool())
-    assert torch.equal(batch.places >= 0, golden[prefix + "attention_mask"].bool())
+    assert torch.equal(batch.document_ids >= 0, golden[prefix + "attention_mask"].bool())
     assert torch.equal(batch.position_ids, golden[prefix + "position_ids"])
 
 
 def test_the_cutoff_is_one_of_the_rows_lengths_and_differs_between_batches():
     lengths = set()
     for place in range(40):
-        rows = [[(Draw(0, place, i), document([1, 2], [3] * n + [9] * 4))] for i, n in enumerate((2, 5, 7))]
+        rows = [[(SampleKey(0, place, i), document([1, 2], [3] * n + [9] * 4))] for i, n in enumerate((2, 5, 7))]
         lengths.add(int(collate_with_cutoff(rows, pad_token_id=9, eos_token_id=9, seed=0).maskable.sum(1)[0]))
     assert lengths == {2, 5, 7}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dream_lightning.data.records import read_examples
 from dream_lightning.data.report import as_markdown, as_tables, report
-from dream_lightning.data.show import render
+from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.tokenization import tokenize
 from dream_lightning.model.tokenizer import load_tokenizer
+from dream_lightning.viewer.row import render
 
 BYTES = load_tokenizer("bytes")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -80,7 +80,7 @@ def test_packed_row_shows_boundaries_and_padding():
             list(b"abcdef") + [BYTES.pad_token_id] * 2,
             BYTES,
             maskable=[False, True, True, False, True, True, False, False],
-            places=[4, 4, 4, 9, 9, 9, -1, -1],
+            document_ids=[4, 4, 4, 9, 9, 9, -1, -1],
         )
     )
     assert [

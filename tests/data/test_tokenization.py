@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from kill_points import killed_before
 
+from dream_lightning.batch import Example
 from dream_lightning.data import tokenization
-from dream_lightning.data.chat import encode
+from dream_lightning.data.encoding import encode
 from dream_lightning.data.tokenization import tokenize
 from dream_lightning.model.tokenizer import load_tokenizer
-from dream_lightning.types import Example
 
 BYTES = load_tokenizer("bytes")
 

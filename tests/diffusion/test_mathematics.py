@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from dream_lightning.batch import Batch
 from dream_lightning.diffusion import corrupt, reduce_nll, token_nll, token_weights, with_complements
 from dream_lightning.diffusion.denoiser import align, features
 from dream_lightning.diffusion.head import chunk_of
-from dream_lightning.types import Batch
 
 MASK, EOS = 9, 8
 
@@ -42,7 +42,7 @@ def test_corrupt_refuses_missing_noise_and_wrong_shapes(rows):
         corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(6))
     with pytest.raises(ValueError, match="maskable is"):
         corrupt(x_0, maskable.long(), mask_token_id=MASK, t=torch.ones(6), u=torch.zeros(6, 50))
-    for u in (torch.zeros(6, 1), torch.zeros(50)):  # would mask whole rows, or all rows at the same places
+    for u in (torch.zeros(6, 1), torch.zeros(50)):  # would mask whole rows, or all rows at the same document_ids
         with pytest.raises(ValueError, match="u has shape"):
             corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(6), u=u)
     with pytest.raises(ValueError, match="t has shape"):
@@ -66,10 +66,12 @@ def test_complements_mask_every_response_token_once(rows):
 def test_final_eos_run_is_one_unit_in_packed_rows():
     """Two documents in a row, each ending in three eos; an eos inside the answer stays on its own."""
     x_0 = torch.tensor([[1, 2, EOS, 3, EOS, EOS, EOS, 4, 5, EOS, EOS, EOS, 7, 7]])
-    places = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1, -1]])
+    document_ids = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1, -1]])
     maskable = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0]]).bool()
     u = torch.tensor([[0.9, 0.9, 0.1, 0.9, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1]])
-    noised = corrupt(x_0, maskable, mask_token_id=MASK, t=torch.tensor([0.5]), u=u, eos_as_one=EOS, places=places)
+    noised = corrupt(
+        x_0, maskable, mask_token_id=MASK, t=torch.tensor([0.5]), u=u, eos_as_one=EOS, document_ids=document_ids
+    )
     assert noised.is_masked.long().tolist() == [[0, 0, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]]
 
 
@@ -77,12 +79,12 @@ def test_final_eos_run_is_one_unit_in_packed_rows():
 def test_cart_equals_the_dense_sum_and_stays_in_its_document(p):
     generator = torch.Generator().manual_seed(2)
     is_masked = torch.rand(3, 300, generator=generator) < 0.6
-    places = (torch.arange(300) // torch.tensor([300, 77, 50])[:, None]).expand(3, 300)
+    document_ids = (torch.arange(300) // torch.tensor([300, 77, 50])[:, None]).expand(3, 300)
     i, j = torch.meshgrid(torch.arange(300), torch.arange(300), indexing="ij")
     kernel = torch.where(i == j, 0.0, 0.5 * p * (1 - p) ** ((i - j).abs() - 1).clamp(min=0).double())
-    same = places[:, :, None] == places[:, None, :]
+    same = document_ids[:, :, None] == document_ids[:, None, :]
     dense = torch.einsum("ij,bij,bj->bi", kernel, same.double(), (~is_masked).double())
-    fast = token_weights(is_masked, torch.ones(3), weighting="cart", cart_p=p, places=places)
+    fast = token_weights(is_masked, torch.ones(3), weighting="cart", cart_p=p, document_ids=document_ids)
     torch.testing.assert_close(fast.double(), dense, rtol=1e-5, atol=1e-7)
 
 

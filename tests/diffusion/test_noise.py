@@ -42,8 +42,8 @@ def test_uniform_and_independent():
 
 
 def test_stratified_t_covers_every_window():
-    places = torch.arange(1000)
-    t = stratified_t(0, torch.zeros(1000, dtype=torch.int64), places, t_min=1e-3)
+    document_ids = torch.arange(1000)
+    t = stratified_t(0, torch.zeros(1000, dtype=torch.int64), document_ids, t_min=1e-3)
     assert t.min() >= 1e-3 and t.max() <= 1
     for start in range(0, 984, 7):
         gaps = torch.diff(torch.cat([torch.zeros(1), t[start : start + 16].sort().values, torch.ones(1)]))

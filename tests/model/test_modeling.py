@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModel
 
+from dream_lightning.batch import DocumentBounds
 from dream_lightning.model import DreamConfig, DreamModel, modeling
-from dream_lightning.types import DocumentBounds
 
 SIZES = {
     "vocab_size": 96,
@@ -125,7 +125,7 @@ def test_keys_written_out_for_every_head_give_the_same(model, monkeypatch):
     mask[0, :3] = False
     plain = model(ids, attention_mask=mask).logits
     always = property(lambda self: True, lambda self, value: None)
-    monkeypatch.setattr(modeling.AttentionMask, "wants_every_head", always, raising=False)
+    monkeypatch.setattr(modeling.AttentionMask, "repeat_kv", always, raising=False)
     calls = []
     sdpa = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(modeling.F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(k), sdpa(*a, **k))[1])

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dream_lightning.cli import main
 from dream_lightning.data import S1KDataModule
-from dream_lightning.errors import readable_errors
 from dream_lightning.module import DreamModule
 from dream_lightning.plan import environment
 from dream_lightning.plan.environment import Gpu
+from dream_lightning.readable_errors import readable_errors
 
 ROOT = Path(__file__).parents[2]
 ONE_STEP = [

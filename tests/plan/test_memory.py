@@ -8,10 +8,10 @@ import torch
 from dream_lightning.adapters import LoraParams, load_4bit
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
-from dream_lightning.optim import PagedAdamW8bit
 from dream_lightning.plan import Setting, count_parameters, make_plan
 from dream_lightning.plan.advice import changes, faster
 from dream_lightning.plan.setting import NF4
+from dream_lightning.training.optimizer import PagedAdamW8bit
 
 Q_V, ALL = LoraParams(targets=["q_proj", "v_proj"]), LoraParams(targets="all-linear")
 QLORA = Setting(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams, diffusion_generate
-from dream_lightning.sampling.choosing import candidates, token_probabilities
+from dream_lightning.sampling.token_sampling import candidates, token_probabilities
 
 RUNS = [
     f"generate.{alg}.steps{steps}.{padding}"
@@ -39,7 +39,7 @@ def test_generation_equals_the_authors(model, golden, shared, name, joint):
 
     params = SamplingParams(**run)
     if joint:  # as compiled models compute
-        model.model.lay_together()
+        model.model.fuse_weights_()
     with model.model.joined(prompt.numel()) if joint else nullcontext():
         out = diffusion_generate(model, prompt, attention_mask, params=params, return_history=True)
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dream_lightning.sampling.accepting import adaptive_counts, by_factor
-from dream_lightning.sampling.choosing import certainty
 from dream_lightning.sampling.params import SamplingParams
 from dream_lightning.sampling.rows import locate
+from dream_lightning.sampling.token_sampling import certainty
+from dream_lightning.sampling.unmasking import adaptive_counts, by_factor
 
 MASK, INF = 57, torch.inf
 ADAPTIVE = [{"threshold": 0.4}, {"factor": 1.5}, {"tokens_per_step": 3}]

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from material import save_tiny_folder
 
-from dream_lightning.data.layout import plain_ids, response_text
-from dream_lightning.data.records import read_examples
+from dream_lightning.data.prompt_format import plain_ids, response_text
+from dream_lightning.data.schemas import read_examples
 from dream_lightning.model import load_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

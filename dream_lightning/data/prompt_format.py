@@ -1,0 +1,102 @@
+"""An Example in words → the ids of its prompt and the text of its response.
+
+Two styles. `chat`: the tokenizer's chat template, then `<think>\\n…\\n</think>\\n` and the answer. `plain`, for base
+models: `Question: …\\n\\nLet's think step by step.\\n`, then the thinking and `Therefore, the final answer is: …`.
+
+Text never becomes a special token. The authors' tokenizer turns a question that contains `<|mask|>` into the mask
+token, which a masked-diffusion objective would then be asked to condition on; here `<|mask|>` in a record stays eight
+characters of text, and only the template writes special tokens. All other text gets exactly the authors' ids, and so do
+their ordinary added tokens (`<tool_call>`, `<|fim_prefix|>`), which mean nothing to the objective.
+"""
+
+import re
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from dream_lightning.batch import Example, Message
+from dream_lightning.errors import UserError
+
+Style = Literal["chat", "plain"]
+
+
+def encode_prompt(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    style: Style = "chat",
+    system_prompt: str | None = None,
+) -> list[int]:
+    """Ids of everything before the response: all that a prediction needs."""
+    if style == "plain":
+        return plain_ids(_plain_prompt(example, system_prompt), tokenizer)
+    turns = [turn for turn in example.prompt if system_prompt is None or turn["role"] != "system"]
+    if system_prompt is not None:
+        turns = [Message(role="system", content=system_prompt), *turns]
+    return _template_ids(turns, tokenizer)
+
+
+def response_text(example: Example, *, style: Style = "chat", thinking: bool = True) -> str:
+    """What the model is to write, without eos; "" for a record that has only a question."""
+    trace = example.thinking if thinking else None
+    if style == "chat":
+        return f"<think>\n{trace}\n</think>\n{example.answer}" if trace else example.answer
+    answer = final_answer(example)
+    if not trace:
+        return f"Therefore, the final answer is: {answer}" if answer else ""
+    return f"{trace} Therefore, the final answer is: {answer}"
+
+
+def _plain_prompt(example: Example, system_prompt: str | None) -> str:
+    if len([turn for turn in example.prompt if turn["role"] != "system"]) > 1:
+        raise UserError(
+            f"{example.origin} has several turns, but the plain style holds one question: use the chat style"
+        )
+    system = [turn["content"] for turn in example.prompt if turn["role"] == "system"]
+    lead = system_prompt if system_prompt is not None else "\n".join(system)
+    question = f"Question: {example.prompt[-1]['content']}\n\nLet's think step by step.\n"
+    return f"{lead}\n\n{question}" if lead else question
+
+
+def final_answer(example: Example) -> str:
+    """The short answer that the trace leads to: the last `\\boxed{…}`, a one-line reference, or the whole answer.
+
+    The box comes first because a record's gold may contradict its trace (82 against 148 in an s1K row): the text would
+    then teach that conclusions do not follow.
+    """
+    start = example.answer.rfind("\\boxed{")
+    if start >= 0:
+        start, depth = start + len("\\boxed{"), 1
+        for end in range(start, len(example.answer)):
+            depth += {"{": 1, "}": -1}.get(example.answer[end], 0)
+            if depth == 0:
+                return example.answer[start:end]
+    reference = (example.reference or "").strip()
+    return reference if reference and "\n" not in reference else example.answer
+
+
+def _template_ids(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The rendered template, with special tokens only where the template itself wrote them.
+
+    Look-alikes in the turns are broken by an unused character before rendering, so that the tokens found afterwards are
+    the template's; the text between them is encoded without the character and without special tokens.
+    """
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern = re.compile("|".join(map(re.escape, special)))
+    said = "".join(turn["content"] for turn in turns)
+    unused = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
+    guarded = [
+        {**turn, "content": pattern.sub(lambda found: found[0][0] + unused + found[0][1:], turn["content"])}
+        for turn in turns
+    ]
+    rendered = tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
+    ids, start = [], 0
+    for found in pattern.finditer(rendered):
+        ids += [*plain_ids(rendered[start : found.start()].replace(unused, ""), tokenizer), special[found[0]]]
+        start = found.end()
+    return ids + plain_ids(rendered[start:].replace(unused, ""), tokenizer)
+
+
+def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the text, in which special tokens are spelled out like any other text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -1,0 +1,98 @@
+"""Which records take part: filters, the first ones, a fraction, training against validation, overlap with a test set.
+
+Every choice is a function of the records (and a seed), not of their order or of a random state.
+"""
+
+import hashlib
+import re
+
+from dream_lightning.batch import Example
+from dream_lightning.data.sources import Row
+from dream_lightning.errors import UserError
+
+
+def keep_rows(rows: list[Row], filters: dict[str, list[str]]) -> list[Row]:
+    """Rows whose value in every named column, as text, is one of the listed ones.
+
+    Raises:
+        UserError: a row lacks the column; nothing is left.
+    """
+    for column, values in filters.items():
+        for row in rows:
+            if column not in row.values:
+                raise UserError(f"{row.origin} has no column {column!r} to filter by, it has {', '.join(row.values)}")
+        present = sorted({str(row.values[column]) for row in rows})
+        rows = [row for row in rows if str(row.values[column]) in {str(value) for value in values}]
+        if not rows:
+            raise UserError(
+                f"filters leave nothing: no row has {column} in {values}; values found: {', '.join(present[:10])}"
+            )
+    return rows
+
+
+def first(examples: list[Example], count: int) -> list[Example]:
+    """The first `count` examples, or all of a smaller set."""
+    if count < 1:
+        raise UserError(f"first_n is {count}, wanted at least 1; leave it out for all")
+    return examples[:count]
+
+
+def fraction_of(examples: list[Example], fraction: float) -> list[Example]:
+    """A fixed pseudo-random part, in the old order; a larger fraction contains every smaller one."""
+    if not 0 < fraction <= 1:
+        raise UserError(f"fraction is {fraction}, wanted more than 0 and at most 1")
+    chosen = sorted(examples, key=lambda example: _rank("fraction", example.id))
+    kept = {example.id for example in chosen[: max(1, round(fraction * len(examples)))]}
+    return [example for example in examples if example.id in kept]
+
+
+def split(
+    examples: list[Example], *, validation_fraction: float = 0.1, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples, disjoint in their questions and each in the old order.
+
+    Questions are ranked by a hash of (seed, question) and go to validation, with all their repetitions, until it holds
+    `validation_fraction` of the examples. Where no question repeats, the count is exact.
+
+    Raises:
+        UserError: one of the two sides would be empty.
+    """
+    groups: dict[str, int] = {}
+    for example in examples:
+        groups[question_key(example)] = groups.get(question_key(example), 0) + 1
+    wanted, taken, held = round(validation_fraction * len(examples)), 0, set()
+    for key in sorted(groups, key=lambda key: _rank(seed, key)):
+        if taken >= wanted:
+            break
+        held.add(key)
+        taken += groups[key]
+    training = [example for example in examples if question_key(example) not in held]
+    validation = [example for example in examples if question_key(example) in held]
+    if not training or not validation:
+        raise UserError(
+            f"{len(examples)} examples with {len(groups)} different questions and validation_fraction "
+            f"{validation_fraction} leave {len(training)} for training and {len(validation)} for validation: change "
+            "validation_fraction, or name a validation file"
+        )
+    return training, validation
+
+
+def without_overlap(examples: list[Example], other: list[Example]) -> tuple[list[Example], list[Example]]:
+    """(kept, dropped): an example is dropped if its question occurs in `other`. Of s1K, MATH-500 drops 3."""
+    known = {question_key(example) for example in other}
+    dropped = [example for example in examples if question_key(example) in known]
+    return [example for example in examples if question_key(example) not in known], dropped
+
+
+def question_key(example: Example) -> str:
+    """What makes two questions the same: words, digits and operators of the user's turns, without case and spacing.
+
+    Spacing and punctuation do not count because copies differ there: by exact text s1K has 1,000 questions and 2 of
+    MATH-500's, by this key it has 988 and 3.
+    """
+    said = "\n".join(turn["content"] for turn in example.prompt if turn["role"] == "user")
+    return " ".join(re.findall(r"[^\W_]+|[-+*/^=<>]", said.casefold())) or "".join(said.split())
+
+
+def _rank(seed: int | str, text: str) -> str:
+    return hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()

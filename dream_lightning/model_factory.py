@@ -1,0 +1,178 @@
+"""From options to a network: new or pretrained, whole or quantised, with adapters or without."""
+
+from dataclasses import fields
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit, load_float8
+from dream_lightning.errors import UserError
+from dream_lightning.kernels.recomputing import recompute_what_is_cheap
+from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.model.loading import check_weights, local_folder, weight_files
+from dream_lightning.training.sharding import read_shards
+
+Quantize = Literal["nf4", "nf4_float8", "float8"]
+_SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+# What a network is, of its DreamConfig; a checkpoint of another one is refused by name.
+_NETWORK = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "rms_norm_eps", "rope_theta", "mask_token_id", "eos_token_id"),
+)
+
+
+def check_kind(
+    pretrained: str | None, *, lora: LoraParams | None, quantize: Quantize | None, float8_products: bool
+) -> None:
+    """Refuse what makes no sense together.
+
+    Raises:
+        UserError: what was got, and what to use instead.
+    """
+    if quantize is not None and not lora:
+        raise UserError(f"quantize is {quantize}, but quantised weights do not train: set model.lora too")
+    if float8_products and lora:
+        raise UserError(
+            "float8_products is for weights that train, and beside adapters they are frozen: set model.quantize to "
+            "float8 or nf4_float8 instead"
+        )
+    if lora and lora.dora and quantize == "float8":
+        raise UserError(
+            "model.lora.dora measures the rows of the base, which a float8 base does not show: set model.quantize to "
+            "nf4 or nf4_float8, or dora to false"
+        )
+    if lora and pretrained is None:
+        raise UserError("model.lora needs model.pretrained: adapters are no use on a new random model")
+
+
+def check_network(saved: dict[str, int | float], config: DreamConfig) -> None:
+    """Refuse a checkpoint of another network than the configuration's.
+
+    Raises:
+        UserError: other sizes, constants or token ids, by name.
+    """
+    ours = config.to_dict()
+    if others := [f"{n} {saved[n]}, here {ours[n]}" for n in _NETWORK if saved[n] != ours[n]]:
+        raise UserError(
+            f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that saved "
+            "it, or start a new run without ckpt_path"
+        )
+
+
+def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamConfig:
+    """The shape of a new Dream, its vocabulary and special ids those of the tokenizer.
+
+    Args:
+        sizes: fields of `DreamConfig`; the four of `_SIZES` are needed, the others have its defaults, but there are as
+            many key/value heads as heads.
+
+    Raises:
+        UserError: a size that is missing, unknown or impossible.
+    """
+    known = {f.name for f in fields(DreamConfig)}
+    if unknown := sorted(set(sizes) - known):
+        raise UserError(f"new_model has {', '.join(unknown)}; a Dream's sizes are {', '.join(sorted(known))}")
+    if missing := sorted(_SIZES - set(sizes)):
+        raise UserError(f"new_model lacks {', '.join(missing)}: name every size, a new Dream has no default ones")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")}
+    vocab_size = -(-len(tokenizer) // 64) * 64  # whole tiles for the head's matrix product
+    heads = {"num_key_value_heads": sizes["num_attention_heads"]}
+    return DreamConfig(**{"vocab_size": vocab_size, **heads, **special, **sizes})
+
+
+def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamModel:
+    """A Dream with random weights; arguments and errors as of `new_config`."""
+    return DreamModel(new_config(sizes, tokenizer))
+
+
+def quantized_model(pretrained: str, kind: Quantize, device: torch.device) -> DreamModel:
+    """A checkpoint whose layers go into 4 or 8 bits on the device, tensor by tensor.
+
+    Raises:
+        UserError: as `DreamModel.from_pretrained`; as `load_4bit` and `load_float8`.
+    """
+    model = empty_model(pretrained)
+    files = weight_files(local_folder(pretrained))
+    if kind == "float8":
+        load_float8(model, files, device=device)
+    else:
+        load_4bit(model, files, device=device, float8_products=kind == "nf4_float8")
+    return model
+
+
+def empty_model(pretrained: str) -> DreamModel:
+    """A checkpoint's model without memory, to be divided over processes and then filled by `fill`.
+
+    Raises:
+        UserError: as `DreamModel.from_pretrained`.
+    """
+    folder = local_folder(pretrained)
+    with torch.device("meta"):
+        model = DreamModel(DreamConfig.from_pretrained(folder))
+    check_weights(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    return model
+
+
+def fill(model: DreamModel, pretrained: str, device: torch.device) -> None:
+    """Read what is still empty in a divided model, each process its own part."""
+    files = weight_files(local_folder(pretrained))
+    read_shards(model, files, device=device, official_name=lambda name: name.replace(".base_layer.", "."))
+
+
+def adapt(
+    model: DreamModel, lora: LoraParams, *, pretrained: str, seed: int, device: torch.device | None = None
+) -> dict[str, str]:
+    """Add adapters; returns the name and content hash of the base they belong to. `device` as in `add_lora`."""
+    add_lora(model, lora, generator=torch.Generator().manual_seed(seed), device=device)
+    return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
+
+
+def start_compilers(device: torch.device) -> None:
+    """Start the processes that compile kernels for a GPU, while weights are read; returns at once.
+
+    torch starts them with the first layer, and compiles one kernel after the other until they are there: 3 seconds with
+    torch in the file cache, more without.
+    """
+    if device.type == "cuda":
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
+def compile_layers(model: DreamModel) -> None:
+    """Let each decoder layer be compiled at its first call. Settings of torch change for the whole process."""
+    recompute_what_is_cheap()
+    # A graph for each combination of gradients or none, padding or none, one row or several, so that a fit with
+    # validation and answers comes near torch's limit of 8. Beyond it layers would run uncompiled, with a warning only.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 1024, 4096
+    model.model.lengths_vary = True
+    for layer in model.model.layers:
+        layer.compile()
+
+
+def checkpoint_layers(model: DreamModel, which: bool | int) -> None:
+    """Recompute layers in the backward pass, all (True) or so many of the first."""
+    # The newer name where there is one: newer versions of transformers warn about the older.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    if which is not True:
+        model.model.checkpointed_layers = which
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> None:
+    """Refuse a tokenizer that was not made for the model.
+
+    Raises:
+        UserError: it has more tokens than the model, or another mask token.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: they do not belong "
+            "together; set model.tokenizer to the checkpoint's own folder or hub id"
+        )
+    if tokenizer.mask_token_id != config.mask_token_id:
+        raise UserError(
+            f"the tokenizer's mask token is {tokenizer.mask_token_id}, the model's {config.mask_token_id}: they do not "
+            "belong together; set model.tokenizer to the checkpoint's own folder or hub id"
+        )

@@ -1,0 +1,8 @@
+"""What a run needs around the model: optimiser, checkpoints, preemption, FSDP2, and what is logged."""
+
+from dream_lightning.training.preemption import Autosave
+from dream_lightning.training.progress import ProgressBar
+from dream_lightning.training.samples import SampleLogger
+from dream_lightning.training.throughput import Throughput
+
+__all__ = ["Autosave", "ProgressBar", "SampleLogger", "Throughput"]

@@ -1,0 +1,90 @@
+"""How fast training runs and what it waits for."""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+from dream_lightning.batch import Batch
+
+
+class Throughput(L.Callback):
+    """Log the speed of training every `log_every_n_steps`, over the optimiser steps since the last time.
+
+    | scalar                    | meaning                                                                           |
+    |---------------------------|-----------------------------------------------------------------------------------|
+    | `train/tokens_per_second` | real (non-padding) tokens of all ranks over wall time                             |
+    | `train/useful_share`      | real tokens over positions: 1 is no padding                                       |
+    | `train/mfu`               | useful FLOP/s over those of a large matrix product, measured when training starts |
+    | `train/data_wait_share`   | part of wall time in which the process waited for its next batch                  |
+    | `train/peak_memory_gib`   | most GPU memory allocated by any rank since training started                      |
+
+    Wall time is all but validation. MFU needs a module with `training_flops` and `matmul_ceiling` (`DreamModule`), the
+    waiting a loader that measures it (`S1KDataModule`'s); a scalar that cannot be known is not logged. A GPU may still
+    have work queued while the process waits, so it is idle for lack of data for at most that share.
+
+    The process waits for its GPU only to log, and where a validation begins.
+    """
+
+    def __init__(self) -> None:
+        self._since, self._seconds, self._logged_at = 0.0, 0.0, 0
+        self._tokens, self._positions, self._flops, self._waited = 0, 0, 0, 0.0
+        self._ceiling = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the ceiling and start the clock."""
+        if hasattr(pl_module, "matmul_ceiling"):
+            self._ceiling = pl_module.matmul_ceiling()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self._start(trainer, flops=0)  # the module counts from 0 too
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock, once the device has done what training gave it."""
+        self._tokens = int(self._tokens)
+        self._seconds += time.perf_counter() - self._since
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count, and log when Lightning logs."""
+        self._tokens += (batch.document_ids >= 0).sum()  # a tensor: no synchronisation until it is logged
+        self._positions += batch.document_ids.numel()
+        step = trainer.global_step  # already counts this one; stands still while micro-batches accumulate
+        if trainer.log_every_n_steps and step > self._logged_at and step % trainer.log_every_n_steps == 0:
+            flops = pl_module.training_flops() if self._ceiling else 0
+            for name, value in self._scalars(trainer, pl_module, flops).items():
+                # A tensor of the host: Lightning reads what a bar shows after every micro-batch.
+                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=True)
+            self._start(trainer, flops)
+
+    def _scalars(self, trainer: L.Trainer, pl_module: L.LightningModule, flops: int) -> dict[str, float]:
+        tokens = float(self._tokens)  # first, because it waits: what was counted is done then
+        seconds = self._seconds + time.perf_counter() - self._since
+        done, waited = flops - self._flops, _waited(trainer) - self._waited
+        mine = [tokens, self._positions, done, self._ceiling * seconds, waited, seconds]
+        sums = trainer.strategy.reduce(torch.tensor(mine, device=pl_module.device), reduce_op="sum").tolist()
+        tokens, positions, done, could, waited, all_seconds = sums
+        scalars = {"tokens_per_second": tokens / seconds, "useful_share": tokens / positions}
+        if could:
+            scalars["mfu"] = done / could
+        if hasattr(trainer.train_dataloader, "waited"):
+            scalars["data_wait_share"] = waited / all_seconds
+        if pl_module.device.type == "cuda":
+            peak = torch.tensor(torch.cuda.max_memory_allocated(pl_module.device) / 2**30, device=pl_module.device)
+            scalars["peak_memory_gib"] = float(trainer.strategy.reduce(peak, reduce_op="max"))
+        return scalars
+
+    def _start(self, trainer: L.Trainer, flops: int) -> None:
+        self._tokens, self._positions = 0, 0
+        self._flops, self._waited = flops, _waited(trainer)
+        self._seconds, self._since, self._logged_at = 0.0, time.perf_counter(), trainer.global_step
+
+
+def _waited(trainer: L.Trainer) -> float:
+    return getattr(trainer.train_dataloader, "waited", 0.0)

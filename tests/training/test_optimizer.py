@@ -1,0 +1,334 @@
+"""AdamW with 8-bit moments over exact float32 master weights in bfloat16 parameters."""
+
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from material import quiet_trainer
+from torch._dynamo.testing import CompileCounter
+from torch._inductor import metrics
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dream_lightning import DreamModule, S1KDataModule
+from dream_lightning.training import optimizer as optim
+
+pytest.importorskip("bitsandbytes")
+LR, STEPS, SIZE = 2e-6, 50, 8192
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+@contextmanager
+def fake_processes(number):
+    """A mesh of so many processes, of which this is the first and the others are not there."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield init_device_mesh("cpu", (number,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def weights(size=SIZE, seed=0):
+    """bfloat16 numbers of the size that a 7B model's weights have."""
+    return (torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16()
+
+
+def train(parameter, optimizer, *, steps=STEPS, first=0, gradient_scale=1.0):
+    for i in range(first, first + steps):
+        g = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) + 0.5
+        parameter.grad = (g * gradient_scale).bfloat16().to(parameter)
+        optimizer.step()
+
+
+def float32_training(size=SIZE, make=None, **options):
+    """Another optimiser on float32 weights; bitsandbytes' own 8-bit AdamW by default."""
+    import bitsandbytes
+
+    parameter = torch.nn.Parameter(weights(size).float())
+    settings = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.01}
+    train(parameter, (make or bitsandbytes.optim.AdamW8bit)([parameter], **settings), **options)
+    return parameter.detach()
+
+
+def master(optimizer, parameter):
+    return optim.join(parameter.detach().view(-1), optimizer.state[parameter]["tail"].view(-1))
+
+
+class TestHalves:
+    """float32 as bfloat16 and a tail."""
+
+    numbers = torch.cat(
+        [
+            torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-20, 20).repeat(250),
+            torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-40, -1e-45, 1.00390625, 3.4e38, torch.inf, -torch.inf]),
+        ]
+    )
+
+    def halves(self, numbers):
+        weight, tail = torch.empty(len(numbers), dtype=torch.bfloat16), torch.empty(len(numbers), dtype=torch.int16)
+        optim.split(numbers.clone(), weight, tail)
+        return weight, tail
+
+    def test_together_they_are_the_number(self):
+        both = optim.join(*self.halves(self.numbers))
+        assert torch.equal(both.view(torch.int32), self.numbers.view(torch.int32))
+
+    def test_the_weight_is_the_nearest_bfloat16(self):
+        weight, _ = self.halves(self.numbers)
+        finite = self.numbers.isfinite() & (self.numbers.abs() < 3e38)
+        torchs = self.numbers.bfloat16()
+        error, least = (weight.double() - self.numbers.double()).abs(), (torchs.double() - self.numbers.double()).abs()
+        assert torch.equal(error[finite], least[finite])
+        assert torch.equal(weight[~finite].float(), torchs[~finite].float())
+
+    def test_a_bfloat16_number_has_the_tail_of_a_new_state(self):
+        _, tail = self.halves(weights().float())
+        assert (tail == optim._NO_TAIL).all()
+
+
+class TestMoments:
+    """8-bit codes of their nearest levels."""
+
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_every_number_gets_its_nearest_level(self, signed):
+        both = optim.PagedAdamW8bit([torch.nn.Parameter(weights())])._levels_on(torch.device("cpu"))[not signed]
+        levels = both[0]
+        assert len(levels) == 256 and (levels.diff() > 0).all() and levels[-1] == 1
+        numbers = (
+            torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) ** 3
+            * torch.tensor([1e-12, 1e3] * 4)[:, None]
+        )
+        numbers[5] = 0
+        numbers = numbers if signed else numbers.abs()
+        codes, scales = torch.empty(8, 256, dtype=torch.uint8), torch.empty(8, 1)
+        optim.encode(numbers, codes, scales, both)
+        assert torch.equal(scales[:, 0], numbers.abs().amax(-1))
+        error = (optim.decode(codes, scales, both) - numbers).abs()
+        least = (levels * scales[..., None] - numbers[..., None]).abs().amin(-1)
+        assert (error <= least + 1e-6 * scales).all()
+
+
+def test_small_updates_are_lost_by_bfloat16_alone_and_kept_here():
+    """lr 2e-6: torch's AdamW leaves bfloat16 weights where they are; ours move as float32 weights do."""
+    lost = torch.nn.Parameter(weights())
+    train(lost, torch.optim.AdamW([lost], lr=LR, betas=(0.9, 0.95), weight_decay=0.01))
+    far = weights().abs() > 2e-3  # nearer to zero bfloat16 numbers lie so close that updates do count
+    assert far.float().mean() > 0.9
+    assert torch.equal(lost[far], weights()[far])
+
+    kept = torch.nn.Parameter(weights())
+    optimizer = optim.PagedAdamW8bit([kept], lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
+    train(kept, optimizer)
+    ours = master(optimizer, kept)
+    eight_bit, exact = float32_training(), float32_training(make=torch.optim.AdamW)
+    moved = (exact - weights().float()).abs().mean()
+    assert (ours - eight_bit).abs().mean() < 0.002 * moved  # two ways to round the same arithmetic
+    assert (ours - exact).abs().mean() < 1.01 * (eight_bit - exact).abs().mean() < 0.01 * moved
+    assert (exact - weights().float())[far].mean() < -0.4 * LR * STEPS  # gradients of mean 0.5 push downwards
+    assert 0.1 < (kept != weights())[far].float().mean() < 0.9  # whose tail ran over so far
+
+
+def test_weight_decay_too_small_for_bfloat16_is_kept():
+    """Without a gradient a step multiplies by 1 − 2e-8, which not even float32 sees every time; 1 − 2e-6 it does."""
+    parameter = torch.nn.Parameter(weights())
+    optimizer = optim.PagedAdamW8bit([parameter], lr=LR, weight_decay=1.0)
+    train(parameter, optimizer, gradient_scale=0.0)
+    ratio = master(optimizer, parameter).double() / weights().double()
+    assert torch.equal(parameter[:10], weights()[:10])
+    assert ratio.nanmean().item() == pytest.approx((1 - LR) ** STEPS, abs=2e-6)
+
+
+@pytest.mark.parametrize("size", [300_001, 1000], ids=["fills no blocks", "small"])
+def test_moments_that_stay_in_float32_give_exact_adamw(size):
+    parameter = torch.nn.Parameter(weights(size))
+    optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
+    train(parameter, optimizer, steps=5)
+    assert optimizer.state[parameter]["moment1"].dtype == torch.float32
+    exact = float32_training(size, torch.optim.AdamW, steps=5)
+    rounding = 5 * 2**-23 * exact.abs() + 1e-4 * LR  # of each step: torch rounds decay and change one after the other
+    assert ((master(optimizer, parameter) - exact).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("shape", [(32, 256), (1024, 1024), (300_001,), (1000,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_compiled_update_is_the_plain_one(shape, dtype, device, monkeypatch):
+    size = torch.Size(shape).numel()
+    here, there = (torch.nn.Parameter(weights(size).view(shape).to(d, dtype)) for d in ("cpu", device))
+    plain, compiled = optim.PagedAdamW8bit([here], lr=LR), optim.PagedAdamW8bit([there], lr=LR)
+    train(here, plain, steps=5)
+    monkeypatch.setattr(optim, "adamw_update", optim._compiled_update)
+    train(there, compiled, steps=5)
+    a, b = (
+        master(o, p).cpu() if dtype == torch.bfloat16 else p.detach().cpu().view(-1)
+        for o, p in ((plain, here), (compiled, there))
+    )
+    moved = (a - weights(size).float()).abs().mean()
+    assert (a - b).abs().mean() < 0.002 * moved
+
+
+def compilations(shapes) -> int:
+    """How often the update is compiled for parameters of these shapes, in three steps."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    parameters = [torch.nn.Parameter(weights(torch.Size(s).numel()).view(s)) for s in shapes]
+    optimizer = optim.PagedAdamW8bit(optim.decay_groups(parameters))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "adamw_update", torch.compile(optim.adamw_update, dynamic=True, backend=counter))
+        for _ in range(3):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    return counter.frame_count
+
+
+def test_one_compilation_serves_all_shapes_steps_and_groups():
+    assert compilations([(512, 64), (64, 512), (640, 64), (16, 2048)]) == 1
+    assert compilations([(64,), (192,), (300_001,)]) == 1
+    assert compilations([(640, 64), (64,), (64, 64), (32,), (160, 256)]) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(1024, 1024), (300_001,)], ids=str)
+def test_on_a_gpu_an_update_is_one_kernel_and_takes_no_memory(shape):
+    torch._dynamo.reset()
+    metrics.reset()
+    parameter = torch.nn.Parameter(weights(torch.Size(shape).numel()).view(shape).cuda())
+    optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
+    train(parameter, optimizer, steps=2)
+    assert metrics.generated_kernel_count == 1
+    moment = optimizer.state[parameter]["moment1"]
+    assert (moment.data_ptr() in optimizer._pages) == optim.in_8_bits(parameter)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before < 4096
+
+
+def test_float32_parameters_are_updated_as_they_are():
+    parameter = torch.nn.Parameter(weights().float())
+    optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
+    train(parameter, optimizer)
+    halves = torch.nn.Parameter(weights())
+    other = optim.PagedAdamW8bit([halves], lr=LR)
+    train(halves, other)
+    assert torch.equal(parameter.detach(), master(other, halves))
+    assert "tail" not in optimizer.state[parameter]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(tmp_path, device):
+    def start():
+        big, small = (torch.nn.Parameter(weights(n).to(device)) for n in (204_800, 100))  # paged where there is a GPU
+        unused = torch.nn.Parameter(weights(10))
+        return big, small, optim.PagedAdamW8bit([{"params": [unused, big]}, {"params": [small]}], lr=LR)
+
+    def steps(big, small, optimizer, first):
+        for p in (big, small):
+            p.grad = None
+        for i in range(first, first + 5):
+            for p in (big, small):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)
+            optimizer.step()
+
+    big, small, optimizer = start()
+    steps(big, small, optimizer, 0)
+    torch.save({"optimizer": optimizer.state_dict(), "weights": [big, small]}, tmp_path / "five.pt")
+    steps(big, small, optimizer, 5)
+
+    saved = torch.load(tmp_path / "five.pt", weights_only=True, map_location="cpu")
+    big_again, small_again, resumed = start()
+    for p, value in zip((big_again, small_again), saved["weights"], strict=True):
+        p.data.copy_(value)
+    resumed.load_state_dict(saved["optimizer"])
+    again = resumed.state_dict()["state"]  # before a step: nothing may be lost
+    assert {i: s["step"] for i, s in again.items()} == {1: 5, 2: 5}
+    if device == "cuda":
+        assert all(o.state[p]["moment1"].data_ptr() in o._pages for o, p in ((optimizer, big), (resumed, big_again)))
+    steps(big_again, small_again, resumed, 5)
+    for p, q in ((big, big_again), (small, small_again)):
+        assert torch.equal(master(optimizer, p), master(resumed, q))
+        for name, value in optimizer.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed.state[q][name])), name
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_states_of_another_element_type_are_refused(saved):
+    """Into float32 the tails would go nowhere, into bfloat16 the lower halves would be lost in silence."""
+    other = {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[saved]
+    first, second = (torch.nn.Parameter(weights().to(dtype)) for dtype in (saved, other))
+    optimizer = optim.PagedAdamW8bit([first])
+    train(first, optimizer, steps=1)
+    with pytest.raises(ValueError, match=r"tail.*model\.dtype of the run that saved them"):
+        optim.PagedAdamW8bit([second]).load_state_dict(optimizer.state_dict())
+
+
+def module(optimizer=None):
+    return DreamModule(
+        new_model={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2},
+        tokenizer="bytes",
+        dtype="bfloat16",
+        optimizer=optimizer or (lambda groups: optim.PagedAdamW8bit(groups, lr=1e-4)),
+        lr_schedule="constant_with_warmup",
+        warmup_fraction=0.0,
+    )
+
+
+def fit(model, tmp_path, sums, steps, callbacks=(), ckpt_path=None):
+    data = S1KDataModule(
+        str(sums), tokenizer=model.tokenizer, batch_size=4, validation_questions=0, cache_dir=str(tmp_path / "cache")
+    )
+    trainer = quiet_trainer(
+        precision="bf16-mixed",
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        callbacks=list(callbacks),
+        enable_checkpointing=bool(callbacks),
+        limit_val_batches=0,
+    )
+    trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer.optimizers[0]
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(sums, tmp_path):
+    whole, resumed = module(), module()
+    saving = ModelCheckpoint(tmp_path, filename="four", every_n_train_steps=4)
+    first = fit(whole, tmp_path, sums, 10, [saving])
+    second = fit(resumed, tmp_path, sums, 10, ckpt_path=tmp_path / "four.ckpt")
+    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(master(first, p), master(second, q)), name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"lr": -1.0}, "lr is -1.0"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": 0.0}, "eps 0.0")],
+)
+def test_impossible_settings_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        optim.PagedAdamW8bit([torch.nn.Parameter(weights())], **options)
+
+
+def test_other_element_types_are_refused():
+    with pytest.raises(ValueError, match=r"float16, wanted bfloat16 or float32"):
+        optim.PagedAdamW8bit([torch.nn.Parameter(weights().half())])
+
+
+def test_divided_weights_are_refused():
+    with fake_processes(2) as mesh, pytest.raises(ValueError, match=r"divided.*torch\.optim\.AdamW"):
+        optim.PagedAdamW8bit([torch.nn.Parameter(distribute_tensor(weights(), mesh, [Shard(0)], src_data_rank=None))])
+
+
+def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        optim.PagedAdamW8bit([torch.nn.Parameter(weights())])
+
+
+def test_bfloat16_weights_with_an_optimiser_that_loses_updates_are_refused(sums, tmp_path):
+    with pytest.raises(ValueError, match=r"AdamW.*PagedAdamW8bit"):
+        fit(module(lambda groups: torch.optim.AdamW(groups, lr=1e-4)), tmp_path, sums, 1)

@@ -1,0 +1,134 @@
+"""Throughput, by a clock that the test turns."""
+
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+
+from dream_lightning import DreamModule, S1KDataModule
+from dream_lightning.data import epoch_order as order
+from dream_lightning.data.epoch_order import ResumableLoader
+from dream_lightning.model.flops import training_cost
+from dream_lightning.training import Throughput, throughput
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+class Clock(L.Callback):
+    """A second for every training batch, a thousand for every validation batch."""
+
+    def __init__(self):
+        self.now, self.padded, self.masked = 0.0, 0, 0
+
+    def perf_counter(self):
+        return self.now
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.now += 1
+        self.padded += batch.input_ids.numel()
+        self.masked += int(pl_module.noise(batch).is_masked.sum())
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.now += 1000
+
+
+class Notes(L.pytorch.loggers.logger.DummyLogger):
+    """scalar → step → value, as a logger gets them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scalars = {}
+
+    def log_metrics(self, metrics, step=None):
+        for name, value in metrics.items():
+            self.scalars.setdefault(name, {})[step] = value
+
+
+class SlowData(S1KDataModule):
+    """A quarter of a second for every batch."""
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        collate = loader.collate_fn
+
+        def slow(rows):
+            self.clock.now += 0.25
+            return collate(rows)
+
+        return ResumableLoader(loader.dataset, batch_size=4, sampler=loader.sampler, collate_fn=slow)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("validate_every", [3, 9])
+def test_real_tokens_over_training_time(sums, tmp_path, monkeypatch, accumulate, validate_every):
+    """36 documents in 9 batches an epoch, one second each; logged once an epoch, validated in the middle or after."""
+    clock, notes = Clock(), Notes()
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    module = DreamModule(new_model=SIZES, tokenizer="bytes")
+    module.matmul_ceiling = lambda: 1e6
+    data = SlowData(
+        str(sums), tokenizer=module.tokenizer, batch_size=4, validation_questions=0, cache_dir=str(tmp_path / "cache")
+    )
+    data.clock = clock
+    monkeypatch.setattr(order, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    steps = 9 // accumulate
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=notes,
+        callbacks=[clock, Throughput()],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        accumulate_grad_batches=accumulate,
+        log_every_n_steps=steps,
+        val_check_interval=validate_every,
+        max_steps=2 * steps,
+    )
+    trainer.fit(module, data)
+    tokens, seconds = int(data.train_set.lengths.sum()), 9 * 1.25
+    assert clock.now > 1000 and tokens < clock.padded / 2  # both would show
+
+    def both_epochs(value):
+        return {steps - 1: pytest.approx(value), 2 * steps - 1: pytest.approx(value)}
+
+    assert notes.scalars["train/tokens_per_second"] == both_epochs(tokens / seconds)
+    assert sum(tokens / share for share in notes.scalars["train/useful_share"].values()) == pytest.approx(clock.padded)
+    assert notes.scalars["train/data_wait_share"] == both_epochs(0.25 / 1.25)
+    lengths = data.train_set.lengths
+    flops = training_cost(module.model).of(2 * tokens, 2 * int((lengths**2).sum()), clock.masked)
+    assert module.training_flops() == flops
+    assert sum(notes.scalars["train/mfu"].values()) == pytest.approx(flops / seconds / 1e6)
+    assert {"train/mfu", "train/useful_share", "train/data_wait_share"} <= trainer.progress_bar_metrics.keys()
+    assert "train/peak_memory_gib" not in notes.scalars  # of a GPU
+
+
+def test_what_a_gpu_has_still_to_do_counts(monkeypatch):
+    """A process is ahead of its GPU: it asks for the tokens, which waits, before it looks at the clock."""
+
+    class Queued:
+        def __int__(self):
+            clock.now += 2
+            return 100
+
+        def __float__(self):
+            return float(int(self))
+
+    clock, callback = Clock(), Throughput()
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    strategy = SimpleNamespace(reduce=lambda numbers, reduce_op: numbers)
+    trainer = SimpleNamespace(strategy=strategy, train_dataloader=None, global_step=0)
+    module = SimpleNamespace(device=torch.device("cpu"))
+
+    def speed():
+        return callback._scalars(trainer, module, flops=0)["tokens_per_second"]
+
+    callback._tokens, callback._positions = Queued(), 100
+    assert speed() == 100 / 2
+    callback._start(trainer, flops=0)
+    callback._tokens, callback._positions = Queued(), 100
+    callback.on_validation_start(trainer, module)
+    clock.now += 1000
+    callback.on_validation_end(trainer, module)
+    assert speed() == 100 / 2

@@ -1,0 +1,147 @@
+"""The page's data is the history, nothing in it can break out, and it needs nothing from outside."""
+
+import io
+import json
+import re
+import runpy
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from dream_lightning import SamplingParams, diffusion_generate, load_tokenizer
+from dream_lightning.adapters import LoraParams, add_lora, base_hash
+from dream_lightning.export import export_model
+from dream_lightning.model.loading import weight_files
+from dream_lightning.model_factory import random_model
+from dream_lightning.sampling import GenerationOutput
+from dream_lightning.viewer import denoising_page, open_model
+
+TOKENIZER = load_tokenizer("bytes")
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def data_of(page):
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(found)
+
+
+def state_after(data, step):
+    return [next((i for when, i in reversed(t["changes"]) if when <= step), t["start"]) for t in data["tokens"]]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return random_model(SIZES | {"max_position_embeddings": 128}, TOKENIZER).eval()
+
+
+@pytest.mark.parametrize("options", [{"forbid_mask": True}, {"alg": "origin", "temperature": 1.0}, {}])
+def test_every_state_can_be_read_from_the_page(model, options):
+    """Also where the model predicts masks, so that a place is filled and emptied again."""
+    prompt = torch.tensor(TOKENIZER("hello")["input_ids"])
+    params = SamplingParams(max_new_tokens=20, steps=7, **options)
+    output = diffusion_generate(model, prompt[None], params=params, return_history=True)
+    data = data_of(denoising_page(output, prompt, TOKENIZER))
+    assert data["steps"] == 7
+    assert state_after(data, 0) == prompt.tolist() + [TOKENIZER.mask_token_id] * 20
+    for step in range(1, 8):
+        assert state_after(data, step) == output.history[step - 1, 0].tolist()
+    shown = [token["confidence"] for token in data["tokens"]]
+    assert shown == pytest.approx(output.confidence[0].tolist(), abs=1e-4)
+    assert [token["prompt"] for token in data["tokens"]] == [True] * 5 + [False] * 20
+
+
+def test_masks_in_the_prompt_are_places_to_fill(model):
+    prompt = torch.tensor([*TOKENIZER("a")["input_ids"], TOKENIZER.mask_token_id, *TOKENIZER("b")["input_ids"]])
+    params = SamplingParams(max_new_tokens=0, steps=1, forbid_mask=True)
+    output = diffusion_generate(model, prompt[None], params=params, return_history=True, infill=True)
+    first, second, third = data_of(denoising_page(output, prompt, TOKENIZER))["tokens"]
+    assert not first["changes"] and not third["changes"]
+    assert second["changes"] == [[1, output.sequences[0, 1].item()]]
+
+
+def test_texts_are_escaped_and_nothing_is_loaded():
+    evil = "</script><script>alert(1)</script><!--"
+    ids = torch.tensor([TOKENIZER(evil)["input_ids"]])
+    output = GenerationOutput(ids, ids[None], torch.zeros_like(ids), torch.ones(ids.shape))
+    page = denoising_page(output, ids[0], TOKENIZER, title=evil, notes={evil: evil})
+    assert page.count("<script") == page.count("</script>") == 2 and "<!--" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    data = data_of(page)
+    assert "".join(data["texts"][str(i)] for i in state_after(data, 1)) == evil
+    assert not re.search(r"https?:|\bsrc=|\bhref=|@import|url\(|\$", page.replace(json.dumps(evil), ""))
+    assert page.startswith("<!doctype html>")
+
+
+def test_bytes_of_a_shared_character_are_shown_as_bytes():
+    ids = torch.tensor([TOKENIZER("é\n")["input_ids"]])
+    output = GenerationOutput(ids, ids[None], torch.zeros_like(ids), torch.ones(ids.shape))
+    data = data_of(denoising_page(output, ids[0], TOKENIZER))
+    assert [data["texts"][str(i)] for i in ids[0].tolist()] == ["⟨C3⟩", "⟨A9⟩", "\n"]
+
+
+def test_an_output_that_cannot_be_shown_is_refused(model):
+    prompt = torch.tensor([TOKENIZER("ab")["input_ids"]] * 2)
+    params = SamplingParams(max_new_tokens=4, steps=2, forbid_mask=True)
+    with pytest.raises(ValueError, match="return_history=True"):
+        denoising_page(diffusion_generate(model, prompt[:1], params=params), prompt[0], TOKENIZER)
+    both = diffusion_generate(model, prompt, params=params, return_history=True)
+    with pytest.raises(ValueError, match="2 rows of 6"):
+        denoising_page(both, prompt[0], TOKENIZER)
+
+
+def test_the_scripts_take_a_folder_and_a_checkpoint(model, tmp_path, capsys, monkeypatch):
+    folder, checkpoint = tmp_path / "folder", tmp_path / "last.ckpt"
+    export_model(model, folder, tokenizer="bytes")
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state, "dream_config": model.config.to_dict()}, checkpoint)
+    params = SamplingParams(max_new_tokens=8, steps=4, forbid_mask=True)
+    show = runpy.run_path(str(SCRIPTS / "show_denoising.py"))["main"]
+    pages = []
+    for source, tokenizer in ((folder, None), (checkpoint, "bytes")):
+        out = tmp_path / "page.html"
+        show(str(source), "1+1=?", out=str(out), tokenizer=tokenizer, device="cpu", params=params)
+        assert "4 steps, 8 new tokens" in capsys.readouterr().out
+        pages.append(data_of(out.read_text(encoding="utf-8")))
+    assert pages[0] == pages[1]
+
+    chat = runpy.run_path(str(SCRIPTS / "chat.py"))["main"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1=?\n/quit\n"))
+    chat(str(folder), device="cpu", params=params)
+    assert " tokens in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("missing.ckpt", "does not exist: name a checkpoint"), ("there.ckpt", "not a whole checkpoint")],
+)
+def test_wrong_checkpoints_are_told(tmp_path, name, message):
+    (tmp_path / "there.ckpt").write_text("torn")
+    with pytest.raises(ValueError, match=message):
+        open_model(str(tmp_path / name), tokenizer="bytes")
+
+
+def test_a_checkpoint_of_adapters_knows_its_base(model, tmp_path):
+    """The tokenizer and the weights come from the base, the adapters are added."""
+    export_model(model, tmp_path / "base", tokenizer="bytes")
+    base = {"name": str(tmp_path / "base"), "hash": base_hash(weight_files(tmp_path / "base"))}
+    lora = LoraParams(rank=2)
+    add_lora(model, lora)
+    state = {f"model.{n}": torch.full_like(p, 0.1) for n, p in model.named_parameters() if p.requires_grad}
+    torch.save({"state_dict": state, "lora": asdict(lora), "base": base}, tmp_path / "last.ckpt")
+    network, words = open_model(str(tmp_path / "last.ckpt"), device="cpu")
+    whole, _ = open_model(str(tmp_path / "base"), device="cpu")
+    assert len(words) == len(TOKENIZER) and network.state_dict().keys() == whole.state_dict().keys()
+    assert not torch.equal(
+        network.model.layers[0].self_attn.q_proj.weight, whole.model.layers[0].self_attn.q_proj.weight
+    )
+
+
+def test_a_checkpoint_needs_its_own_tokenizer(model, tmp_path):
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state, "dream_config": model.config.to_dict()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="holds no tokenizer: set tokenizer"):
+        open_model(str(tmp_path / "last.ckpt"))

@@ -1,4 +1,4 @@
-"""Plain typed containers that the parts of the house hand to each other.
+"""Plain typed containers that the parts of the package exchange.
 
 Axis letters, used in every shape comment of the package:
 
@@ -6,7 +6,7 @@ Axis letters, used in every shape comment of the package:
     P prompt positions · N new (generated) positions · S denoising steps
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypedDict
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Message(TypedDict):
-    """One turn of a chat."""
+    """One message of a chat."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -24,19 +24,21 @@ class Message(TypedDict):
 
 @dataclass  # not frozen: for precisions such as bf16-true Lightning rebuilds every dataclass in a batch
 class Example:
-    """One record in words, whatever file it came from."""
+    """One record as text, whatever file it came from."""
 
     id: str
-    prompt: tuple[Message, ...]  # every turn before the response; the last one is the user's
+    prompt: tuple[Message, ...]  # every message before the response; the last one is the user's
     thinking: str | None  # the reasoning trace, without tags
-    answer: str  # what follows the thinking; "" where a record has only a question
+    answer: str  # what follows the thinking; "" if a record has only a question
     reference: str | None  # what a prediction is scored against
-    origin: str  # for messages to users: "train.jsonl, row 17"
+    origin: str  # for error messages: "train.jsonl, row 17"
+    task: str | None = None  # name of the task that grades the answer; None = the default task
+    record: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the raw row, for graders
 
 
 @dataclass(frozen=True)
 class Document:
-    """One example as token ids. The response ends with eos, unless `truncate_right` cut it off."""
+    """One example as token ids. The response ends with eos unless `truncate_right` removed it."""
 
     id: str
     prompt_ids: list[int]
@@ -49,17 +51,22 @@ class Document:
 
 @dataclass(frozen=True)
 class SampleKey:
-    """One turn of one sample in one epoch: the whole address of its noise."""
+    """One use of one sample in one epoch. Its noise is a function of this key and the seed."""
 
     epoch: int
-    order: int  # place in the epoch's order, the same on any number of ranks
+    order: int  # position in the epoch's order, the same on any number of ranks
     index: int  # number of the sample in the data set
-    counted: bool = True  # False for the copies that even out the last batch over the ranks
+    counted: bool = True  # False for the copies that pad the last batch to the number of ranks
 
 
 @dataclass
 class Batch:
-    """Rows of whole documents, clean. Padding has place -1, is not attended and never maskable."""
+    """Rows of whole documents without noise. Padded positions are not attended and never maskable.
+
+    A batch on a GPU keeps the CPU batch that it was copied from in `host`, so that noise is made without
+    synchronizing. `dataclasses.replace` and assigning an attribute clear `host`. To change a batch after the transfer,
+    use one of these; an in-place write into a tensor of it, such as `batch.maskable[:, :5] = False`, is not detected.
+    """
 
     input_ids: Tensor  # [B, L] int64, x_0
     maskable: Tensor  # [B, L] bool, the response positions
@@ -68,80 +75,77 @@ class Batch:
     sample_ids: Tensor  # [B, L] int64, SampleKey.index
     epochs: Tensor  # [B, L] int64, SampleKey.epoch
     extra_weight: Tensor  # [B, L] float32, Document.response_weight, 1.0 elsewhere
-    padded: bool = False  # some position is padding; said here because asking a tensor would make the GPU wait
-    # see DocumentBounds, stays on the host; None = one document a row, and no padding on the right
-    document_bounds: Tensor | None = None
+    padded: bool = False  # some position is padding; a flag, because reading a tensor synchronizes with the GPU
+    document_bounds: Tensor | None = None  # DocumentBounds.starts, on the CPU; None = one document a row, not padded
+    host: "Batch | None" = field(default=None, init=False, repr=False, compare=False)  # init=False: replace clears it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "host":
+            super().__setattr__("host", None)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Lightning moves a batch to its device through this; nobody waits for a GPU."""
+        """The batch on a device, by asynchronous copies. Lightning calls this."""
         device = torch.device(device)
-        with torch.inference_mode(False):  # tensors made in it do not count their changes
-            moved = {n: send(x, device) for n, x in self._tensors().items() if n != "document_bounds"}
+        moved = {name: send(x, device) for name, x in self.tensors().items() if name != "document_bounds"}
         batch = replace(self, **moved)
         if self.input_ids.is_cpu and not batch.input_ids.is_cpu:
-            batch._origin = self, {name: (x, x._version) for name, x in moved.items()}
+            batch.host = self
         return batch
 
     @property
     def on_host(self) -> "Batch":
-        """The same rows on the host where they came from there; these, if a tensor was exchanged or changed since."""
-        origin, moved = getattr(self, "_origin", (self, {}))
-        same = all(getattr(self, name) is x and x._version == version for name, (x, version) in moved.items())
-        return origin if same else self
+        """The same rows on the CPU if they were copied from there, else this batch."""
+        return self if self.host is None else self.host
 
-    def __getstate__(self) -> dict[str, Any]:
-        """From a worker to the trainer numbers go through a pipe: torch would share a file for each tensor."""
-        return {n: x.numpy() if isinstance(x, Tensor) and _as_array(x) else x for n, x in vars(self).items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """The other end."""
-        vars(self).update({n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in state.items()})
-
-    def pin_memory(self) -> "Batch":
-        """A DataLoader with `pin_memory` asks for this."""
-        return replace(self, **{name: x.pin_memory() for name, x in self._tensors().items()})
-
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that hold a tensor."""
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
     def twice(self) -> "Batch":
-        """The rows, and the same rows again below them: [2B, L]."""
-        doubled = {name: torch.cat([x, x]) for name, x in self._tensors().items()}
-        if self.document_bounds is not None:
-            doubled["document_bounds"] = torch.cat(
-                [self.document_bounds, self.document_bounds[1:] + self.input_ids.numel()]
-            )
+        """The rows, followed by the same rows: [2B, L]."""
+        doubled = {name: torch.cat([x, x]) for name, x in self.tensors().items()}
+        if (starts := self.document_bounds) is not None:
+            doubled["document_bounds"] = torch.cat([starts, starts[1:] + self.input_ids.numel()])
         return replace(self, **doubled)
 
+    def pin_memory(self) -> "Batch":
+        """A DataLoader with `pin_memory` calls this."""
+        return replace(self, **{name: x.pin_memory() for name, x in self.tensors().items()})
 
-def _as_array(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype != torch.bfloat16
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles CPU tensors as arrays: a worker would open a shared file for each tensor, 2 ms a batch."""
+        arrays = {n: x.numpy() for n, x in self.tensors().items() if x.is_cpu and x.dtype != torch.bfloat16}
+        return vars(self) | arrays
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in state.items()})
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor there. On its way from the host to a GPU nobody waits for it, which takes pinned memory.
+    """The tensor on a device. From the CPU to a GPU the copy is asynchronous, from pinned memory.
 
-    torch lets go of pinned memory only once the copy is made, whoever drops the tensor.
+    The caching host allocator reuses pinned memory only after the copy, so the caller may drop the tensor at once.
     """
-    goes_up = x.is_cpu and device.type == "cuda"
-    return (x.pin_memory() if goes_up else x).to(device, non_blocking=goes_up)
+    to_gpu = x.is_cpu and device.type == "cuda"
+    return (x.pin_memory() if to_gpu else x).to(device, non_blocking=to_gpu)
 
 
 @dataclass
 class DocumentBounds:
-    """Rows of several documents, for attention that stays inside each; padding at a row's end is one more document.
+    """An attention mask for rows of several documents: each attends to itself. Padding at a row's end is one document.
 
-    Stands where an attention mask may stand. Some kernels take it as it is; elsewhere it becomes a mask.
+    Accepted wherever an attention mask is. Varlen kernels use it directly; elsewhere it becomes a boolean mask.
     """
 
-    # [C+1] int32, where documents begin in all rows laid end to end, then B·L; the last may repeat. On the host,
-    # until a layer's kernel wants them on its device (`model.documents.for_kernel`).
+    # [C+1] int32, where documents begin in the concatenation of all rows, then B·L; the last may repeat. On the CPU,
+    # unless a kernel needs them on its device (`kernels.packed_attention`).
     starts: Tensor
 
     def to_mask(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Bool [B, 1, L, L], True = may attend."""
-        place = torch.arange(batch * length, device=device)
-        document = torch.bucketize(place, send(self.starts, device), right=True).view(batch, length)
+        position = torch.arange(batch * length, device=device)
+        document = torch.bucketize(position, send(self.starts, device), right=True).view(batch, length)
         return (document[:, :, None] == document[:, None, :])[:, None]
 
 
@@ -155,11 +159,11 @@ class NoisedBatch:
 
     @cached_property
     def where(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns [M] of what is masked. Counting them makes the process wait for a GPU, see `to`."""
+        """Rows and columns [M] of the masked positions. Computing them synchronizes with the GPU, see `to`."""
         return self.is_masked.nonzero(as_tuple=True)
 
     def to(self, device: torch.device) -> "NoisedBatch":
-        """The same there. From the host to a GPU nobody waits, and what is masked is counted already."""
+        """The noise on a device, by asynchronous copies, `where` included."""
         if self.x_t.device == device:
             return self
         x_t, is_masked, t, *where = (send(x, device) for x in (self.x_t, self.is_masked, self.t, *self.where))
@@ -175,27 +179,25 @@ class PromptBatch:
     input_ids: Tensor  # [B, P] int64
     attention_mask: Tensor  # [B, P] bool, False = padding
     sample_ids: Tensor  # [B] int64, keys of the sampling noise
-    counted: Tensor  # [B] bool, False for rows that only keep the ranks in step
+    counted: Tensor  # [B] bool, False for the copies that pad the last batch to the number of ranks
     examples: list[Example]
 
     def to(self, *args: Any, **kwargs: Any) -> "PromptBatch":
-        """Lightning moves a batch to its device through this."""
-        moved = {
-            n: getattr(self, n).to(*args, **kwargs) for n in ("input_ids", "attention_mask", "sample_ids", "counted")
-        }
-        return replace(self, **moved)
+        """The prompts on a device. Lightning calls this."""
+        names = ("input_ids", "attention_mask", "sample_ids", "counted")
+        return replace(self, **{name: getattr(self, name).to(*args, **kwargs) for name in names})
 
 
 @dataclass
 class LossTerms:
-    """A loss before its one division: `sum / count`, both summed over an optimiser step first."""
+    """A loss before its one division: `sum / count`, both summed over an optimizer step first."""
 
     sum: Tensor  # [] float32
     count: Tensor  # [] float32
 
     @property
     def mean(self) -> Tensor:
-        """The loss of what was summed, 0 where nothing counted."""
+        """The mean loss, 0 if the count is 0."""
         return self.sum / torch.clamp(self.count, min=1)
 
 
@@ -205,15 +207,15 @@ class Prediction:
 
     id: str
     prompt: str
-    prediction: str  # the whole response, thinking included, cut at the first eos
+    prediction: str  # the whole response, thinking included, up to the first eos
     thinking: str | None
     answer: str | None  # what was extracted; None = unparsed
     reference: str | None
     correct: bool | None  # None without a reference
     tokens: int  # of the response, without eos
     seconds: float  # of the batch, divided by its rows
-    forwards: int = 0  # of the model, those that filled something in this response
-    filled: int = 0  # positions that they filled, eos included
+    forwards: int = 0  # model forwards that unmasked at least one token of this response
+    filled: int = 0  # positions that were unmasked, eos included
 
 
 @dataclass
@@ -226,5 +228,5 @@ class Answers:
     prompt_length: int = 0  # P
 
     def to(self, *args: Any, **kwargs: Any) -> "Answers":
-        """Lightning moves what predict returns to the CPU through this."""
+        """Lightning moves what predict returns to the CPU with this."""
         return self if self.history is None else replace(self, history=self.history.to(*args, **kwargs))

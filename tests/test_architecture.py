@@ -62,8 +62,6 @@ KNOWN: set[str] = {
     "adapters/quantization.py imports bitsandbytes",
     "answer_file.py imports dream_lightning.errors",
     "answering.py imports dream_lightning.model",
-    "batch.py uses batch._origin",
-    "batch.py uses x._version",
     "cli.py imports dream_lightning.plan.config",
     "cli.py imports dream_lightning.plan.report",
     "cli.py imports dream_lightning.readable_errors",

@@ -10,7 +10,7 @@ from dream_lightning.batch import Answers, Prediction, PromptBatch
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams, diffusion_generate
-from dream_lightning.tasks import grade
+from dream_lightning.tasks import grade_response
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def answer_questions(
         if tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(tokenizer.eos_token_id)]
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        graded = grade(text, example.reference)
+        graded = grade_response(text, example)
         predictions.append(
             Prediction(
                 id=example.id,

@@ -1,19 +1,37 @@
-"""Scoring of generated answers: strings in, verdicts and counts out."""
+"""Grading of generated answers. Importing this package registers math, countdown, sudoku, choice and exact."""
 
-from dream_lightning.tasks.math import extract_answer, is_equivalent, reference_answer, split_thinking
-from dream_lightning.tasks.metrics import AnswerAccuracy, Grade, MeanLoss, TokensPerForward, grade
-from dream_lightning.tasks.puzzles import countdown_correct, sudoku_correct
+from dream_lightning.tasks.choice import CHOICE
+from dream_lightning.tasks.countdown import COUNTDOWN
+from dream_lightning.tasks.exact import EXACT
+from dream_lightning.tasks.math import MATH
+from dream_lightning.tasks.metrics import AnswerAccuracy, MeanLoss, TokensPerForward
+from dream_lightning.tasks.registry import (
+    Grade,
+    Task,
+    get_task,
+    grade_response,
+    import_task,
+    register,
+    split_thinking,
+    with_task_prompt,
+)
+from dream_lightning.tasks.sudoku import SUDOKU
 
 __all__ = [
+    "CHOICE",
+    "COUNTDOWN",
+    "EXACT",
+    "MATH",
+    "SUDOKU",
     "AnswerAccuracy",
     "Grade",
     "MeanLoss",
+    "Task",
     "TokensPerForward",
-    "countdown_correct",
-    "extract_answer",
-    "grade",
-    "is_equivalent",
-    "reference_answer",
+    "get_task",
+    "grade_response",
+    "import_task",
+    "register",
     "split_thinking",
-    "sudoku_correct",
+    "with_task_prompt",
 ]

@@ -1,30 +1,19 @@
-"""From a response to its answer, and from two answers to "the same or not".
+"""Mathematics: the answer that a response states, and whether two answers mean the same.
 
-`is_equivalent` decides most pairs by text and exact fractions. The rest goes to Math-Verify in a helper process:
-Math-Verify's own limit is `signal.alarm`, which fails outside the main thread, takes SIGALRM from the trainer, and
-cannot interrupt one long C call such as 9**9**9**9. A process can be killed, in any thread. The helper is this very
-file run as a script (standard library and Math-Verify only: 0.6 s to start, 60 MB), started on first use.
+`is_equivalent` decides most pairs by text and exact fractions; the others go to Math-Verify (`tasks.symbolic`).
 """
 
-import atexit
-import importlib.util
-import json
 import logging
-import os
 import re
-import select
-import signal
-import subprocess
-import sys
-import threading
 from fractions import Fraction
-from functools import lru_cache
+
+from dream_lightning.batch import Example
+from dream_lightning.tasks.registry import Task, register
+from dream_lightning.tasks.symbolic import checker
 
 logger = logging.getLogger(__name__)
 
 MAX_SYMBOLIC_CHARS = 400  # the longest of the 500 MATH-500 answers has 53
-CHECK_SECONDS = 5.0  # of the processor's time, so that no verdict hangs on what else runs; a usual check takes 5-50 ms
-WAIT_SECONDS = 120.0  # of the clock, for a check on a busy machine or importing sympy from a cold network disk
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 LAST_NUMBER = re.compile(
@@ -51,32 +40,17 @@ THOUSANDS = re.compile(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])")
 TRUTH = {"yes": "true", "no": "false"}
 
 
-def split_thinking(text: str) -> tuple[str | None, str]:
-    """Splits "<think>…</think>…" into (thinking, rest), both stripped; without tags: (None, text unchanged).
-
-    The last `</think>` divides; its opening tag may be missing. A `<think>` left open means that the model never
-    finished: everything is thinking and the rest is "".
-    """
-    head, closing, rest = text.rpartition("</think>")
-    if "<think>" in rest:
-        return text.replace("<think>", "").strip(), ""
-    if not closing:
-        return None, text
-    return head.replace("<think>", "").strip(), rest.strip()
-
-
 def extract_answer(text: str) -> str | None:
-    r"""The answer that a response states, or None where it states none ("unparsed").
+    r"""The answer in a text (a response without its thinking), or None ("unparsed").
 
-    Only what follows the thinking is read (nothing, if `<think>` stays open). In this order, the last one of a kind:
+    In this order, the last one of a kind:
 
     1. `\boxed{…}` or `\fbox{…}` with balanced braces, or `\boxed 5`; any content. A box cut off midway is skipped.
     2. The text up to the end of the sentence or line after "(the) final answer is", "the answer is", "Answer:" at the
        start of a line, or GSM8K's "####"; at most 100 characters, any content (letters, crossword words).
     3. The last number: sign, thousands separators, decimals, 3/4, \frac{3}{4}, percent.
     """
-    _, text = split_thinking(text)
-    stated = _stated_answer(text)
+    stated = stated_answer(text)
     if stated is not None:
         return stated
     numbers = LAST_NUMBER.findall(text.replace("−", "-"))
@@ -86,11 +60,11 @@ def extract_answer(text: str) -> str | None:
 def reference_answer(solution: str) -> str | None:
     """What a data set's solution field can be scored against, or None.
 
-    A plain answer stays as it is (one line, up to 200 characters and 8 words). A worked solution counts only through
-    rules 1 and 2 of `extract_answer`, never through its last number; a proof gives None. Idempotent on plain answers.
+    A plain answer (one line, up to 200 characters and 8 words) is returned unmodified. In a worked solution only rules
+    1 and 2 of `extract_answer` apply, never its last number; a proof gives None. Idempotent on plain answers.
     """
     solution = solution.strip()
-    stated = _stated_answer(solution)
+    stated = stated_answer(solution)
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", solution)
     if stated is None:
         return solution if solution and "\n" not in solution and len(solution) <= 200 and len(words) <= 8 else None
@@ -100,19 +74,18 @@ def reference_answer(solution: str) -> str | None:
     return stated if re.search(r"(?<![\\A-Za-z])[A-Za-z]", left) else right.strip()
 
 
-@lru_cache(maxsize=4096)  # the metric and the predictions file ask about the same pairs
 def is_equivalent(prediction: str, reference: str) -> bool:
     """Whether two extracted answers mean the same. Not symmetric: Math-Verify follows the form of the reference.
 
     1. The same text, after LaTeX spacing and dollar signs; words without case and punctuation; choices "(C)" = "C",
        "A, B" = "AB"; yes = true, no = false.
     2. Two rational numbers: exactly, without thousands separators, currency and units; 50 % is 50 or 0.5. A decimal of
-       at least 6 significant digits may also be the other one rounded. Nothing else is asked.
-    3. Math-Verify (`verify(gold, target)`). Over 400 characters, or undecided after 5 seconds of computing: False, with
+       at least 6 significant digits may also be the other one rounded. Step 3 is skipped.
+    3. Math-Verify (`verify(gold, target)`). Over 400 characters, or undecided after 5 seconds of CPU time: False, with
        a warning.
 
     Raises:
-        ImportError: step 3 is reached and math-verify is not installed.
+        UserError: step 3 is reached and math-verify is not installed.
     """
     ours, gold = _clean(prediction), _clean(reference)
     if not ours or not gold:
@@ -128,10 +101,16 @@ def is_equivalent(prediction: str, reference: str) -> bool:
     if max(len(ours), len(gold)) > MAX_SYMBOLIC_CHARS:
         logger.warning("an answer of %d characters is not compared symbolically", max(len(ours), len(gold)))
         return False
-    return _checker.equal(gold, ours)
+    return checker.equal(gold, ours)
 
 
-def _stated_answer(text: str) -> str | None:
+def reference(example: Example) -> str | None:
+    """What the reference column, an answer or a worked solution, can be scored against."""
+    return None if example.reference is None else reference_answer(example.reference)
+
+
+def stated_answer(text: str) -> str | None:
+    """The last box, else the last "the answer is …", by rules 1 and 2 of `extract_answer`; None if there is none."""
     for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<bare>[^\s{}$\\.,]+))", text))):
         content = box["bare"] or _balanced(text, box.end())
         if content is not None and content.strip():
@@ -155,7 +134,7 @@ def _balanced(text: str, start: int) -> str | None:
 
 
 def _clean(answer: str) -> str:
-    """Without dollar signs and LaTeX spacing; spaces stay only between words and between digits ("1 1/2")."""
+    """Removes dollar signs and LaTeX spacing; keeps spaces only between words and between digits ("1 1/2")."""
     answer = answer.strip().strip("*`").replace("−", "-").replace("\\$", "").replace("$", "").replace("\\%", "%")
     answer = re.sub(r"\\!\s*", "", answer)
     answer = re.sub(r"(?<!\\)\\[()\[\],;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|~", " ", answer)
@@ -207,71 +186,4 @@ def _same_number(ours: str, ours_value: Fraction, gold: str, gold_value: Fractio
     return False
 
 
-class _SymbolicChecker:
-    """The helper process: one line of JSON in, one line "1" or "0" out. Out of time it ends, and is started again."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # a forked data worker must not talk into its parent's pipe
-        self._lock = threading.Lock()
-
-    def equal(self, gold: str, target: str) -> bool:
-        with self._lock:
-            process = self._running()
-            process.stdin.write(json.dumps([CHECK_SECONDS, gold, target]).encode() + b"\n")
-            in_time = select.select([process.stdout], [], [], WAIT_SECONDS)[0]
-            reply = process.stdout.readline() if in_time else b""
-            if not reply:  # out of time, or out of memory and gone
-                self.stop()
-                logger.warning(
-                    "no verdict after computing %g s, counted as different: %.80r %.80r", CHECK_SECONDS, target, gold
-                )
-            return reply == b"1\n"
-
-    def _running(self) -> "subprocess.Popen[bytes]":
-        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
-            return self._process
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("comparing mathematical answers needs math-verify: pip install 'math-verify>=0.9'")
-        command = [sys.executable, "-P", os.path.abspath(__file__)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        self._process, self._owner = process, os.getpid()
-        if not select.select([process.stdout], [], [], WAIT_SECONDS)[0] or process.stdout.readline() != b"ready\n":
-            self.stop()
-            raise RuntimeError(f"Math-Verify did not start in {command}: see its error above")
-        return process
-
-    def stop(self) -> None:
-        if self._process is not None and self._owner == os.getpid():
-            self._process.kill()
-            self._process.communicate()
-        self._process = None
-
-
-_checker = _SymbolicChecker()
-atexit.register(_checker.stop)
-
-
-def _serve() -> None:
-    import resource
-
-    from math_verify import parse, verify
-
-    logging.disable()
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    sys.stdout = sys.stderr  # whatever sympy prints is not a reply
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # 10^(10^10) asks for 4 GB
-    parse(r"$\frac{1}{2}$", parsing_timeout=None)  # builds the grammar's tables
-    replies.write(b"ready\n")
-    for line in sys.stdin:
-        seconds, *texts = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process, also in the middle of a long C call
-        gold, target = (parse(f"${text}$", parsing_timeout=None) for text in texts)
-        reply = b"1\n" if verify(gold, target, timeout_seconds=None) else b"0\n"
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write(reply)
-
-
-if __name__ == "__main__":
-    _serve()
+MATH = register(Task("math", extract_answer, is_equivalent, reference))

@@ -1,7 +1,6 @@
-"""Graded responses, one by one and counted over an epoch and its ranks."""
+"""Metrics over an epoch and its ranks. States are sums, divided once, so that uneven batches weigh correctly."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,37 +8,11 @@ from torchmetrics import Metric
 
 from dream_lightning.batch import LossTerms, Prediction
 from dream_lightning.errors import UserError
-from dream_lightning.tasks.math import extract_answer, is_equivalent, reference_answer, split_thinking
-
-
-@dataclass(frozen=True)
-class Grade:
-    """One graded response, as it stands in the predictions file."""
-
-    thinking: str | None  # None = no thinking tags
-    answer: str | None  # None = no answer found
-    correct: bool | None  # None = not scored: the record has nothing to compare with
-
-
-def grade(prediction: str, reference: str | None) -> Grade:
-    """Grades a whole response against a record's reference or solution field (`reference_answer` reads either).
-
-    `correct` is None where `reference` is None or a worked solution that states no answer, and False where the
-    response states none.
-    """
-    thinking, _ = split_thinking(prediction)
-    answer = extract_answer(prediction)
-    target = None if reference is None else reference_answer(reference)
-    if target is None:
-        return Grade(thinking, answer, None)
-    return Grade(thinking, answer, answer is not None and is_equivalent(answer, target))
+from dream_lightning.tasks.registry import Grade
 
 
 class AnswerAccuracy(Metric):
-    """Share of right answers. States are counts summed over ranks, so uneven ranks and batches weigh rightly.
-
-    An answer that could not be parsed counts as not right in `accuracy`; `unparsed` shows how many there are.
-    """
+    """Share of right answers. A response without an answer counts as wrong in `accuracy`, and also in `unparsed`."""
 
     full_state_update = False
     higher_is_better = True
@@ -57,8 +30,8 @@ class AnswerAccuracy(Metric):
     def update(self, graded: Sequence[Grade | Prediction], counted: Sequence[bool] | Tensor | None = None) -> None:
         """Adds B graded responses.
 
-        Rows that are not scored (`correct` None) and rows with `counted` False, the copies that keep ranks in step
-        ([B] bool), are left out of every count.
+        Rows that are not scored (`correct` None), and rows with `counted` ([B] bool) False, the copies that give every
+        rank the same number of forwards, are left out of every count.
 
         Raises:
             UserError: the two have different lengths.
@@ -78,8 +51,8 @@ class AnswerAccuracy(Metric):
     def compute(self) -> dict[str, Tensor]:
         """{"accuracy", "unparsed": shares in [0, 1]; "scored": number of rows}, each [] float32.
 
-        With nothing scored all three are 0. NaN would make a checkpoint monitor's comparisons meaningless and an error
-        would end a training run over a validation set of proofs; 0 never wins a monitor, and `scored` 0 says why.
+        All three are 0 if nothing was scored: a NaN breaks the comparisons of a checkpoint monitor, and an error would
+        end a training run whose validation set holds only proofs.
         """
         rows = self.total.clamp(min=1)
         return {
@@ -90,10 +63,9 @@ class AnswerAccuracy(Metric):
 
 
 class MeanLoss(Metric):
-    """Sums and counts of losses over an epoch and its ranks, divided once.
+    """Mean of the losses over an epoch and its ranks.
 
-    A loss that is not finite stays so: torchmetrics' MeanMetric leaves NaN out, and half a diverged validation would
-    look well.
+    A loss that is not finite makes the mean not finite. torchmetrics' MeanMetric drops NaN, which hides a divergence.
     """
 
     full_state_update = False
@@ -114,12 +86,12 @@ class MeanLoss(Metric):
         self.count += terms.count
 
     def compute(self) -> Tensor:
-        """[] float32, 0 where nothing counted."""
+        """[] float32, 0 if nothing counted."""
         return LossTerms(self.sum, self.count).mean
 
 
 class TokensPerForward(Metric):
-    """Positions filled in a forward of the model, the speed of parallel decoding; summed over ranks before dividing."""
+    """Positions filled per forward of the model: the speed of parallel decoding."""
 
     full_state_update = False
     higher_is_better = True
@@ -134,7 +106,7 @@ class TokensPerForward(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, filled: Sequence[int], forwards: Sequence[int], counted: Sequence[bool]) -> None:
-        """Adds B responses: positions filled in each, and in how many forwards; rows with `counted` False are left out.
+        """Adds B responses: positions filled and number of forwards of each. Rows with `counted` False are left out.
 
         Raises:
             UserError: the three have different lengths.

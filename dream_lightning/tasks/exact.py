@@ -1,0 +1,17 @@
+"""Exact match: the answer is the text of the reference, except for white space."""
+
+from dream_lightning.tasks.math import stated_answer
+from dream_lightning.tasks.registry import Task, register
+
+
+def extract(response: str) -> str | None:
+    """The stated answer (a box, "the answer is …"), else the whole response."""
+    return stated_answer(response) or response.strip() or None
+
+
+def grade(answer: str, reference: str) -> bool:
+    """Whether the texts are equal after white space is collapsed. Case counts."""
+    return answer.split() == reference.split()
+
+
+EXACT = register(Task("exact", extract, grade))

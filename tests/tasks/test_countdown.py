@@ -1,0 +1,92 @@
+import itertools
+import json
+
+import pytest
+from test_registry import example
+
+from dream_lightning.errors import UserError
+from dream_lightning.tasks import COUNTDOWN, grade_response
+from dream_lightning.tasks.countdown import countdown_correct
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["30+93-100", "30 + 93 - 100 = 23", "(30 − (100 - 93))", "-100+93+30", r"30 \times 93 / 93 - 7", "$93-(100-30)$"],
+)
+def test_countdown_right(expression):
+    numbers = [30, 93, 93, 7] if "times" in expression else [30, 100, 93]
+    assert countdown_correct(expression, numbers, 23)
+
+
+def test_countdown_is_exact_in_fractions():
+    assert countdown_correct("8/(3-8/3)", [8, 3, 8, 3], 24)
+    assert not countdown_correct("8/3", [8, 3], 2)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "", "23", "30+93", "30+93-100+0", "30+30+93-100-30", "30+93-100=24", "30+93-100=23=23", "30*93-100",
+        "100/(30-30)+93",
+        "9**9**9**9", "30//1", "30+93-100 if 1 else 0", "__import__('os')", "(lambda: 23)()", "30.0+93-100",
+        "0x1e+93-100",
+        "030+93-100", "30+93-100)", "(" * 150, "-" * 190 + "1", "1+" * 5000 + "1", "9" * 5000, "30(93)", "30,93",
+        "\x00", "[30]",
+    ],
+)  # fmt: skip
+def test_countdown_wrong_or_hostile(expression):
+    assert countdown_correct(expression, [30, 100, 93], 23) is False
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"First 30+93=123. \boxed{30+93-100}", "30+93-100"),
+        ("The answer is 30 + 93 - 100 = 23.", "30 + 93 - 100 = 23"),
+        ("30+1 <answer> 30+93-100 </answer> since 93-100 = -7", "30+93-100"),
+        ("30+93=123, 123-100=23, so (30 + 93) - 100 = 23", "(30 + 93) - 100 = 23"),
+        ("so 30 × 93 ÷ 93 − 7", "30 * 93 / 93 - 7"),
+        ("I get 23", None),
+        ("", None),
+    ],
+)
+def test_extract(response, answer):
+    assert COUNTDOWN.extract(response) == answer
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"input": "30,100,93", "output": "23"},
+        {"nums": [30, 100, 93], "target": 23},
+        {"Numbers": "[30 100 93]", "Target": "23"},
+    ],
+)
+def test_columns_in_use(record):
+    assert COUNTDOWN.reference(example("30,100,93", **record)) == ([30, 100, 93], 23)
+
+
+@pytest.mark.parametrize("record", [{}, {"nums": [30, 1.5], "target": 23}, {"nums": [30, 100], "target": "much"}])
+def test_a_malformed_record_is_an_error(record):
+    with pytest.raises(UserError, match=r"^rows.jsonl, row 1 has the numbers"):
+        COUNTDOWN.reference(example("Make it.", **record))
+
+
+def test_a_record_of_numbers_is_asked_in_words():
+    asked = COUNTDOWN.prompt(example("30,100,93", input="30,100,93", output="23"))
+    assert "30, 100, 93" in asked and "to make 23." in asked
+    assert COUNTDOWN.prompt(example("Make 23.", nums=[30, 100, 93], target=23)) == "Make 23."
+
+
+def test_real_rows_have_a_solution_that_is_accepted(shared):
+    lines = shared("data/countdown/countdown_cd3_test.jsonl").read_text().splitlines()[:60]
+    for row in map(json.loads, lines):
+        asked = example(row["input"], task="countdown", **row)
+        candidates = (
+            form.format(a, x, b, y, c)
+            for a, b, c in itertools.permutations(row["input"].split(","))
+            for x, y in itertools.product("+-*/", repeat=2)
+            for form in ("({}{}{}){}{}", "{}{}({}{}{})")
+        )
+        assert any(grade_response(rf"\boxed{{{candidate}}}", asked).correct for candidate in candidates)
+        assert not grade_response(row["output"], asked).correct

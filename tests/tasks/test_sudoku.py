@@ -1,0 +1,68 @@
+import csv
+
+import pytest
+from test_registry import example
+
+from dream_lightning.errors import UserError
+from dream_lightning.tasks import SUDOKU, grade_response
+from dream_lightning.tasks.sudoku import sudoku_correct
+
+PUZZLE, GRID = "3102200002100320", "3142243142131324"
+ROWS = "3142\n2431\n4213\n1324"
+
+
+@pytest.mark.parametrize("grid", [GRID, ROWS, "[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]", "31|42 24|31 42|13 13|24"])
+def test_sudoku_right(grid):
+    assert sudoku_correct(grid, PUZZLE)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        "", PUZZLE, GRID[:-1], GRID + "1", "4132" + GRID[4:], "x" + GRID, "1234" * 4, "1234341221434321",
+        "９" * 16, "9" * 100_000,
+    ],
+)  # fmt: skip
+def test_sudoku_wrong(grid):
+    assert not sudoku_correct(grid, PUZZLE)
+
+
+def test_sudoku_boxes_matter():
+    latin = "1234234134124123"  # rows and columns are right, boxes are wrong
+    assert not sudoku_correct(latin, "0" * 16)
+
+
+@pytest.mark.parametrize("puzzle", ["", "123", "5" * 16, "x" * 16])
+def test_a_malformed_puzzle_is_an_error(puzzle):
+    with pytest.raises(UserError, match="a puzzle is 16 digits"):
+        sudoku_correct(GRID, puzzle)
+    with pytest.raises(UserError, match=r"^rows.jsonl, row 1: a puzzle is 16 digits"):
+        SUDOKU.reference(example(puzzle, Puzzle=puzzle))
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (rf"\boxed{{{GRID}}}", GRID),
+        (rf"The first row is 3142. \boxed{{{ROWS}}}", GRID),
+        (f"<answer>\n{ROWS}\n</answer>", GRID),
+        (f"{PUZZLE} is solved by\n{ROWS}\nin 12 steps.", GRID),
+        (GRID[:-1], None),
+        ("", None),
+    ],
+)
+def test_extract(response, answer):
+    assert SUDOKU.extract(response) == answer
+
+
+def test_real_rows_are_asked_in_words_and_graded(shared):
+    with shared("data/sudoku/4x4_test_sudoku.csv").open() as file:
+        data = list(csv.DictReader(file))
+    assert len(data) == 500
+    for row, other in zip(data, data[1:] + data[:1], strict=True):
+        asked = example(row["Puzzle"], reference=row["Solution"], task="sudoku", **row)
+        assert grade_response(rf"\boxed{{{row['Solution']}}}", asked).correct
+        assert not grade_response(row["Puzzle"], asked).correct
+        assert grade_response(other["Solution"], asked).correct == (other["Solution"] == row["Solution"])
+    assert "4 × 4 sudoku" in SUDOKU.prompt(asked) and row["Puzzle"][:4] + "\n" in SUDOKU.prompt(asked)
+    assert SUDOKU.prompt(example("Solve it.", puzzle=PUZZLE)) == "Solve it."

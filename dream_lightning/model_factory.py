@@ -1,14 +1,16 @@
-"""From options to a network: new or pretrained, whole or quantised, with adapters or without."""
+"""From options to a network: new or pretrained, quantized or not, with adapters or without, and how it computes."""
 
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit, load_float8
 from dream_lightning.errors import UserError
-from dream_lightning.kernels.recomputing import recompute_what_is_cheap
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
 from dream_lightning.training.sharding import read_shards
@@ -128,10 +130,24 @@ def adapt(
     return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
 
 
-def start_compilers(device: torch.device) -> None:
-    """Start the processes that compile kernels for a GPU, while weights are read; returns at once.
+def install_kernels(model: DreamModel, *, training: bool) -> None:
+    """Use the kernels for packed rows on a CUDA GPU; without the folder kernels/ torch's own attention stays.
 
-    torch starts them with the first layer, and compiles one kernel after the other until they are there: 3 seconds with
+    Args:
+        training: also let cuDNN plan for many lengths; in the whole process, so call this before the first attention.
+    """
+    if torch.cuda.is_available() and find_spec("dream_lightning.kernels"):
+        from dream_lightning.kernels import packed_attention
+
+        if training:
+            packed_attention.enable_dynamic_cudnn_plans()
+        packed_attention.install(model)
+
+
+def start_compilers(device: torch.device) -> None:
+    """Start the compiler's worker processes for a GPU while weights are read; returns at once.
+
+    torch starts them at the first compilation, and compiles one kernel after the other until they run: 3 seconds with
     torch in the file cache, more without.
     """
     if device.type == "cuda":
@@ -140,15 +156,35 @@ def start_compilers(device: torch.device) -> None:
         maybe_warm_pool()
 
 
-def compile_layers(model: DreamModel) -> None:
-    """Let each decoder layer be compiled at its first call. Settings of torch change for the whole process."""
-    recompute_what_is_cheap()
-    # A graph for each combination of gradients or none, padding or none, one row or several, so that a fit with
-    # validation and answers comes near torch's limit of 8. Beyond it layers would run uncompiled, with a warning only.
+def compile_layers(model: DreamModel, **options: Any) -> None:
+    """Compile each decoder layer at its first call, for rows of all lengths. Sets recompile limits of the process.
+
+    Args:
+        options: of torch.compile.
+    """
+    # One graph for each combination of gradients or none, padding or none, one row or several: a fit with validation
+    # and answers comes near torch's limit of 8, beyond which layers would run uncompiled with only a warning.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 1024, 4096
-    model.model.lengths_vary = True
     for layer in model.model.layers:
-        layer.compile()
+        layer.compile(**options)
+        layer._compiled_call_impl = _for_any_length(layer, layer._compiled_call_impl)
+
+
+def _for_any_length(layer: nn.Module, compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Mark the lengths in a training layer's inputs as dynamic: torch would compile for the first length alone."""
+
+    def call(x: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, *others: Any) -> Tensor:
+        if layer.training:
+            lengths = [(x, 1), (rotation[0], 2), (rotation[1], 2)]
+            for tensor in () if mask is None else vars(mask).values():
+                if isinstance(tensor, Tensor):
+                    axes = (0,) if tensor.dim() == 1 else (2, 3)  # starts of documents [C+1], masks [B, 1, L or 1, L]
+                    lengths += [(tensor, axis) for axis in axes if tensor.shape[axis] > 1]
+            for tensor, axis in lengths:
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        return compiled(x, rotation, mask, *others)
+
+    return call
 
 
 def checkpoint_layers(model: DreamModel, which: bool | int) -> None:

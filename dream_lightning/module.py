@@ -37,7 +37,6 @@ from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
 from dream_lightning.diffusion.weighting import Weighting, check_cart_p
 from dream_lightning.errors import UserError
-from dream_lightning.kernels.packed_attention import enable_dynamic_cudnn_plans
 from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model_factory import (
@@ -50,6 +49,7 @@ from dream_lightning.model_factory import (
     compile_layers,
     empty_model,
     fill,
+    install_kernels,
     quantized_model,
     random_model,
     start_compilers,
@@ -92,7 +92,6 @@ class DreamModule(L.LightningModule):
             8 bits (`float8`: as large as bfloat16, fastest there); needs `lora`.
         float8_products: multiply trained weights in 8-bit floats, fast on Hopper and later GPUs with `compile_layers`;
             weights, their gradients and evaluation stay as they are.
-        attention_dropout: probability of zeroing an attention weight in training; by default the checkpoint's own.
         gradient_checkpointing: recompute layers in the backward pass, all or so many of the first; saves memory, costs
             up to a third in time.
         compile_layers: compile each decoder layer and the loss; slow to start, faster on a GPU.
@@ -127,7 +126,6 @@ class DreamModule(L.LightningModule):
         lora: LoraParams | None = None,
         quantize: Quantize | None = None,
         float8_products: bool = False,
-        attention_dropout: float | None = None,
         gradient_checkpointing: bool | int = False,
         compile_layers: bool = False,
         weighting: Weighting = "original",
@@ -156,8 +154,6 @@ class DreamModule(L.LightningModule):
         if tokenizer is None and pretrained is None:
             raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
         check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
-        if attention_dropout is not None and not 0 <= attention_dropout < 1:
-            raise UserError(f"attention_dropout is {attention_dropout}, wanted at least 0 and below 1")
         if not 0 < t_min < 1:
             raise UserError(f"t_min is {t_min}, wanted a probability between 0 and 1, such as 0.001")
         check_cart_p(cart_p)
@@ -175,7 +171,7 @@ class DreamModule(L.LightningModule):
         self.tokenizer = load_tokenizer(tokenizer or pretrained)
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
         self.weights_dtype, self.gradient_checkpointing = getattr(torch, dtype), gradient_checkpointing
-        self.attention_dropout, self.compile_layers = attention_dropout, compile_layers
+        self.compile_layers = compile_layers
         self.float8_products = float8_products
         self.weighting, self.cart_p, self.normalizer = weighting, cart_p, normalizer
         self.focal_alpha, self.focal_gamma, self.treat_eos_as_one = focal_alpha, focal_gamma, treat_eos_as_one
@@ -194,8 +190,6 @@ class DreamModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what is not tested together, before anything is loaded."""
-        if stage == "fit":
-            enable_dynamic_cudnn_plans()
         dora = self.lora is not None and self.lora.dora
         refuse_untested(
             self.trainer,
@@ -237,9 +231,7 @@ class DreamModule(L.LightningModule):
                 ignore_frozen_in_ddp(self)
         if self.float8_products:
             train_in_float8(self.model, device)
-        if self.attention_dropout is not None:
-            for layer in self.model.model.layers:
-                layer.self_attn.dropout = self.attention_dropout
+        install_kernels(self.model, training=self._trainer is not None and self.trainer.training)
         if self.compile_layers:
             compile_layers(self.model)
         if self.gradient_checkpointing:

@@ -397,26 +397,6 @@ def test_impossible_models_are_refused(sizes, words):
         DreamModule(new_model=SIZES | sizes, tokenizer="bytes").configure_model()
 
 
-def test_attention_dropout_changes_training_and_not_validation(reference):
-    source, folder = reference
-    plain, dropped = (run(source, folder, model=module(attention_dropout=p), max_steps=1) for p in (None, 0.5))
-    assert dropped.losses != plain.losses
-    scores = []
-    for p in (None, 0.5):
-        validation = trainer(folder, limit_val_batches=1.0)
-        scores += validation.validate(module(attention_dropout=p), data(source, folder), verbose=False)
-    assert scores[0] == scores[1]
-
-
-@pytest.mark.parametrize(("option", "used"), [(None, 0.3), (0.1, 0.1), (0.0, 0.0)])
-def test_attention_dropout_overrides_the_checkpoints_own(option, used):
-    model = DreamModule(new_model=SIZES | {"attention_dropout": 0.3}, tokenizer="bytes", attention_dropout=option)
-    model.configure_model()
-    assert [layer.self_attn.dropout for layer in model.model.model.layers] == [used, used]
-    with pytest.raises(ValueError, match="attention_dropout is 1"):
-        DreamModule(new_model=SIZES, tokenizer="bytes", attention_dropout=1.0)
-
-
 def test_a_new_model_names_its_sizes():
     with pytest.raises(ValueError, match="lacks hidden_size, intermediate_size"):
         DreamModule(new_model={"num_hidden_layers": 1, "num_attention_heads": 2}, tokenizer="bytes").configure_model()

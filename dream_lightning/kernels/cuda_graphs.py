@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_lightning.errors import UserError
+from dream_lightning.kernels.fused_projections import fuse_weights_, fused_projections
 from dream_lightning.sampling.canvas import Canvas
 from dream_lightning.sampling.params import Algorithm
 from dream_lightning.sampling.token_sampling import best_tokens
@@ -108,7 +109,7 @@ class CUDAGraphRunner:
         # Without one of its own a capture takes torch's, which is of the device where anybody captured first.
         self._stream = torch.cuda.Stream(devices[0]) if self._capture else None
         self._pool = None
-        self._trunk().fuse_weights_()
+        fuse_weights_(self._trunk())
         self._captured = _captured(self._trunk())
 
     def refresh(self) -> None:
@@ -160,7 +161,7 @@ class CUDAGraphRunner:
         trunk = self._trunk()
 
         def forward() -> Tensor:
-            with trunk.joined(ids.numel()):
+            with fused_projections(trunk, ids.numel()):
                 return trunk(ids, attention_mask, position_ids, cache, columns, span)
 
         if not self._capture:

@@ -1,9 +1,9 @@
-"""Fewer kernels for a forward without gradients: q with k and v and gate with up at once, sums in products.
+"""Fewer kernels for a forward without gradients: fused q·k·v and gate·up projections, residuals added in the product.
 
 A forward of few tokens is bound by reading weights, and one large product reads them faster than two or three small
-ones. The weights lie one after the other in one tensor, of which those of the layers are views: no memory more, and
-parameters keep their identity, names, values and gradients. A forward of many tokens gains where the last products of
-attention and MLP add themselves to the residual stream, and where gate and up are never written.
+ones. The weights of a group are views of one tensor: no extra memory, and parameters keep their identity, names, values
+and gradients. A forward of many tokens gains where the last product of attention and of the MLP adds to the residual
+stream in-place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,196 +14,152 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dream_lightning.batch import DocumentBounds
+from dream_lightning.model.attention import Attention, Span, within
 from dream_lightning.model.kv_cache import LayerCache
-from dream_lightning.model.modeling import AttentionMask, DreamAttention, DreamDecoderLayer, DreamMLP, Span, within
+from dream_lightning.model.modeling import DreamAttention, DreamBaseModel, DreamDecoderLayer, DreamMLP
 
-Weights = tuple[Tensor, Tensor | None]  # weight [sum of out_features, D] and bias of several layers
+Weights = tuple[Tensor, Tensor | None]  # fused weight [sum of out_features, D] and bias
 
-# Measured at 7B shapes on an H100: gate and up of 512 tokens by one product 0.187 ms for 0.196, of 4,096 tokens 1.65
-# for 1.46; these by the kernel, with what becomes of them, 1.68 for 1.74, but of 1,056 tokens 0.56 for 0.49.
-_FEW, _MANY = 1024, 2048
-_ALIGNMENT = 16  # bytes: compiled code and libraries take it for granted that weights begin at multiples
+# Gate and up by one product, measured at 7B shapes on an H100: 0.187 ms for 0.196 with 512 tokens, 1.65 ms for 1.46
+# with 4,096.
+_FEW_TOKENS = 1024
+_ALIGNMENT = 16  # bytes; compiled code and libraries assume that weights begin at multiples of it
 
 
-def fuse_weights_(trunk: nn.Module) -> None:
-    """Move weights to where `joined` can use them: plain linear layers only, and once.
+def fuse_weights_(trunk: DreamBaseModel) -> None:
+    """Make the weights of q, k and v, and those of gate and up, views of one tensor each; once, in-place.
 
-    Needs memory for one group beside the model. Adapted, quantised and hooked layers stay where they are, and so do
-    groups of which only a part is trained: `torch.save` of that part would write all.
+    Needs memory for one group on top of the model. Adapted, quantized and hooked layers are left alone, and so are
+    groups of which only a part trains: `torch.save` of that part would write all of it.
     """
     with torch.inference_mode(False), torch.no_grad():  # Lightning validates in inference mode, and then trains
         for layer in trunk.layers:
             for tensors in (*_parameters(_q_k_v(layer)), *_parameters(_gate_up(layer))):
-                if _as_one(tensors) is None and _may_move(tensors):
+                if _as_one(tensors) is None and _can_move(tensors):
                     whole = torch.cat([t.data for t in tensors])
                     for tensor, part in zip(tensors, whole.split([len(t) for t in tensors]), strict=True):
                         tensor.data = part
-                    if whole.is_cuda:  # the old places are too small for the next group, and would lie about unused
+                    if whole.is_cuda:  # the freed blocks are too small for the next group
                         torch.cuda.empty_cache()
 
 
 @contextmanager
-def joined(trunk: nn.Module, tokens: int) -> Iterator[None]:
-    """Inside, forwards of so many tokens (rows · columns) without gradients take fewer kernels.
+def fused_projections(trunk: DreamBaseModel, tokens: int) -> Iterator[None]:
+    """Inside, forwards of `tokens` (rows · columns) tokens take fewer kernels; without gradients only.
 
-    Those of layers whose attention and MLP are Dream's own and not hooked. A layer's input changes.
+    Layers whose attention or MLP was replaced or hooked compute as before. A layer changes its input in-place.
     """
-    layers = [layer for layer in trunk.layers if _is_own(layer)]
+    layers = [layer for layer in trunk.layers if _is_original(layer)]
+    for layer in layers:
+        layer.fused = _Fused(
+            q_k_v=_fused_weights(_q_k_v(layer)),
+            gate_up=_fused_weights(_gate_up(layer)) if tokens <= _FEW_TOKENS else None,
+            o_proj=_is_plain(layer.self_attn.o_proj),
+            down_proj=_is_plain(layer.mlp.down_proj),
+        )
+        layer.__class__ = _FusedDecoderLayer
     try:
-        for layer in layers:
-            layer.joint = JointForward.of(layer, tokens)
         yield
     finally:
         for layer in layers:
-            layer.joint = None
+            layer.__class__ = DreamDecoderLayer
+            del layer.fused
 
 
 @dataclass(frozen=True)
-class JointForward:
-    """A layer's forward in fewer kernels; where None or False stands, in those of its modules."""
+class _Fused:
+    """Which products of a layer are fused; with None or False its modules are called."""
 
-    q_k_v: Weights | None  # by one product
-    gate_up: Weights | None  # the same
-    gated: bool  # gate, up and what becomes of them by `swiglu`
-    attention_adds: bool  # the last product adds itself to the residual stream
-    mlp_adds: bool  # the same
+    q_k_v: Weights | None
+    gate_up: Weights | None
+    o_proj: bool
+    down_proj: bool
 
-    @classmethod
-    def of(cls, layer: DreamDecoderLayer, tokens: int) -> "JointForward":
-        """What is faster for so many tokens, and can be done with weights as they lie."""
-        return cls(
-            _together(_q_k_v(layer)),
-            _together(_gate_up(layer)) if tokens <= _FEW else None,
-            tokens >= _MANY and _has_kernel(layer.mlp),
-            _is_plain(layer.self_attn.o_proj),
-            _is_plain(layer.mlp.down_proj),
-        )
 
-    def __call__(
+class _FusedDecoderLayer(DreamDecoderLayer):
+    fused: _Fused
+
+    def forward(
         self,
-        layer: DreamDecoderLayer,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: AttentionMask | DocumentBounds | None,
-        cache: LayerCache | None,
-        span: Span | None,
+        mask: Attention | None,
+        cache: LayerCache | None = None,
+        span: Span | None = None,
     ) -> Tensor:
         """As `DreamDecoderLayer.forward`; x may change."""
         assert not torch.is_grad_enabled(), "the layer would get no gradients"
-        attention, mlp = layer.self_attn, layer.mlp
-        q, k, v = products(layer.input_layernorm(x), _q_k_v(layer), self.q_k_v)
-        seen = attention.attend(q, k, v, rotation, mask, cache, span)
-        x = added(x[:, within(span)], seen, attention.o_proj, self.attention_adds)
-
-        h = layer.post_attention_layernorm(x)
-        if self.gated:
-            h = swiglu(h, mlp.gate_proj.weight, mlp.up_proj.weight)
-        else:
-            gate, up = products(h, _gate_up(layer), self.gate_up)
-            h = F.silu(gate) * up
-        return added(x, h, mlp.down_proj, self.mlp_adds)
+        q, k, v = fused_linear(self.input_layernorm(x), _q_k_v(self), self.fused.q_k_v)
+        seen = self.self_attn.attend(q, k, v, rotation, mask, cache, span)
+        x = linear_residual(x[:, within(span)], seen, self.self_attn.o_proj, self.fused.o_proj)
+        gate, up = fused_linear(self.post_attention_layernorm(x), _gate_up(self), self.fused.gate_up)
+        return linear_residual(x, F.silu(gate) * up, self.mlp.down_proj, self.fused.down_proj)
 
 
-def products(x: Tensor, layers: Sequence[nn.Module], together: Weights | None) -> Sequence[Tensor]:
-    """What each of the layers makes of x [..., D]; by one product of their weights `together`."""
-    if together is None:
+def fused_linear(x: Tensor, layers: Sequence[nn.Module], weights: Weights | None) -> Sequence[Tensor]:
+    """The output of each layer for x [..., D]; by one product where their fused weights are given."""
+    if weights is None:
         return [layer(x) for layer in layers]
-    return F.linear(x, *together).split([layer.out_features for layer in layers], dim=-1)
+    return F.linear(x, *weights).split([layer.out_features for layer in layers], dim=-1)
 
 
-def added(stream: Tensor, x: Tensor, layer: nn.Module, in_product: bool) -> Tensor:
-    """stream [B, W, D] + what the layer makes of x [B, W, I]; in its product, which changes the stream."""
-    if not in_product:
+def linear_residual(stream: Tensor, x: Tensor, layer: nn.Module, in_place: bool) -> Tensor:
+    """stream [B, W, D] + layer(x [B, W, I]); `in_place` adds inside the product where no dtype has to change."""
+    casts = torch.is_autocast_enabled(x.device.type) or not stream.dtype == x.dtype == layer.weight.dtype
+    if not in_place or casts:
         return stream + layer(x)
-    if _casts(stream, x, layer.weight):
-        return stream + F.linear(x, layer.weight)
     stream = stream.contiguous()
-    _add_to_stream(stream, x, layer.weight)
+    _linear_residual_(stream, x, layer.weight)
     return stream
 
 
-@torch.library.custom_op("dream_lightning::add_to_stream", mutates_args=("stream",))
-def _add_to_stream(stream: Tensor, x: Tensor, weight: Tensor) -> None:
-    # An operation of its own, as the compiler would take it apart into a copy and a product.
+# A custom operation, as the compiler would turn addmm_ into a copy and a product.
+@torch.library.custom_op("dream_lightning::linear_residual_", mutates_args=("stream",))
+def _linear_residual_(stream: Tensor, x: Tensor, weight: Tensor) -> None:
     stream.view(-1, stream.shape[-1]).addmm_(x.flatten(0, -2), weight.t())
 
 
-@_add_to_stream.register_fake
+@_linear_residual_.register_fake
 def _(stream: Tensor, x: Tensor, weight: Tensor) -> None:
     pass
 
 
-def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """silu(x · gateᵀ) · (x · upᵀ) of x [..., D] and weights [I, D], by one kernel where no type has to change."""
-    if _casts(x, gate, up):
-        return F.silu(F.linear(x, gate)) * F.linear(x, up)
-    return _swiglu(x.flatten(0, -2), gate, up).unflatten(0, x.shape[:-1])
-
-
-@torch.library.custom_op("dream_lightning::swiglu", mutates_args=())
-def _swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    from dream_lightning.kernels import swiglu  # which needs triton
-
-    return swiglu.swiglu(x, gate, up)
-
-
-@_swiglu.register_fake
-def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(gate))
-
-
-def _casts(*tensors: Tensor) -> bool:
-    """Whether a product of these casts one of them, which torch's own products do and ours do not."""
-    return torch.is_autocast_enabled(tensors[0].device.type) or len({t.dtype for t in tensors}) > 1
-
-
-def _q_k_v(layer: nn.Module) -> list[nn.Module]:
+def _q_k_v(layer: DreamDecoderLayer) -> list[nn.Module]:
     return [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
 
 
-def _gate_up(layer: nn.Module) -> list[nn.Module]:
+def _gate_up(layer: DreamDecoderLayer) -> list[nn.Module]:
     return [layer.mlp.gate_proj, layer.mlp.up_proj]
 
 
-def _is_own(layer: DreamDecoderLayer) -> bool:
-    parts = (layer.self_attn, DreamAttention), (layer.mlp, DreamMLP)
-    return all(type(part) is kind and not _own_ways(part) for part, kind in parts)
+def _is_original(layer: nn.Module) -> bool:
+    parts = (layer, DreamDecoderLayer), (layer.self_attn, DreamAttention), (layer.mlp, DreamMLP)
+    hooked = _is_hooked(layer.self_attn) or _is_hooked(layer.mlp)
+    return all(type(part) is kind for part, kind in parts) and not hooked
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and not _own_ways(layer)
+    return type(layer) is nn.Linear and not _is_hooked(layer)
 
 
-def _own_ways(module: nn.Module) -> bool:
+def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _has_kernel(mlp: DreamMLP) -> bool:
-    """Whether `swiglu` can make gate and up, on the kind of GPU where it was measured."""
-    layers = (mlp.gate_proj, mlp.up_proj)
-    if not all(_is_plain(layer) and layer.bias is None and layer.weight.is_cuda for layer in layers):
-        return False
-    weight = mlp.gate_proj.weight
-    fits = weight.dtype.itemsize == 2 and all(size * weight.itemsize % _ALIGNMENT == 0 for size in weight.shape)
-    return fits and torch.cuda.get_device_capability(weight.device) == (9, 0)
-
-
 def _parameters(layers: list[nn.Module]) -> list[list[Tensor]]:
-    """The weights, and where there are some the biases, of plain layers; nothing where one is not plain."""
+    """The weights and, if there are any, the biases of plain layers; nothing if a layer is not plain."""
     if not all(map(_is_plain, layers)):
         return []
     kinds = ["weight"] if layers[0].bias is None else ["weight", "bias"]
     return [[getattr(linear, kind) for linear in layers] for kind in kinds]
 
 
-def _may_move(tensors: list[Tensor]) -> bool:
+def _can_move(tensors: list[Tensor]) -> bool:
     kinds = {(t.dtype, t.device, t.requires_grad, t.is_inference()) for t in tensors}
     return len(kinds) == 1 and not tensors[0].is_inference() and all(t.nbytes % _ALIGNMENT == 0 for t in tensors)
 
 
-def _together(layers: list[nn.Module]) -> Weights | None:
-    """Weights and biases, if each lie one after the other."""
+def _fused_weights(layers: list[nn.Module]) -> Weights | None:
     tensors = [_as_one(tensors) for tensors in _parameters(layers)]
     if not tensors or any(t is None for t in tensors):
         return None
@@ -212,7 +168,7 @@ def _together(layers: list[nn.Module]) -> Weights | None:
 
 
 def _as_one(tensors: list[Tensor]) -> Tensor | None:
-    """One tensor over all, if they lie one after the other in one storage."""
+    """One tensor over all, if they are adjacent in one storage."""
     first, end = tensors[0], tensors[0].data_ptr()
     for tensor in tensors:
         same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

@@ -68,6 +68,8 @@ class DreamConfig(PreTrainedConfig):
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(f"mask_token_id is {self.mask_token_id}, wanted an id below vocab_size {self.vocab_size}")
+        if self.attention_dropout:
+            raise UserError(f"attention_dropout is {self.attention_dropout}, wanted 0: it is not supported")
         if self.rope_scaling is not None or self.use_sliding_window or self.tie_word_embeddings:
             raise UserError(
                 f"rope_scaling={self.rope_scaling}, use_sliding_window={self.use_sliding_window}, "

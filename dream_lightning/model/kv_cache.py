@@ -1,4 +1,4 @@
-"""Keys and values that stay from one forward to the next."""
+"""The KV cache: keys and values that are kept from one forward to the next."""
 
 import torch
 from torch import Tensor
@@ -9,28 +9,28 @@ LayerCache = tuple[Tensor, Tensor, Tensor]  # keys [B, K, L, E], values [B, K, L
 class KeyValueCache:
     """Keys and values of every layer at every column of a batch, each from the last forward that computed its column.
 
-    Attention is bidirectional, so a remembered key is exact only until any token of its row changes: a forward over
-    some columns sees the others as they were. Shapes and addresses never change, for compiled graphs.
+    Attention is bidirectional, so a cached key is exact only until any token of its row changes. Shapes and addresses
+    never change, as CUDA graphs need.
 
     Args:
-        layers: decoder layers.
+        layers: number of decoder layers.
         shape: [B, K, L, E].
     """
 
     def __init__(self, layers: int, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device):
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self.generation = 0  # number of the one that uses it: a compiled model has the same cache for all
+        self.generation = 0  # counts the generations that use it: a compiled model has one cache for all
 
     def of_layer(self, layer: int, columns: Tensor) -> LayerCache:
-        """What a layer needs to compute the columns [W] int64 anew."""
+        """What a layer needs to compute the columns [W] int64."""
         return self._keys[layer], self._values[layer], columns
 
 
 def store(cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Put new keys and values [B, K, W, E] in their columns; returns those of all columns, [B, K, L, E] each.
+    """Write keys and values [B, K, W, E] to their columns in-place; returns those of all columns, [B, K, L, E] each.
 
-    In the dtypes that they came in: divided float32 weights may compute in bfloat16.
+    In the dtypes of k and v: sharded float32 weights may compute in bfloat16.
     """
     keys, values, columns = cache
     keys.index_copy_(2, columns, k.to(keys.dtype))

@@ -1,11 +1,10 @@
 """The native Dream: a bidirectional transformer with the official parameter names.
 
-Axis letters as in `dream_lightning/types.py`; K = key/value heads, E = size of a head.
+Axis letters as in `dream_lightning/batch.py`; K = key/value heads, E = size of a head, W = the positions whose output
+is computed (all L by default).
 """
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,10 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from dream_lightning.batch import DocumentBounds
 from dream_lightning.errors import UserError
-from dream_lightning.kernels.packed_attention import attend_in_documents, for_kernel, prefers_cudnn, train_without_cudnn
+from dream_lightning.model.attention import Attention, Span, make_attention, scaled_dot_product, within
 from dream_lightning.model.configuration import DreamConfig
 from dream_lightning.model.kv_cache import KeyValueCache, LayerCache, store
 from dream_lightning.model.loading import check_weights, local_folder
-
-Span = tuple[int, int]  # columns first … last − 1
-
-
-def within(span: Span | None) -> slice:
-    """The columns of the span; all without one."""
-    return slice(None) if span is None else slice(*span)
 
 
 class DreamRMSNorm(nn.Module):
@@ -65,7 +57,6 @@ class DreamAttention(nn.Module):
     def __init__(self, config: DreamConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.dropout = config.attention_dropout
         key_value_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
@@ -76,13 +67,12 @@ class DreamAttention(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: "AttentionMask | None",
+        mask: Attention | None,
         cache: LayerCache | None = None,
         span: Span | None = None,
     ) -> Tensor:
-        """[B, L, D] → [B, W, D], the W columns of the span; the arguments are those of `DreamBaseModel.forward`."""
-        seen = self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotation, mask, cache, span)
-        return self.o_proj(seen)
+        """[B, L, D] → [B, W, D], at the columns of the span."""
+        return self.o_proj(self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotation, mask, cache, span))
 
     def attend(
         self,
@@ -90,31 +80,17 @@ class DreamAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: "AttentionMask | None",
+        mask: Attention | None,
         cache: LayerCache | None = None,
         span: Span | None = None,
     ) -> Tensor:
-        """Projections [B, L, H · E] and twice [B, L, K · E] → what the heads make of them, [B, W, H · E]."""
+        """Queries [B, L, H · E], keys and values [B, L, K · E] → the heads' outputs [B, W, H · E]."""
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # [B, H or K, L, E]
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = store(cache, k, v)
-        packed = isinstance(mask, DocumentBounds)
-        out = attend_in_documents(q, k, v, mask) if packed else self._attend(q, k, v, mask, span)  # [B, H, L, E]
-        return out.transpose(1, 2).flatten(2)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: "AttentionMask | None", span: Span | None) -> Tensor:
-        if mask is not None and mask.repeat_kv:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        out = F.scaled_dot_product_attention(
-            q[:, :, within(span)],
-            k,
-            v,
-            attn_mask=None if mask is None else mask.may_attend,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out if mask is None else out * mask.has_visible_key[:, :, within(span)]
+        out = scaled_dot_product(q[:, :, within(span)], k, v) if mask is None else mask.attend(q, k, v, span)
+        return out.transpose(1, 2).flatten(2)  # [B, W, H · E]
 
 
 class DreamDecoderLayer(nn.Module):
@@ -126,65 +102,18 @@ class DreamDecoderLayer(nn.Module):
         self.mlp = DreamMLP(config)
         self.input_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.joint: Callable[..., Tensor] | None = None  # makes fewer kernels of it, see `joint.joined`
 
     def forward(
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: "AttentionMask | None",
+        mask: Attention | None,
         cache: LayerCache | None = None,
         span: Span | None = None,
     ) -> Tensor:
         """[B, L, D] → [B, W, D]."""
-        if self.joint is not None:
-            return self.joint(self, x, rotation, mask, cache, span)
         x = x[:, within(span)] + self.self_attn(self.input_layernorm(x), rotation, mask, cache, span)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class AttentionMask:
-    """A boolean mask in the form SDPA wants, without rows that may attend to nothing (softmax of nothing is NaN).
-
-    Such rows (left padding) attend to everything and their output is then zeroed, which is what the authors' masks
-    amount to.
-
-    `repeat_kv`: beside a mask only cuDNN's kernel takes fewer key heads than heads, in half precision, and torch
-    prefers it on Hopper and Blackwell alone. Elsewhere torch would fall back to plain products that hold all L²
-    weights, so keys and values are written out for every head.
-    """
-
-    def __init__(
-        self, attention_mask: Tensor, input_ids: Tensor, columns: Tensor | None = None, *, half: bool = True
-    ) -> None:
-        batch, length = input_ids.shape
-        allowed = attention_mask.bool()
-        self.repeat_kv = input_ids.is_cuda and not (half and prefers_cudnn(input_ids.device))
-        if columns is not None:  # of a cache: input_ids are these columns of the mask's L
-            self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
-            self.has_visible_key = allowed[:, columns][:, None, :, None]  # [B, 1, W, 1]
-        elif allowed.shape == (batch, length):
-            self.may_attend = allowed[:, None, None, :]  # [B, 1, 1, L]
-            self.has_visible_key = allowed[:, None, :, None]  # [B, 1, L, 1]
-        elif allowed.shape == (batch, 1, length, length) and attention_mask.dtype == torch.bool:
-            self.has_visible_key = allowed.any(-1, keepdim=True)  # [B, 1, L, 1]
-            self.may_attend = allowed | ~self.has_visible_key  # [B, 1, L, L]
-        else:
-            raise UserError(
-                f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)} for input_ids "
-                f"{[batch, length]}: wanted None, bool or int [B, L], or bool [B, 1, L, L] with True = may attend"
-            )
-
-
-def _any_length(rotation: tuple[Tensor, Tensor], mask: AttentionMask | DocumentBounds | None) -> None:
-    """Tell the compiler which axes of what all layers share have another length in the next batch."""
-    axes = [(angles, 2) for angles in rotation]
-    if isinstance(mask, DocumentBounds):
-        axes += [(mask.starts, 0)]
-    elif mask is not None:
-        axes += [(t, axis) for t in (mask.may_attend, mask.has_visible_key) for axis in (2, 3) if t.shape[axis] > 1]
-    for tensor, axis in axes:
-        torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -196,7 +125,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torc
 
 
 class DreamRotaryEmbedding(nn.Module):
-    """`rotary_angles` of a model; a module, because it can then be compiled as the others are."""
+    """`rotary_angles` as a module, so that it can be compiled as the layers are."""
 
     def __init__(self, config: DreamConfig) -> None:
         super().__init__()
@@ -214,7 +143,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DreamPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about every Dream module."""
+    """What transformers needs to know about Dream."""
 
     config_class = DreamConfig
     base_model_prefix = "model"
@@ -234,8 +163,8 @@ class DreamBaseModel(DreamPreTrainedModel):
         self.norm = DreamRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = DreamRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self.checkpointed_layers = config.num_hidden_layers  # under gradient checkpointing: so many of the first
-        self.lengths_vary = False  # compile layers for rows of all lengths, not for the first one alone
+        self.checkpointed_layers = config.num_hidden_layers  # the first n, with gradient checkpointing
+        self.make_attention = make_attention  # attention_mask → what all layers share
         self.post_init()
 
     def forward(
@@ -247,26 +176,22 @@ class DreamBaseModel(DreamPreTrainedModel):
         columns: Tensor | None = None,
         span: Span | None = None,
     ) -> Tensor:
-        """Hidden states [B, L, D] after the last norm; arguments as in `DreamModel.forward`.
+        """Hidden states [B, L, D] after the last norm. See `DreamModel.forward`.
 
-        With a `cache` of L columns, `input_ids` and `position_ids` are those of the `columns` [W] int64 only, the
-        result is [B, W, D], and `attention_mask` is None or [B, L]: keys and values of the columns are computed and
-        stored, those of all others come from the cache. Without gradients only.
-
-        `span`: only the hidden states of the columns from the first to before the second, so that the last layer need
-        not make the others. With neither cache nor a mask of another shape than [B, L].
+        Args:
+            cache: KV cache of L columns, without gradients only. `input_ids` and `position_ids` then hold the `columns`
+                alone, whose keys and values are computed and stored; those of the other columns come from the cache.
+                `attention_mask` is None or [B, L], and the result is [B, W, D].
+            columns: [W] int64, with a cache.
+            span: first column and the one after the last: only their hidden states [B, W, D] are returned, and the last
+                layer computes no others. With neither a cache nor a mask of another shape than [B, L].
         """
-        mask = self._mask(attention_mask, input_ids, columns)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)  # [B, L, D]
+        mask = self.make_attention(attention_mask, x, columns, training=self.training)
         rotation = self.rotary(position_ids, x.dtype)
-        lengths_vary = self.lengths_vary and self.training
-        if lengths_vary:
-            _any_length(rotation, mask)
         for i, layer in enumerate(self.layers):
-            if lengths_vary:
-                torch._dynamo.maybe_mark_dynamic(x, 1)
             if cache is not None:
                 x = layer(x, rotation, mask, cache.of_layer(i, columns))
             elif self.gradient_checkpointing and self.training and i < self.checkpointed_layers:
@@ -278,39 +203,10 @@ class DreamBaseModel(DreamPreTrainedModel):
         return self.norm(x)
 
     def new_cache(self, rows: int, length: int) -> KeyValueCache:
-        """An empty cache for [rows, length] ids; the first forward has to compute every column."""
+        """An empty KV cache for [rows, length] ids; the first forward has to compute every column."""
         c, weight = self.config, self.embed_tokens.weight
         shape = (rows, c.num_key_value_heads, length, c.head_dim)
         return KeyValueCache(len(self.layers), shape, dtype=weight.dtype, device=weight.device)
-
-    def fuse_weights_(self) -> None:
-        """See `joint.fuse_weights_`."""
-        from dream_lightning.kernels.fused_projections import fuse_weights_  # which imports this module
-
-        fuse_weights_(self)
-
-    def joined(self, tokens: int) -> AbstractContextManager[None]:
-        """See `joint.joined`."""
-        from dream_lightning.kernels.fused_projections import joined  # the same
-
-        return joined(self, tokens)
-
-    def _mask(
-        self, attention_mask: Tensor | DocumentBounds | None, input_ids: Tensor, columns: Tensor | None = None
-    ) -> "AttentionMask | DocumentBounds | None":
-        half = torch.is_autocast_enabled(input_ids.device.type) or self.embed_tokens.weight.dtype.itemsize == 2
-        attention = self.layers[0].self_attn
-        # What kernels for documents can do; torch's own attention finds another one where they cannot.
-        fits = half and attention.head_dim % 8 == 0 and attention.head_dim <= 128
-        if input_ids.is_cuda and fits and not (self.training and attention.dropout > 0):
-            attention_mask = for_kernel(attention_mask, input_ids, training=self.training)
-            if isinstance(attention_mask, DocumentBounds):
-                return attention_mask
-        if input_ids.is_cuda and self.training:
-            train_without_cudnn(input_ids.device)
-        if isinstance(attention_mask, DocumentBounds):
-            attention_mask = attention_mask.to_mask(*input_ids.shape, input_ids.device)
-        return None if attention_mask is None else AttentionMask(attention_mask, input_ids, columns, half=half)
 
 
 class DreamModel(DreamPreTrainedModel):

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from dream_lightning.kernels.packed_attention import prefers_cudnn
+from dream_lightning.model.attention import prefers_cudnn
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton")
 

@@ -40,7 +40,7 @@ def shard(
     fully_shard(model.model.embed_tokens, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-        if model.model.lengths_vary:
+        if layer._compiled_call_impl is not None:
             layer.register_forward_pre_hook(_one_kind_of_input)
     fully_shard(root, mesh=mesh, mp_policy=policy)
     for unit in (model.model.embed_tokens, root):

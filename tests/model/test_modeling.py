@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModel
 
 from dream_lightning.batch import DocumentBounds
-from dream_lightning.model import DreamConfig, DreamModel, modeling
+from dream_lightning.model import DreamConfig, DreamModel, attention
+from dream_lightning.model_factory import compile_layers
 
 SIZES = {
     "vocab_size": 96,
@@ -118,17 +119,18 @@ def test_gradient_checkpointing_changes_nothing(model):
         torch.testing.assert_close(p.grad, plain[name])
 
 
-def test_keys_written_out_for_every_head_give_the_same(model, monkeypatch):
-    """What GPUs other than Hopper and Blackwell do beside a mask."""
+def test_repeated_keys_and_values_give_the_same(model, monkeypatch):
+    """As on GPUs where no fused kernel takes a mask and fewer key/value heads."""
     ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, :3] = False
     plain = model(ids, attention_mask=mask).logits
     always = property(lambda self: True, lambda self, value: None)
-    monkeypatch.setattr(modeling.AttentionMask, "repeat_kv", always, raising=False)
-    calls = []
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(modeling.F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(k), sdpa(*a, **k))[1])
+    monkeypatch.setattr(attention.MaskedAttention, "repeat_kv", always, raising=False)
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(k), sdpa(*a, **k))[1]
+    )
     assert torch.allclose(model(ids, attention_mask=mask).logits, plain, atol=1e-6)
     assert calls and not any(k["enable_gqa"] for k in calls)
 
@@ -147,6 +149,7 @@ def test_wrong_masks_are_refused(model, shape):
         ({"mask_token_id": 96}, "mask_token_id is 96"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
     ],
 )
 def test_impossible_configs_are_refused(change, words):
@@ -226,17 +229,14 @@ def test_some_columns_alone(deep, prompts, padding):
 
 
 def test_layers_are_compiled_once_for_rows_of_all_lengths(model):
-    """With and without documents in a row; the compiler would take the first length for the only one."""
+    """One graph with documents in a row and one without; torch would take the first length for the only one."""
     counter = CompileCounter()
-    model.model.lengths_vary = True
-    for layer in model.model.layers:
-        layer.compile(backend=counter)
+    compile_layers(model, backend=counter)
     model.train()
     for length in (12, 30, 17):
         ids = torch.zeros(1, length, dtype=torch.long)
-        model(ids).logits.sum().backward()
-        model(
-            ids, DocumentBounds(torch.tensor([0, *range(3, length - 8), length], dtype=torch.int32))
-        ).logits.sum().backward()
+        starts = torch.tensor([0, *range(3, length - 8), length], dtype=torch.int32)
+        for mask in (None, DocumentBounds(starts)):
+            model(ids, mask).logits.sum().backward()
     assert counter.frame_count == 2
     torch._dynamo.reset()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dream_lightning.kernels.fused_projections import fuse_weights_, fused_projections
 from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.sampling.token_sampling import candidates, token_probabilities
@@ -39,8 +40,8 @@ def test_generation_equals_the_authors(model, golden, shared, name, joint):
 
     params = SamplingParams(**run)
     if joint:  # as compiled models compute
-        model.model.fuse_weights_()
-    with model.model.joined(prompt.numel()) if joint else nullcontext():
+        fuse_weights_(model.model)
+    with fused_projections(model.model, prompt.numel()) if joint else nullcontext():
         out = diffusion_generate(model, prompt, attention_mask, params=params, return_history=True)
 
     assert torch.equal(out.history, golden[f"{name}.history"])

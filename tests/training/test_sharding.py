@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from dream_lightning.model_factory import checkpoint_layers
+from dream_lightning.model_factory import checkpoint_layers, compile_layers
 from dream_lightning.training.sharding import shard
 
 
@@ -26,9 +26,7 @@ def test_divided_layers_are_compiled_once_for_rows_of_all_lengths(mesh, recomput
     model, counter = tiny_model(3).train(), CompileCounter()
     root = torch.nn.Module()
     root.model, root.forward = model, lambda ids: model(ids).logits.sum()
-    model.model.lengths_vary = True
-    for layer in model.model.layers:
-        layer.compile(backend=counter)
+    compile_layers(model, backend=counter)
     if recomputed:
         checkpoint_layers(model, True)
     shard(model, root, mesh=mesh, compute_dtype=torch.bfloat16, steps=())

@@ -30,6 +30,6 @@ class KillAllInPrediction(L.Callback):
 
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if trainer.is_global_zero and batch_idx + 1 == self.batches:
-            while sum(b"\n" in part.read_bytes() for part in self.folder.glob("*.part-*")) < trainer.world_size:
+            while sum(b"\n" in part.read_bytes() for part in self.folder.glob("*.rank-*.jsonl")) < trainer.world_size:
                 time.sleep(0.01)
             os.killpg(0, signal.SIGKILL)

@@ -60,7 +60,6 @@ KNOWN: set[str] = {
     "adapters/float8.py uses torch._scaled_mm",
     "adapters/float8_training.py imports dream_lightning.kernels.gradient_accumulation",
     "adapters/quantization.py imports bitsandbytes",
-    "answer_file.py imports dream_lightning.errors",
     "answering.py imports dream_lightning.model",
     "cli.py imports dream_lightning.plan.config",
     "cli.py imports dream_lightning.plan.report",
@@ -85,7 +84,6 @@ KNOWN: set[str] = {
     "plan/setting.py imports dream_lightning.adapters",
     "plan/setting.py imports dream_lightning.diffusion.head",
     "plan/setting.py imports dream_lightning.model",
-    "predict.py imports dream_lightning.answer_file",
     "sampling/__init__.py imports dream_lightning.kernels.cuda_graphs",
 }
 

@@ -308,14 +308,25 @@ class TestPredict:
     """predictions.jsonl."""
 
     def predict(self, source, tmp_path, model, path, **options):
-        writer = PredictionWriter(str(path), show=0, **options)
+        writer = PredictionWriter(str(path), **options)
         trainer(tmp_path, writer).predict(model, data(source, tmp_path, batch_size=2))
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def test_fields_and_resumption(self, sums, tmp_path):
         model, path = module(), tmp_path / "predictions.jsonl"
         lines = self.predict(sums, tmp_path, model, path)
-        fields = ["id", "prompt", "prediction", "thinking", "answer", "reference", "correct", "tokens", "seconds"]
+        fields = [
+            "number",
+            "id",
+            "prompt",
+            "prediction",
+            "thinking",
+            "answer",
+            "reference",
+            "correct",
+            "tokens",
+            "seconds",
+        ]
         fields += ["forwards", "filled"]
         assert len(lines) == 4 and list(lines[0]) == fields
         whole = path.read_text()

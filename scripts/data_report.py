@@ -3,13 +3,12 @@
 python scripts/data_report.py --source train.jsonl --tokenizer Dream-org/Dream-v0-Instruct-7B --max_length 4096
 """
 
-import rich
 from jsonargparse import auto_cli
 
-from dream_lightning.data.encoding import Overflow, Style
-from dream_lightning.data.report import as_markdown, as_tables, report
-from dream_lightning.data.schemas import Schema, Trace, read_examples
-from dream_lightning.data.tokenization import tokenize
+from dream_lightning.data import read_examples, tokenize
+from dream_lightning.data.prompt_format import Style
+from dream_lightning.data.report import report
+from dream_lightning.data.tokenization import Overflow
 from dream_lightning.model.tokenizer import load_tokenizer
 from dream_lightning.readable_errors import readable_errors
 
@@ -17,8 +16,7 @@ from dream_lightning.readable_errors import readable_errors
 def main(
     source: str,
     tokenizer: str,
-    schema: Schema = "auto",
-    trace: Trace = "deepseek",
+    schema: str = "auto",
     prompt_column: str | None = None,
     response_column: str | None = None,
     split: str = "train",
@@ -31,7 +29,6 @@ def main(
     eos_fill_to: int | None = None,
     num_proc: int | None = None,
     cache_dir: str | None = None,
-    markdown: bool = False,
 ) -> None:
     """Print the report.
 
@@ -39,7 +36,6 @@ def main(
         source: file, folder or hub id of the records.
         tokenizer: folder or hub id, or bytes.
         schema: how a record is read; auto goes by its columns.
-        trace: whose thinking to take from s1K-1.1.
         prompt_column: of prompt/response records.
         response_column: of prompt/response records.
         split: of a folder or hub data set.
@@ -52,12 +48,10 @@ def main(
         eos_fill_to: fill shorter responses with eos to this many tokens.
         num_proc: processes.
         cache_dir: keep the documents here.
-        markdown: print Markdown.
     """
     examples = read_examples(
         source,
         schema=schema,
-        trace=trace,
         prompt_column=prompt_column,
         response_column=response_column,
         split=split,
@@ -75,8 +69,7 @@ def main(
         num_proc=num_proc,
         cache_dir=cache_dir,
     )
-    sections = report(documents, max_length=max_length, overflow=overflow)
-    print(as_markdown(sections)) if markdown else rich.print(as_tables(sections))
+    print(report(documents, max_length=max_length, overflow=overflow))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from dream_lightning.data.encoding import Overflow, Style, encode
-from dream_lightning.data.schemas import Schema, Trace, read_examples
+from dream_lightning.data.prompt_format import Style
+from dream_lightning.data.schemas import read_examples
+from dream_lightning.data.tokenization import Overflow, encode
 from dream_lightning.diffusion import corrupt
 from dream_lightning.model.tokenizer import load_tokenizer
 from dream_lightning.readable_errors import readable_errors
@@ -21,8 +22,7 @@ def main(
     row: int = 1,
     t: float = 0.5,
     seed: int = 0,
-    schema: Schema = "auto",
-    trace: Trace = "deepseek",
+    schema: str = "auto",
     prompt_column: str | None = None,
     response_column: str | None = None,
     split: str = "train",
@@ -42,7 +42,6 @@ def main(
         t: share of the response to mask, 0 for none.
         seed: of the mask.
         schema: how a record is read; auto goes by its columns.
-        trace: whose thinking to take from s1K-1.1.
         prompt_column: of prompt/response records.
         response_column: of prompt/response records.
         split: of a folder or hub data set.
@@ -56,7 +55,6 @@ def main(
     examples = read_examples(
         source,
         schema=schema,
-        trace=trace,
         prompt_column=prompt_column,
         response_column=response_column,
         split=split,

@@ -11,7 +11,7 @@ from jsonargparse import auto_cli
 
 from dream_lightning import SamplingParams, diffusion_generate
 from dream_lightning.batch import Example, Message
-from dream_lightning.data.encoding import Style, encode_prompt
+from dream_lightning.data.prompt_format import Style, encode_prompt
 from dream_lightning.readable_errors import readable_errors
 from dream_lightning.viewer import denoising_page, open_model
 

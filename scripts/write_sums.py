@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from dream_lightning.data.additions import check_disjoint, sample_row, sample_rows
+from dream_lightning.data.additions import sample_row, sample_rows
 from dream_lightning.readable_errors import readable_errors
 
 
@@ -36,12 +36,21 @@ def main(
     sizes = {"seed": seed, "train_rows": train_rows, "validation_rows": validation_rows, "digits": digits}
     splits = {split: sample_rows(split, **sizes) for split in ("train", "validation")}
     rng = random.Random(seed)
-    splits["hard"] = [sample_row(hard_sum(rng, digits, carried_through)) for _ in range(validation_rows)]
-    check_disjoint(splits["train"], splits["hard"])
+    trained = {question(row) for row in splits["train"]}
+    splits["hard"] = []
+    while len(splits["hard"]) < validation_rows:
+        row = sample_row(hard_sum(rng, digits, carried_through))
+        if question(row) not in trained:
+            splits["hard"].append(row)
     for split, rows in splits.items():
         file = Path(folder, f"{split}.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"{file}: {len(rows):,} sums of {digits} digits")
+
+
+def question(row: dict) -> frozenset[str]:
+    """The same for a+b and b+a."""
+    return frozenset(row["question"].removesuffix("=?").split("+"))
 
 
 def hard_sum(rng: random.Random, digits: int, through: int) -> tuple[int, int]:

@@ -99,7 +99,6 @@ def reference(tmp_path_factory):
         ({}, {"thinking": False}),
         ({}, {"style": "plain"}),
         ({}, {"system_prompt": "Add."}),
-        ({}, {"fraction": 0.5}),
     ],
 )
 def test_every_option_changes_the_loss(reference, model_options, data_options):

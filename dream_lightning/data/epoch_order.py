@@ -1,4 +1,4 @@
-"""Which documents come when: the epoch's order, cut into rows and over ranks."""
+"""The order of documents in an epoch, cut into rows and distributed over ranks; the order of questions by length."""
 
 import math
 import time
@@ -11,18 +11,18 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from dream_lightning.batch import SampleKey
 
-Row = tuple[SampleKey, ...]
+KeyRow = tuple[SampleKey, ...]
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class RowSampler(DistributedSampler):
-    """Yields this rank's rows of draws.
+    """Yields this rank's rows of sample keys.
 
     The order is a function of (seed, epoch). Micro-batch j of rank r among W takes rows (j·W + r)·b … of it, so an
-    optimiser step covers the same rows however it is cut into micro-batches and ranks. Where the last rows do not go
-    round evenly, the ranks without one get a copy that does not count, so that all make the same number of forwards.
+    optimizer step has the same rows for any number of micro-batches and ranks. If the last rows cannot be distributed
+    evenly, the remaining ranks get copies that are not counted, so that all ranks make the same number of forwards.
 
-    A torch DistributedSampler in name, so that Lightning leaves it in place.
+    It subclasses DistributedSampler so that Lightning does not replace it.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class RowSampler(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Args: `rows`: the documents of every row; `repeats`: draws of each row in an unshuffled pass."""
+        """Args: `rows`: the documents of every row; `repeats`: uses of each row in an unshuffled pass."""
         self.rows = [tuple(row) for row in rows]
         self.batch_size, self.seed, self.shuffle, self.repeats = batch_size, seed, shuffle, repeats
         self.rank, self.num_replicas = rank, world_size
@@ -55,9 +55,9 @@ class RowSampler(DistributedSampler):
     def __len__(self) -> int:
         return -(-len(self.rows) * self.repeats // self.num_replicas)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[KeyRow]:
         rows = self._rows_in_order()
-        uncounted = [tuple(SampleKey(d.epoch, d.order, d.index, counted=False) for d in row) for row in rows[:1]]
+        uncounted = [tuple(SampleKey(k.epoch, k.order, k.index, counted=False) for k in row) for row in rows[:1]]
         start = min(self.start_row, len(rows))
         rows += uncounted * ((start - len(rows)) % self.num_replicas)
         full = start + (len(rows) - start) // self.block * self.block
@@ -66,43 +66,43 @@ class RowSampler(DistributedSampler):
         share = (len(rows) - full) // self.num_replicas
         yield from rows[full + self.rank * share : full + (self.rank + 1) * share]
 
-    def _rows_in_order(self) -> list[Row]:
-        documents = sum(map(len, self.rows))
-        if not self.shuffle:  # the same noise at every pass: epochs −1, −2, …, whose document_ids are one sequence
+    def _rows_in_order(self) -> list[KeyRow]:
+        if not self.shuffle:  # the same noise at every pass: epochs −1, −2, …, whose orders are one sequence
             return [
                 tuple(SampleKey(-1 - repeat, document * self.repeats + repeat, document) for document in row)
                 for row in self.rows
                 for repeat in range(self.repeats)
             ]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        # A document's place comes from a permutation of documents, so that packing does not change its noise.
-        document_ids = torch.randperm(documents, generator=generator).tolist()
-        # Rows come so that the t of their first, longest documents is spread as evenly over any few of them as that
-        # of consecutive places: the k-th row has the t of the rank that the k-th place's has.
-        by_t = sorted(self.rows, key=lambda row: _turn(document_ids[row[0]]))
-        by_turn = sorted(range(len(self.rows)), key=_turn)
-        ordered = [row for _, row in sorted(zip(by_turn, by_t, strict=True))]
-        return [tuple(SampleKey(self.epoch, document_ids[document], document) for document in row) for row in ordered]
+        # The order of documents is a permutation of documents, not of rows: packing does not change their noise.
+        order = torch.randperm(sum(map(len, self.rows)), generator=generator).tolist()
+        # Rows are sorted so that t of their first, longest documents is spread over consecutive rows as evenly as over
+        # consecutive documents: the row with the j-th smallest t goes where the j-th smallest t of 0, 1, 2, … is.
+        by_t = sorted(self.rows, key=lambda row: _t(order[row[0]]))
+        positions = sorted(range(len(self.rows)), key=_t)
+        ordered = [row for _, row in sorted(zip(positions, by_t, strict=True))]
+        return [tuple(SampleKey(self.epoch, order[document], document) for document in row) for row in ordered]
 
 
-def _turn(place: int) -> float:
-    """Where a place's t lies, but for the epoch's offset: see `diffusion.schedule.stratified_t`."""
-    return place * _GOLDEN_RATIO % 1
+def _t(order: int) -> float:
+    """The masking probability without the epoch's offset: see `diffusion.schedule.stratified_t`."""
+    return order * _GOLDEN_RATIO % 1
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that goes on in the middle of an epoch after Lightning restored its state.
+    """A DataLoader that resumes in the middle of an epoch after Lightning restored its state.
 
-    The sampler's order is a pure function of the epoch, so two numbers say where it stands; two more, whose order it
-    was. Rows are counted over all ranks, so that another number of ranks, or another batch size, goes on at the same.
+    The sampler's order is a pure function of the epoch, so two numbers are enough to resume, and two more to detect
+    another order. Rows are counted over all ranks: a run resumes at the same row with another number of ranks or batch
+    size.
     """
 
     rows_used = 0
-    waited = 0.0  # seconds in which nothing but the next batch could go on; `callbacks.Throughput` reads it
+    waited = 0.0  # seconds that the training loop waited for batches; `training.Throughput` reads it
     resume_at: tuple[int, int] | None = None  # epoch, rows already used
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: what follows runs at the first batch, after Lightning has set the sampler's epoch.
+        # A generator: this runs at the first batch, after Lightning has set the sampler's epoch.
         epoch, used = self.resume_at or (None, 0)
         self.resume_at = None
         self.rows_used = used if epoch == self.sampler.epoch else 0
@@ -115,23 +115,38 @@ class ResumableLoader(DataLoader):
             asked = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
-        """Saved by Lightning into every checkpoint."""
+        """Lightning saves this in every checkpoint."""
         return {"epoch": self.sampler.epoch, "rows": self.rows_used, **self._order()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restored by Lightning before the first batch.
+        """Lightning calls this before the first batch.
 
         Warns:
-            The rows or their order are others than those of the checkpoint.
+            The number of rows or their order differs from the checkpoint's.
         """
         self.resume_at = (state["epoch"], state["rows"])
         ours = self._order()
-        if 0 < state["rows"] < state.get("of", 0) and any(state[name] != ours[name] for name in ours):
+        if 0 < state["rows"] < state["rows_per_epoch"] and any(state[name] != ours[name] for name in ours):
             rank_zero_warn(
-                f"the checkpoint was saved {state['rows']:,} rows into an epoch of {state['of']:,} (data.seed "
-                f"{state['seed']}), and an epoch now has {ours['of']:,} (data.seed {ours['seed']}): in what is left of "
-                "it some documents come again and others never"
+                f"the checkpoint was saved {state['rows']:,} rows into an epoch of {state['rows_per_epoch']:,} "
+                f"(data.seed {state['seed']}), and an epoch now has {ours['rows_per_epoch']:,} (data.seed "
+                f"{ours['seed']}): the rest of this epoch repeats some documents and omits others"
             )
 
     def _order(self) -> dict[str, int]:
-        return {"of": len(self.sampler.rows), "seed": self.sampler.seed}
+        return {"rows_per_epoch": len(self.sampler.rows), "seed": self.sampler.seed}
+
+
+def bucket_by_length(numbers: Sequence[int], lengths: Sequence[int], *, window: int) -> list[int]:
+    """Sort the numbers by length, longest first, within consecutive windows, so that batches need little padding.
+
+    Windows instead of one sort of all, so that the first questions are answered first.
+
+    Args:
+        numbers: of the questions, in their order.
+        lengths: of each of them.
+        window: how many numbers are sorted together.
+    """
+    pairs = list(zip(numbers, lengths, strict=True))
+    windows = (pairs[start : start + window] for start in range(0, len(pairs), window))
+    return [number for part in windows for number, _ in sorted(part, key=lambda pair: -pair[1])]

@@ -1,20 +1,21 @@
 """Documents → rows → one rectangular batch. Pure functions."""
 
+import itertools
 import random
 from collections.abc import Sequence
 
 import torch
 
-from dream_lightning.batch import Batch, Document, SampleKey
+from dream_lightning.batch import Batch, Document, Example, PromptBatch, SampleKey
 from dream_lightning.errors import UserError
 
-_BOUNDS = 32  # the number of documents in a batch is filled up to a multiple of this with empty ones
+_BOUNDS = 32  # document_bounds are padded to a multiple of this, so that compiled code meets few shapes
 
 KeyedRow = Sequence[tuple[SampleKey, Document]]  # the documents of one row
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put whole documents into rows of at most `budget` tokens, longest first, each where it leaves least room.
+    """Put whole documents into rows of at most `budget` tokens: longest first, each into the fullest row that fits.
 
     Best-fit decreasing: at most 22 % more rows than the optimum (Johnson 1974), in practice none.
 
@@ -42,21 +43,21 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def collate(rows: Sequence[KeyedRow], *, pad_token_id: int) -> Batch:
-    """Lay documents out in rows, each row padded on the right to the longest.
+    """Concatenate the documents of each row, and pad the rows on the right to the longest.
 
-    The padding is not attended, not maskable and in no loss; eos that a response is to be filled with belongs to the
-    document (`eos_fill_to`). Draws that are not counted have nothing maskable.
+    The padding is not attended, not maskable and in no loss; eos that fills a response belongs to the document
+    (`eos_fill_to`). Documents whose key is not counted have nothing maskable.
     """
-    filled = [sum(len(document) for _, document in row) for row in rows]
-    length = max(filled)
-    batch = _empty(len(rows), length, pad_token_id)
-    batch.padded = min(filled) < length
+    lengths = [[len(document) for _, document in row] for row in rows]
+    length = max(map(sum, lengths))
+    batch = _padding(len(rows), length, pad_token_id)
+    batch.padded = min(map(sum, lengths)) < length
     if batch.padded or any(len(row) > 1 for row in rows):
-        batch.document_bounds = _bounds([[len(document) for _, document in row] for row in rows], length)
+        batch.document_bounds = _bounds(lengths, length)
     for b, row in enumerate(rows):
         start = 0
-        for draw, document in row:
-            _place(batch, b, start, draw, document)
+        for key, document in row:
+            _write(batch, b, start, key, document)
             start += len(document)
     return batch
 
@@ -66,46 +67,60 @@ def collate_with_cutoff(
 ) -> Batch:
     """The authors' `random_with_input_pad`: all responses get the length of one of them.
 
-    One row is drawn; its response length without eos becomes everybody's: longer responses are cut, shorter ones are
-    filled with eos, prompts are padded on the left. With one row a batch the response therefore loses its eos.
+    One row is drawn, and its response length without eos is used for all: longer responses are truncated, shorter ones
+    filled with eos, prompts padded on the left. With one row a batch the response therefore loses its eos.
 
     Args:
-        kept: the response length; drawn if not given, as a function of (seed, the first document's draw).
+        kept: the response length; by default drawn as a function of the seed and the first document's key.
     """
-    drawn = [row[0] for row in rows]
-    bare = [_without_final_eos(document.response_ids, eos_token_id) for _, document in drawn]
+    keyed = [row[0] for row in rows]
+    bare = [_without_final_eos(document.response_ids, eos_token_id) for _, document in keyed]
     if kept is None:
-        first = drawn[0][0]
+        first = keyed[0][0]
         kept = max(1, len(random.Random(f"cutoff {seed} {first.epoch} {first.order}").choice(bare)))
-    longest_prompt = max(len(document.prompt_ids) for _, document in drawn)
-    batch = _empty(len(rows), longest_prompt + kept, pad_token_id)
-    batch.padded = any(len(document.prompt_ids) < longest_prompt for _, document in drawn)
+    longest_prompt = max(len(document.prompt_ids) for _, document in keyed)
+    batch = _padding(len(rows), longest_prompt + kept, pad_token_id)
+    batch.padded = any(len(document.prompt_ids) < longest_prompt for _, document in keyed)
     batch.position_ids.fill_(1)  # the authors' position of left padding; nothing attends to it
-    for b, (draw, document) in enumerate(drawn):
+    for b, (key, document) in enumerate(keyed):
         fill = max(0, kept - len(bare[b]))
-        cut = Document(
-            document.id,
-            document.prompt_ids,
-            bare[b][:kept] + [eos_token_id] * fill,
-            (document.response_weight[: len(bare[b])] + [1.0] * fill)[:kept],
-        )
-        _place(batch, b, longest_prompt - len(document.prompt_ids), draw, cut)
+        response = bare[b][:kept] + [eos_token_id] * fill
+        weight = (document.response_weight[: len(bare[b])] + [1.0] * fill)[:kept]
+        cut = Document(document.id, document.prompt_ids, response, weight)
+        _write(batch, b, longest_prompt - len(document.prompt_ids), key, cut)
     return batch
 
 
-def _bounds(rows: list[list[int]], length: int) -> torch.Tensor:
-    """Where documents begin, for DocumentBounds; in dozens of one size, so that compiled code meets few shapes."""
+def collate_prompts(
+    rows: Sequence[Sequence[tuple[SampleKey, tuple[Example, list[int]]]]], *, pad_token_id: int
+) -> PromptBatch:
+    """One question a row with the ids of its prompt, padded on the left to the longest."""
+    keyed = [row[0] for row in rows]
+    length = max(len(ids) for _, (_, ids) in keyed)
+    padding = [length - len(ids) for _, (_, ids) in keyed]
+    return PromptBatch(
+        input_ids=torch.tensor([[pad_token_id] * n + ids for n, (_, (_, ids)) in zip(padding, keyed, strict=True)]),
+        attention_mask=torch.arange(length) >= torch.tensor(padding)[:, None],
+        sample_ids=torch.tensor([key.index for key, _ in keyed]),
+        counted=torch.tensor([key.counted for key, _ in keyed]),
+        examples=[example for _, (example, _) in keyed],
+    )
+
+
+def _bounds(lengths: list[list[int]], length: int) -> torch.Tensor:
+    """Where documents begin, see DocumentBounds."""
     starts = [0]
-    for b, lengths in enumerate(rows):
-        for n in lengths:
-            starts.append(starts[-1] + n)
+    for b, row in enumerate(lengths):
+        starts += itertools.accumulate(row[1:], initial=starts[-1] + row[0])
         if starts[-1] < (b + 1) * length:
             starts.append((b + 1) * length)
     starts += [starts[-1]] * (-(len(starts) - 1) % _BOUNDS)
     return torch.tensor(starts, dtype=torch.int32)
 
 
-def _empty(rows: int, length: int, pad_token_id: int) -> Batch:
+def _padding(rows: int, length: int, pad_token_id: int) -> Batch:
+    """A batch of padding only."""
+
     def integers(value: int) -> torch.Tensor:
         return torch.full((rows, length), value, dtype=torch.int64)
 
@@ -120,16 +135,16 @@ def _empty(rows: int, length: int, pad_token_id: int) -> Batch:
     )
 
 
-def _place(batch: Batch, b: int, start: int, draw: SampleKey, document: Document) -> None:
-    # Dream predicts a token from the position before it: in a packed row the first token's is the neighbour's last.
+def _write(batch: Batch, b: int, start: int, key: SampleKey, document: Document) -> None:
+    # Dream predicts a token from the position before it, which for a row's later documents belongs to another document.
     assert document.prompt_ids, f"document {document.id} has no prompt: its first token must not be maskable"
     response, end = start + len(document.prompt_ids), start + len(document)
     batch.input_ids[b, start:end] = torch.tensor(document.prompt_ids + document.response_ids)
-    batch.maskable[b, response:end] = draw.counted
+    batch.maskable[b, response:end] = key.counted
     batch.position_ids[b, start:end] = torch.arange(end - start)
-    batch.document_ids[b, start:end] = draw.order
-    batch.sample_ids[b, start:end] = draw.index
-    batch.epochs[b, start:end] = draw.epoch
+    batch.document_ids[b, start:end] = key.order
+    batch.sample_ids[b, start:end] = key.index
+    batch.epochs[b, start:end] = key.epoch
     batch.extra_weight[b, response:end] = torch.tensor(document.response_weight)
 
 

@@ -1,12 +1,12 @@
-"""An Example in words → the ids of its prompt and the text of its response.
+"""An Example → the ids of its prompt and the text of its response.
 
 Two styles. `chat`: the tokenizer's chat template, then `<think>\\n…\\n</think>\\n` and the answer. `plain`, for base
 models: `Question: …\\n\\nLet's think step by step.\\n`, then the thinking and `Therefore, the final answer is: …`.
 
 Text never becomes a special token. The authors' tokenizer turns a question that contains `<|mask|>` into the mask
-token, which a masked-diffusion objective would then be asked to condition on; here `<|mask|>` in a record stays eight
-characters of text, and only the template writes special tokens. All other text gets exactly the authors' ids, and so do
-their ordinary added tokens (`<tool_call>`, `<|fim_prefix|>`), which mean nothing to the objective.
+token, and a masked diffusion model would then be trained with a mask token in its clean input. Here `<|mask|>` in a
+record is eight characters of text, and only the template writes special tokens. All other text gets exactly the
+authors' ids, and so do ordinary added tokens (`<tool_call>`, `<|fim_prefix|>`), which the objective does not use.
 """
 
 import re
@@ -27,17 +27,17 @@ def encode_prompt(
     style: Style = "chat",
     system_prompt: str | None = None,
 ) -> list[int]:
-    """Ids of everything before the response: all that a prediction needs."""
+    """Ids of everything before the response, which is all that a prediction needs."""
     if style == "plain":
         return plain_ids(_plain_prompt(example, system_prompt), tokenizer)
-    turns = [turn for turn in example.prompt if system_prompt is None or turn["role"] != "system"]
+    messages = [m for m in example.prompt if system_prompt is None or m["role"] != "system"]
     if system_prompt is not None:
-        turns = [Message(role="system", content=system_prompt), *turns]
-    return _template_ids(turns, tokenizer)
+        messages = [Message(role="system", content=system_prompt), *messages]
+    return _template_ids(messages, tokenizer)
 
 
 def response_text(example: Example, *, style: Style = "chat", thinking: bool = True) -> str:
-    """What the model is to write, without eos; "" for a record that has only a question."""
+    """What the model learns to write, without eos; "" for a record that has only a question."""
     trace = example.thinking if thinking else None
     if style == "chat":
         return f"<think>\n{trace}\n</think>\n{example.answer}" if trace else example.answer
@@ -48,21 +48,21 @@ def response_text(example: Example, *, style: Style = "chat", thinking: bool = T
 
 
 def _plain_prompt(example: Example, system_prompt: str | None) -> str:
-    if len([turn for turn in example.prompt if turn["role"] != "system"]) > 1:
+    if len([m for m in example.prompt if m["role"] != "system"]) > 1:
         raise UserError(
-            f"{example.origin} has several turns, but the plain style holds one question: use the chat style"
+            f"{example.origin} has several messages, but the plain style holds one question: use the chat style"
         )
-    system = [turn["content"] for turn in example.prompt if turn["role"] == "system"]
+    system = [m["content"] for m in example.prompt if m["role"] == "system"]
     lead = system_prompt if system_prompt is not None else "\n".join(system)
     question = f"Question: {example.prompt[-1]['content']}\n\nLet's think step by step.\n"
     return f"{lead}\n\n{question}" if lead else question
 
 
 def final_answer(example: Example) -> str:
-    """The short answer that the trace leads to: the last `\\boxed{…}`, a one-line reference, or the whole answer.
+    """The short answer after the trace: the last `\\boxed{…}`, a one-line reference, or the whole answer.
 
-    The box comes first because a record's gold may contradict its trace (82 against 148 in an s1K row): the text would
-    then teach that conclusions do not follow.
+    The box comes first because a record's reference may contradict its trace (82 against 148 in one s1K row): the text
+    would then teach that conclusions do not follow.
     """
     start = example.answer.rfind("\\boxed{")
     if start >= 0:
@@ -75,19 +75,18 @@ def final_answer(example: Example) -> str:
     return reference if reference and "\n" not in reference else example.answer
 
 
-def _template_ids(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _template_ids(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The rendered template, with special tokens only where the template itself wrote them.
 
-    Look-alikes in the turns are broken by an unused character before rendering, so that the tokens found afterwards are
-    the template's; the text between them is encoded without the character and without special tokens.
+    An unused character is inserted into everything in the messages that looks like a special token. After rendering,
+    the special tokens that are found are the template's. The text between them is encoded without that character.
     """
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     pattern = re.compile("|".join(map(re.escape, special)))
-    said = "".join(turn["content"] for turn in turns)
-    unused = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
+    content = "".join(m["content"] for m in messages)
+    unused = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in content)
     guarded = [
-        {**turn, "content": pattern.sub(lambda found: found[0][0] + unused + found[0][1:], turn["content"])}
-        for turn in turns
+        {**m, "content": pattern.sub(lambda found: found[0][0] + unused + found[0][1:], m["content"])} for m in messages
     ]
     rendered = tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
     ids, start = [], 0
@@ -98,5 +97,5 @@ def _template_ids(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the text, in which special tokens are spelled out like any other text."""
+    """Ids of a text; special tokens in it are encoded as ordinary text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

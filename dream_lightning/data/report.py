@@ -1,93 +1,63 @@
-"""What a set of documents looks like and what the length limit does to it, as a table for the terminal or Markdown."""
-
-from dataclasses import dataclass
+"""Lengths of a set of documents, and what `max_length` and `overflow` do to them, as Markdown tables."""
 
 import numpy as np
-from rich.console import Group
-from rich.table import Table
 
-from dream_lightning.data.tokenization import TokenizedSet
+from dream_lightning.data.document_cache import TokenizedSet
 
 _LIMITS = (1024, 2048, 4096, 8192)
 
 
-@dataclass(frozen=True)
-class Section:
-    """One table: a title, the heads of its columns, and rows of text."""
+def report(documents: TokenizedSet, *, max_length: int | None, overflow: str) -> str:
+    """Lengths before truncation, how many documents fit, and what happened to the examples; aligned for a terminal."""
+    full, prompt, cut = documents.full_length, documents.prompt_length, documents.cut_tokens
+    whole, lost = documents.is_kept & (cut == 0), ~documents.is_kept
+    kept_tokens = documents.lengths.sum() - documents.filled[documents.is_kept].sum()
 
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    def outcome(name: str, examples: np.ndarray, tokens: int) -> list[str]:
+        count = examples.sum()
+        return [name, f"{count:,}", _share(count, len(full)), f"{tokens:,}", _share(tokens, full.sum())]
 
-
-def report(documents: TokenizedSet, *, max_length: int | None, overflow: str) -> list[Section]:
-    """Lengths before any cut, what would fit, and what became of the examples under `max_length` and `overflow`."""
-    full, prompt = documents.full_length, documents.prompt_length
-    cut = documents.cut_tokens
-    lost = full[~documents.is_kept]
-    lengths = Section(
-        "Tokens before any cut",
-        ("", "min", "25 %", "median", "75 %", "max", "sum"),
-        (
-            _quartiles("prompt", prompt),
-            _quartiles("response with eos", full - prompt),
-            _quartiles("document", full),
-        ),
-    )
-    fits = Section(
-        "Documents that fit whole",
-        ("tokens", "documents", "share"),
-        tuple(
-            (f"{limit:,}", f"{(full <= limit).sum():,}", _share((full <= limit).sum(), len(full))) for limit in _LIMITS
-        ),
-    )
     limit = f"max_length {max_length:,}" if max_length is not None else "no max_length"
-    kept_tokens = int(documents.lengths.sum() - documents.filled[documents.is_kept].sum())
-    outcome = Section(
-        f"With {limit}, overflow {overflow}",
-        ("", "documents", "share", "tokens", "share"),
-        (
-            _outcome("whole", (documents.is_kept & (cut == 0)).sum(), full[documents.is_kept & (cut == 0)].sum(), full),
-            _outcome(
-                "shortened: kept part", (cut > 0).sum(), kept_tokens - full[documents.is_kept & (cut == 0)].sum(), full
+    return "\n\n".join(
+        [
+            "**Tokens before truncation**",
+            _table(
+                ["", "min", "25 %", "median", "75 %", "max", "sum"],
+                _quartiles("prompt", prompt),
+                _quartiles("response with eos", full - prompt),
+                _quartiles("document", full),
             ),
-            _outcome("shortened: cut part", (cut > 0).sum(), cut.sum(), full),
-            _outcome("dropped", len(lost), lost.sum(), full),
-            ("eos filled in", f"{(documents.filled > 0).sum():,}", "", f"{documents.filled.sum():,}", ""),
-        ),
+            "**Documents that fit whole**",
+            _table(
+                ["tokens", "documents", "share"],
+                *([f"{n:,}", f"{(full <= n).sum():,}", _share((full <= n).sum(), len(full))] for n in _LIMITS),
+            ),
+            f"**With {limit}, overflow {overflow}**",
+            _table(
+                ["", "documents", "share", "tokens", "share"],
+                outcome("whole", whole, full[whole].sum()),
+                outcome("shortened: kept part", cut > 0, kept_tokens - full[whole].sum()),
+                outcome("shortened: cut part", cut > 0, cut.sum()),
+                outcome("dropped", lost, full[lost].sum()),
+                ["eos filled in", f"{(documents.filled > 0).sum():,}", "", f"{documents.filled.sum():,}", ""],
+            ),
+        ]
     )
-    return [lengths, fits, outcome]
 
 
-def as_tables(sections: list[Section]) -> Group:
-    """For `rich.print`."""
-    tables = []
-    for section in sections:
-        table = Table(title=section.title, title_justify="left")
-        for number, column in enumerate(section.columns):
-            table.add_column(column, justify="left" if number == 0 else "right")
-        for row in section.rows:
-            table.add_row(*row)
-        tables.append(table)
-    return Group(*tables)
+def _table(*rows: list[str]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        for cells in rows
+    ]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
-def as_markdown(sections: list[Section]) -> str:
-    """For a README or an issue."""
-    blocks = []
-    for section in sections:
-        lines = [section.columns, ("---", *["---:"] * (len(section.columns) - 1)), *section.rows]
-        blocks.append("\n".join([f"**{section.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)]))
-    return "\n\n".join(blocks)
-
-
-def _quartiles(name: str, values: np.ndarray) -> tuple[str, ...]:
+def _quartiles(name: str, values: np.ndarray) -> list[str]:
     numbers = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
-    return (name, *(f"{round(number):,}" for number in numbers), f"{values.sum():,}")
-
-
-def _outcome(name: str, documents: int, tokens: int, full: np.ndarray) -> tuple[str, ...]:
-    return (name, f"{documents:,}", _share(documents, len(full)), f"{tokens:,}", _share(tokens, full.sum()))
+    return [name, *(f"{round(number):,}" for number in numbers), f"{values.sum():,}"]
 
 
 def _share(part: int, whole: int) -> str:

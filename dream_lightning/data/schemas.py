@@ -1,43 +1,72 @@
-"""Records of the usual kinds of files → Examples.
+"""Records → Examples, by a table of schemas.
 
 | schema | columns |
 |---|---|
 | `s1k` | question, thinking_trajectories (a list, the first is taken), attempt, solution |
-| `s1k-1.1` | question, {deepseek,gemini}_thinking_trajectory, {deepseek,gemini}_attempt, solution |
+| `s1k-1.1` | question, deepseek_thinking_trajectory, deepseek_attempt, solution |
+| `s1k-1.1-gemini` | the same rows, gemini_thinking_trajectory and gemini_attempt |
 | `messages` | messages: a list of {role: system, user or assistant; content} |
 | `conversations` | conversations: a list of {from: system, human or gpt; value} |
 | `prompt-response` | one text column each; a row without a response is a question to answer |
 
-A response that starts with `<think>…</think>` is split into thinking and answer.
+A response that starts with `<think>…</think>` is split into thinking and answer. To read other records, add a schema of
+your own to the table and pass its name as `schema`:
+
+    from dream_lightning.data.schemas import SCHEMAS, Schema, question
+
+    def read_quiz(row, columns):
+        choices = "\\n".join(row.value("choices"))
+        return question(f"{row.text('stem')}\\n{choices}"), row.text("why"), row.text("key")
+
+    SCHEMAS["quiz"] = Schema(detect=lambda names: {"stem", "choices"} <= names, read=read_quiz)
+    examples = read_examples("quiz.jsonl", schema="quiz", reference_column="key")
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Set
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from dream_lightning.batch import Example, Message
-from dream_lightning.data.messages import split_thinking, turns_of
 from dream_lightning.data.sources import Row, read_rows
 from dream_lightning.data.splits import keep_rows
 from dream_lightning.errors import UserError
-
-Schema = Literal["auto", "s1k", "s1k-1.1", "messages", "conversations", "prompt-response"]
-Trace = Literal["deepseek", "gemini"]
 
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input")
 _RESPONSES = ("response", "completion", "output")
 _REFERENCES = ("reference", "answer", "solution")
 _IDS = ("id", "unique_id")
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_THINKING = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*(.*)", re.DOTALL)
+
+Content = tuple[list[Message], str | None, str]  # prompt, thinking, answer
+
+
+class Columns(NamedTuple):
+    """The column names of a source, given by the user or found in its first row; None if there is no such column."""
+
+    prompt: str | None  # of `prompt-response` only
+    response: str | None  # of `prompt-response` only
+    reference: str | None
+
+
+class Schema(NamedTuple):
+    """How records of one kind are recognized and read."""
+
+    detect: Callable[[Set[str]], bool]  # from the column names of the first row
+    read: Callable[[Row, Columns], Content]
+    references: tuple[str, ...] = _REFERENCES  # columns that hold the reference, the first one found
 
 
 def read_examples(
     source: str | Path,
     *,
-    schema: Schema = "auto",
-    trace: Trace = "deepseek",
+    schema: str = "auto",
     prompt_column: str | None = None,
     response_column: str | None = None,
     reference_column: str | None = None,
+    task: str | None = None,
     split: str = "train",
     subset: str | None = None,
     filters: dict[str, list[str]] | None = None,
@@ -46,88 +75,123 @@ def read_examples(
 
     Args:
         source: a .jsonl, .json, .parquet or .csv file, a folder of them or of `save_to_disk`, or a hub id owner/name.
-        schema: see the table above; `auto` decides by the columns of the first row.
-        trace: whose thinking and attempt an s1K-1.1 row gives.
+        schema: a name in the table above; `auto` detects it from the columns of the first row, last entry first.
         prompt_column: of a prompt-response source; None finds prompt, question, problem, instruction or input.
         response_column: likewise; None finds response, completion or output, and it may be absent.
         reference_column: what predictions are scored against, in any schema; None finds reference, answer or solution
-            (s1K: solution), and it may be absent. Taken as it is: the scorer extracts, say, what follows `####`.
+            (s1K: solution), and it may be absent. The text is not changed: the task extracts, say, what follows `####`.
+        task: the task of records that have no `task` column.
         split: of a folder or hub data set.
         subset: of a hub data set that has several, such as `main` of openai/gsm8k.
         filters: column → values; only rows with one of the values in every such column are kept.
 
     Raises:
-        UserError: naming file, row and remedy, for a missing column, an empty or broken file, a field that is null or
-            not text, an empty prompt, a chat without a user's turn, an unknown role, an id that occurs twice.
+        UserError: naming file, row and remedy: an unknown schema, a missing column, an empty or broken file, a field
+            that is null or not text, an empty prompt, a chat without a user message, an unknown role, a duplicate id.
     """
     rows = list(read_rows(source, split, subset))
     if filters:
         rows = keep_rows(rows, filters)
     if schema == "auto":
         schema = "prompt-response" if prompt_column or response_column else _detect(rows[0])
-    columns = {"prompt": prompt_column, "response": response_column, "reference": reference_column}
+    if schema not in SCHEMAS:
+        raise UserError(f"schema is {schema!r}, wanted auto or one of {', '.join(SCHEMAS)}")
+    chosen = SCHEMAS[schema]
     if schema == "prompt-response":
-        columns["prompt"] = prompt_column or _find(rows[0], _PROMPTS, "prompt_column", needed=True)
-        columns["response"] = response_column or _find(rows[0], _RESPONSES, "response_column", needed=False)
+        prompt_column = prompt_column or _find(rows[0], _PROMPTS, "prompt_column", needed=True)
+        response_column = response_column or _find(rows[0], _RESPONSES, "response_column", needed=False)
     if reference_column is None:
-        names = ("solution",) if schema in ("s1k", "s1k-1.1") else _REFERENCES
-        columns["reference"] = next((c for c in names if c in rows[0].values and c != columns["response"]), None)
-    examples = [_example(row, schema, trace, columns) for row in rows]
+        present = [name for name in chosen.references if name in rows[0].values and name != response_column]
+        reference_column = present[0] if present else None
+    columns = Columns(prompt_column, response_column, reference_column)
+    examples = [_example(row, chosen, columns, task) for row in rows]
     _check_ids(examples)
     return examples
 
 
-def _example(row: Row, schema: Schema, trace: Trace, columns: dict[str, str | None]) -> Example:
-    prompt, thinking, answer = _content(row, schema, trace, columns)
-    if not any(turn["content"].strip() for turn in prompt if turn["role"] == "user"):
-        raise UserError(f"{row.origin} has an empty prompt: correct or delete that row")
-    return Example(
-        id=_id(row),
-        prompt=tuple(prompt),
-        thinking=thinking,
-        answer=answer,
-        reference=_text(row, columns["reference"], numbers=True) if columns["reference"] else None,
-        origin=row.origin,
+def question(text: str) -> list[Message]:
+    """A prompt of one user message."""
+    return [Message(role="user", content=text)]
+
+
+def split_thinking(response: str) -> tuple[str | None, str]:
+    """`<think>trace</think>answer` → (trace, answer); anything else → (None, response)."""
+    found = _THINKING.fullmatch(response)
+    return (found[1] or None, found[2]) if found else (None, response)
+
+
+def _read_s1k(row: Row, columns: Columns) -> Content:
+    traces = row.value("thinking_trajectories")
+    if not isinstance(traces, list) or not traces or not isinstance(traces[0], str):
+        got = f"a {type(traces).__name__}"
+        raise UserError(f"{row.origin}: thinking_trajectories is {got}, wanted a list with a text: see s1K")
+    return question(row.text("question")), traces[0], row.text("attempt")
+
+
+def _read_s1k_11(row: Row, columns: Columns, *, model: str) -> Content:
+    return question(row.text("question")), row.text(f"{model}_thinking_trajectory"), row.text(f"{model}_attempt")
+
+
+def _read_chat(row: Row, columns: Columns, *, column: str) -> Content:
+    """A list of `{role, content}` or `{from, value}`; the response is the last message, if the assistant wrote it."""
+    chat = row.value(column)
+    if not isinstance(chat, list) or not chat or not all(isinstance(message, dict) for message in chat):
+        raise UserError(f"{row.origin}: {column} is not a list of messages; wanted [{{'role': …, 'content': …}}, …]")
+    messages = [_message(message, f"{row.origin}, message {number}") for number, message in enumerate(chat, 1)]
+    roles = ", ".join(message["role"] for message in messages)
+    response = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(
+            f"{row.origin}: no user message before the response, the roles are {roles}; a chat ends with user, "
+            "assistant (or user alone, to be answered): correct or delete that row"
+        )
+    return messages, *split_thinking(response)
+
+
+def _message(message: dict[str, Any], origin: str) -> Message:
+    role = str(message.get("role", message.get("from")))
+    content = message.get("content", message.get("value"))
+    if role not in _ROLES:
+        raise UserError(
+            f"{origin} has the role {role!r}, wanted system, user or assistant (or system, human, gpt): rename it or "
+            "delete that row"
+        )
+    if not isinstance(content, str):
+        raise UserError(f"{origin} has no text ({type(content).__name__}): correct or delete that row")
+    return Message(role=_ROLES[role], content=content)
+
+
+def _read_prompt_response(row: Row, columns: Columns) -> Content:
+    response = row.text(columns.response) if columns.response else ""
+    return question(row.text(columns.prompt)), *split_thinking(response)
+
+
+# `auto` asks the last entry first, so that a schema of a user's own comes before these.
+SCHEMAS: dict[str, Schema] = {
+    "prompt-response": Schema(lambda names: not names.isdisjoint(_PROMPTS), _read_prompt_response),
+    "conversations": Schema(lambda names: "conversations" in names, partial(_read_chat, column="conversations")),
+    "messages": Schema(lambda names: "messages" in names, partial(_read_chat, column="messages")),
+    "s1k-1.1-gemini": Schema(
+        lambda names: "gemini_thinking_trajectory" in names, partial(_read_s1k_11, model="gemini"), ("solution",)
+    ),
+    "s1k-1.1": Schema(
+        lambda names: "deepseek_thinking_trajectory" in names, partial(_read_s1k_11, model="deepseek"), ("solution",)
+    ),
+    "s1k": Schema(lambda names: "thinking_trajectories" in names, _read_s1k, ("solution",)),
+}
+
+
+def _detect(row: Row) -> str:
+    for name, schema in reversed(SCHEMAS.items()):
+        if schema.detect(row.values.keys()):
+            return name
+    raise UserError(
+        f"{row.file} has the columns {', '.join(row.values)}; wanted those of s1K or s1K-1.1, messages, conversations, "
+        f"or one of {', '.join(_PROMPTS)}: set prompt_column (and response_column) to yours, or add a schema"
     )
 
 
-def _content(
-    row: Row, schema: Schema, trace: Trace, columns: dict[str, str | None]
-) -> tuple[list[Message], str | None, str]:
-    """Prompt, thinking, answer."""
-    if schema in ("messages", "conversations"):
-        prompt, response = turns_of(_field(row, schema), row.origin)
-        return prompt, *split_thinking(response)
-    if schema == "prompt-response":
-        prompt = [Message(role="user", content=_text(row, columns["prompt"]))]
-        return prompt, *split_thinking(_text(row, columns["response"]) if columns["response"] else "")
-    prompt = [Message(role="user", content=_text(row, "question"))]
-    if schema == "s1k-1.1":
-        return prompt, _text(row, f"{trace}_thinking_trajectory"), _text(row, f"{trace}_attempt")
-    traces = _field(row, "thinking_trajectories")
-    if not isinstance(traces, list) or not traces or not isinstance(traces[0], str):
-        raise UserError(f"{row.origin}: thinking_trajectories is {_shown(traces)}, wanted a list with a text: see s1K")
-    return prompt, traces[0], _text(row, "attempt")
-
-
-def _detect(row: Row) -> Schema:
-    columns = set(row.values)
-    if "thinking_trajectories" in columns:
-        return "s1k"
-    if {"deepseek_thinking_trajectory", "gemini_thinking_trajectory"} & columns:
-        return "s1k-1.1"
-    for name in ("messages", "conversations"):
-        if name in columns:
-            return name
-    if not columns & set(_PROMPTS):
-        raise UserError(
-            f"{row.file} has the columns {', '.join(row.values)}; wanted those of s1K or s1K-1.1, messages, "
-            f"conversations, or one of {', '.join(_PROMPTS)}: set prompt_column (and response_column) to yours"
-        )
-    return "prompt-response"
-
-
-def _find(row: Row, names: Iterable[str], option: str, *, needed: bool) -> str | None:
+def _find(row: Row, names: tuple[str, ...], option: str, *, needed: bool) -> str | None:
     found = [name for name in names if name in row.values]
     if len(found) > 1:
         raise UserError(f"{row.file} has {' and '.join(found)}: set {option} to the one you mean")
@@ -136,31 +200,22 @@ def _find(row: Row, names: Iterable[str], option: str, *, needed: bool) -> str |
     return found[0] if found else None
 
 
-def _field(row: Row, column: str) -> Any:
-    if column not in row.values:
-        raise UserError(
-            f"{row.origin} has no column {column!r}, it has {', '.join(row.values)}: set schema, prompt_column, "
-            "response_column or reference_column to what the file holds"
-        )
-    return row.values[column]
-
-
-def _text(row: Row, column: str, *, numbers: bool = False) -> str:
-    value = _field(row, column)
-    if numbers and type(value) is int:
-        return str(value)
-    if not isinstance(value, str):
-        raise UserError(f"{row.origin}: {column} is {_shown(value)}, wanted text: correct or delete that row")
-    return value
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
-
-
-def _id(row: Row) -> str:
-    own = next((row.values[name] for name in _IDS if isinstance(row.values.get(name), str | int)), None)
-    return str(own) if own is not None else f"{Path(row.file).stem}-{row.number}"
+def _example(row: Row, schema: Schema, columns: Columns, task: str | None) -> Example:
+    prompt, thinking, answer = schema.read(row, columns)
+    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
+        raise UserError(f"{row.origin} has an empty prompt: correct or delete that row")
+    own_id = next((row.values[name] for name in _IDS if isinstance(row.values.get(name), str | int)), None)
+    own_task = row.values.get("task")
+    return Example(
+        id=str(own_id) if own_id is not None else f"{Path(row.file).stem}-{row.number}",
+        prompt=tuple(prompt),
+        thinking=thinking,
+        answer=answer,
+        reference=row.text(columns.reference, or_integer=True) if columns.reference else None,
+        origin=row.origin,
+        task=own_task if isinstance(own_task, str) and own_task else task,
+        record=row.values,
+    )
 
 
 def _check_ids(examples: list[Example]) -> None:

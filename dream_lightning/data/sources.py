@@ -1,8 +1,8 @@
-"""Rows as they stand in a file, a folder or on the hub, each with the place to name when something is wrong with it."""
+"""Raw records of a file, a folder or a hub data set, each with its origin for error messages."""
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,24 +26,51 @@ class Row(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """As users read it in a message."""
+        """As error messages name it."""
         return f"{self.file}, row {self.number}"
+
+    def value(self, column: str) -> Any:
+        """The value of a column.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        if column not in self.values:
+            raise UserError(
+                f"{self.origin} has no column {column!r}, it has {', '.join(self.values)}: set schema, prompt_column, "
+                "response_column or reference_column to what the file holds"
+            )
+        return self.values[column]
+
+    def text(self, column: str, *, or_integer: bool = False) -> str:
+        """The text of a column.
+
+        Raises:
+            UserError: there is no such column, or it does not hold text (or an integer, if allowed).
+        """
+        value = self.value(column)
+        if or_integer and type(value) is int:
+            return str(value)
+        if not isinstance(value, str):
+            got = "null" if value is None else f"a {type(value).__name__}"
+            raise UserError(f"{self.origin}: {column} is {got}, wanted text: correct or delete that row")
+        return value
 
 
 def read_rows(source: str | Path, split: str = "train", subset: str | None = None) -> Iterator[Row]:
-    """Rows of a .jsonl, .json, .parquet or .csv file, of a folder, or of a hub data set; `bundled` gives `sample_set`.
+    """Rows of a .jsonl, .json, .parquet or .csv file, of a folder, or of a hub data set; `bundled` gives `sample_rows`.
 
-    A folder is either one that `datasets.save_to_disk` wrote, or one with such files: then those whose name starts with
-    `split` are read, in it or in its `data/`. Anything else that looks like `owner/name` is asked of the hub, or of its
-    local cache when HF_HUB_OFFLINE is set; some data sets there need a `subset`, as GSM8K its `main`.
+    A folder was written by `datasets.save_to_disk`, or holds such files: those in it and in its `data/` are read whose
+    name starts with `split`. Any other `owner/name` is loaded from the hub, or from its local cache when
+    HF_HUB_OFFLINE is set. Some hub data sets need a `subset`, such as `main` of openai/gsm8k.
 
     Raises:
-        UserError: nothing there, an unknown kind of file, a broken line, no rows.
+        UserError: the source does not exist, is of an unknown kind, has a broken line or no rows.
     """
     path = Path(source).expanduser()
     if source == BUNDLED:
         part = "train" if split == "train" else "validation"
-        rows = (Row(values, f"{BUNDLED}-{part}", i) for i, values in enumerate(sample_rows(part), 1))
+        rows = _numbered(sample_rows(part), f"{BUNDLED}-{part}")
     elif path.is_file():
         rows = _read_file(path)
     elif path.is_dir():
@@ -57,42 +84,55 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
     yield from rows
 
 
+def _numbered(records: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UserError(f"{name}, row {number} is a {type(record).__name__}, wanted an object: correct it")
+        yield Row(record, name, number)
+
+
 def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix not in _READERS:
         raise UserError(f"{path.name} is a {path.suffix or 'nameless'} file, wanted {', '.join(_READERS)}: convert it")
-    for number, values in _READERS[path.suffix](path):
-        yield Row(values, path.name, number)
+    return _READERS[path.suffix](path)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    with path.open("rb") as file:  # by line break only: str.splitlines would also split inside a text
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:  # split at \n only: str.splitlines also splits at other separators inside a text
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _json_object(line, f"{path.name}, row {number}")
+            if not line.strip():
+                continue
+            row = Row(_parse_json(line, f"{path.name}, row {number}"), path.name, number)
+            if not isinstance(row.values, dict):
+                raise UserError(
+                    f"{row.origin} is a {type(row.values).__name__}, wanted a JSON object: correct that line"
+                )
+            yield row
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict]]:
-    try:
-        records = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path.name} is not valid JSON ({error}): one object a line belongs in .jsonl") from error
+def _read_json(path: Path) -> Iterator[Row]:
+    records = _parse_json(path.read_bytes(), path.name)
     if not isinstance(records, list):
         raise UserError(f"{path.name} holds a {type(records).__name__}, wanted a list of objects: use .jsonl instead")
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise UserError(f"{path.name}, row {number} is a {type(record).__name__}, wanted an object: correct it")
-        yield number, record
+    return _numbered(records, path.name)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
+def _parse_json(content: bytes, origin: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{origin}: not valid JSON ({error}); correct it (.jsonl holds one object a line)") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path.name} is not a parquet file ({error}): download or write it again") from error
-    yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+    return _numbered((record for batch in batches for record in batch.to_pylist()), path.name)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
+def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
         number = 0
@@ -103,22 +143,12 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
                         f"{path.name}, row {number} has not as many fields as the header ({len(table.fieldnames)}): "
                         "quote fields that contain commas"
                     )
-                yield number, record
+                yield Row(record, path.name, number)
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path.name}, row {number + 1}: {error}; write the file as UTF-8 .jsonl") from error
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
-
-
-def _json_object(line: bytes, origin: str) -> dict:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: not valid JSON ({error}); correct or delete that line") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{origin} is a {type(record).__name__}, wanted a JSON object: correct or delete that line")
-    return record
 
 
 def _read_folder(folder: Path, split: str) -> Iterator[Row]:
@@ -130,17 +160,15 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
                     f"{folder} has no split {split!r}, it has {', '.join(data)}: name the folder of one of them"
                 )
             data = data[split]
-        yield from _rows_of(data, folder.name)
-        return
+        return _numbered(data, folder.name)
     files = sorted(f for place in (folder, folder / "data") for f in place.glob("*") if f.suffix in _READERS)
     chosen = [file for file in files if file.name.startswith(split)]
     if not chosen:
         raise UserError(
             f"{folder} has no {', '.join(_READERS)} file whose name starts with {split!r}, it has "
-            f"{', '.join(f.name for f in files) or 'none of any name'}: name the file itself"
+            f"{', '.join(f.name for f in files) or 'no such file'}: name the file itself"
         )
-    for file in chosen:
-        yield from _read_file(file)
+    return (row for file in chosen for row in _read_file(file))
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
@@ -154,9 +182,4 @@ def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
             f"{error}. Check the name, the subset ({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE), or name a "
             "local file"
         ) from error
-    yield from _rows_of(data, name)
-
-
-def _rows_of(data: datasets.Dataset, name: str) -> Iterator[Row]:
-    for number, values in enumerate(data, 1):
-        yield Row(values, name, number)
+    return _numbered(data, name)

@@ -1,4 +1,4 @@
-"""Which records take part: filters, the first ones, a fraction, training against validation, overlap with a test set.
+"""Which records are used: filters, the split into training and validation, overlap with a test set.
 
 Every choice is a function of the records (and a seed), not of their order or of a random state.
 """
@@ -28,22 +28,6 @@ def keep_rows(rows: list[Row], filters: dict[str, list[str]]) -> list[Row]:
                 f"filters leave nothing: no row has {column} in {values}; values found: {', '.join(present[:10])}"
             )
     return rows
-
-
-def first(examples: list[Example], count: int) -> list[Example]:
-    """The first `count` examples, or all of a smaller set."""
-    if count < 1:
-        raise UserError(f"first_n is {count}, wanted at least 1; leave it out for all")
-    return examples[:count]
-
-
-def fraction_of(examples: list[Example], fraction: float) -> list[Example]:
-    """A fixed pseudo-random part, in the old order; a larger fraction contains every smaller one."""
-    if not 0 < fraction <= 1:
-        raise UserError(f"fraction is {fraction}, wanted more than 0 and at most 1")
-    chosen = sorted(examples, key=lambda example: _rank("fraction", example.id))
-    kept = {example.id for example in chosen[: max(1, round(fraction * len(examples)))]}
-    return [example for example in examples if example.id in kept]
 
 
 def split(
@@ -85,14 +69,14 @@ def without_overlap(examples: list[Example], other: list[Example]) -> tuple[list
 
 
 def question_key(example: Example) -> str:
-    """What makes two questions the same: words, digits and operators of the user's turns, without case and spacing.
+    """Equal for two copies of a question: words, digits and operators of the user messages, without case and spacing.
 
-    Spacing and punctuation do not count because copies differ there: by exact text s1K has 1,000 questions and 2 of
-    MATH-500's, by this key it has 988 and 3.
+    Spacing and punctuation are ignored because copies differ in them: by exact text s1K has 1,000 questions and 2 of
+    MATH-500's, by this key 988 and 3.
     """
-    said = "\n".join(turn["content"] for turn in example.prompt if turn["role"] == "user")
-    return " ".join(re.findall(r"[^\W_]+|[-+*/^=<>]", said.casefold())) or "".join(said.split())
+    text = "\n".join(message["content"] for message in example.prompt if message["role"] == "user")
+    return " ".join(re.findall(r"[^\W_]+|[-+*/^=<>]", text.casefold())) or "".join(text.split())
 
 
-def _rank(seed: int | str, text: str) -> str:
+def _rank(seed: int, text: str) -> str:
     return hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Example, Message
-from dream_lightning.data.encoding import encode_prompt
+from dream_lightning.data.prompt_format import encode_prompt
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams, denoising_steps

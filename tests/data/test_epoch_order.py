@@ -5,13 +5,13 @@ import warnings
 import pytest
 import torch
 
-from dream_lightning.data.epoch_order import ResumableLoader, RowSampler
+from dream_lightning.data.epoch_order import ResumableLoader, RowSampler, bucket_by_length
 from dream_lightning.diffusion import stratified_t
 
 ROWS = [[0, 1], [2], [3], [4, 5, 6], [7], [8], [9]]
 
 
-def draws(rank=0, world_size=1, batch_size=1, epoch=0, rows=ROWS, **options):
+def keys(rank=0, world_size=1, batch_size=1, epoch=0, rows=ROWS, **options):
     sampler = RowSampler(rows, batch_size=batch_size, rank=rank, world_size=world_size, **options)
     sampler.set_epoch(epoch)
     assert len(list(sampler)) == len(sampler)
@@ -19,63 +19,63 @@ def draws(rank=0, world_size=1, batch_size=1, epoch=0, rows=ROWS, **options):
 
 
 def test_every_document_once_an_epoch_in_a_new_order():
-    epochs = [draws(epoch=epoch) for epoch in range(3)]
+    epochs = [keys(epoch=epoch) for epoch in range(3)]
     for epoch, rows in enumerate(epochs):
         assert sorted(d.index for row in rows for d in row) == list(range(10))
         assert sorted(d.order for row in rows for d in row) == list(range(10))
         assert {d.epoch for row in rows for d in row} == {epoch}
     assert len({tuple(row[0].index for row in rows) for rows in epochs}) == 3
-    assert draws(epoch=1) == epochs[1]
-    assert draws(epoch=1, seed=5) != epochs[1]
+    assert keys(epoch=1) == epochs[1]
+    assert keys(epoch=1, seed=5) != epochs[1]
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 1), (3, 1), (2, 2), (4, 2), (5, 1)])
 def test_ranks_share_every_step_and_make_the_same_number_of_batches(world_size, batch_size):
-    whole = draws()
-    ranks = [draws(rank, world_size, batch_size) for rank in range(world_size)]
+    whole = keys()
+    ranks = [keys(rank, world_size, batch_size) for rank in range(world_size)]
     assert len({len(rows) for rows in ranks}) == 1
     counted = [row for rows in ranks for row in rows if row[0].counted]
     assert sorted(counted, key=whole.index) == whole
     step = world_size * batch_size
-    for start in range(0, len(whole) - step + 1, step):  # a full step takes the same rows, whoever has them
+    for start in range(0, len(whole) - step + 1, step):  # a full step has the same rows on any ranks
         i = start // world_size
         taken = [row for rows in ranks for row in rows[i : i + batch_size]]
         assert sorted(taken, key=whole.index) == whole[start : start + step]
 
 
-def test_places_do_not_depend_on_packing():
-    packed = {d.index: d.order for row in draws() for d in row}
-    unpacked = {d.index: d.order for row in draws(rows=[[i] for i in range(10)]) for d in row}
+def test_the_order_does_not_depend_on_packing():
+    packed = {d.index: d.order for row in keys() for d in row}
+    unpacked = {d.index: d.order for row in keys(rows=[[i] for i in range(10)]) for d in row}
     assert packed == unpacked
 
 
-def test_single_documents_come_in_the_order_of_their_places():
-    document_ids = [row[0].order for row in draws(rows=[[i] for i in range(50)], epoch=3)]
-    assert document_ids == list(range(50))
+def test_single_documents_are_in_order():
+    orders = [row[0].order for row in keys(rows=[[i] for i in range(50)], epoch=3)]
+    assert orders == list(range(50))
 
 
 def test_consecutive_packed_rows_have_evenly_spread_t():
-    """Of any 8 rows the first, longest documents leave no gap in t that single documents would not nearly leave."""
+    """Of any 8 rows the first, longest documents leave gaps in t like those of single documents."""
     rows = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(300)]
     for epoch in range(3):
-        first = torch.tensor([row[0].order for row in draws(rows=rows, epoch=epoch)])
+        first = torch.tensor([row[0].order for row in keys(rows=rows, epoch=epoch)])
         t = stratified_t(0, torch.full_like(first, epoch), first)
         circle = torch.stack([t[start : start + 8].sort().values for start in range(len(t) - 8)])
         gaps = torch.diff(torch.cat([circle, circle[:, :1] + 1], dim=1), dim=1).max(dim=1).values
-        assert gaps.max() < 0.4 and gaps.mean() < 0.25  # independent draws: 0.8 and 0.34
+        assert gaps.max() < 0.4 and gaps.mean() < 0.25  # independent t: 0.8 and 0.34
 
 
-def test_validation_draws_are_fixed_and_spread():
-    once, twice = draws(shuffle=False), draws(shuffle=False, repeats=2, epoch=3)
+def test_validation_keys_are_fixed_and_spread():
+    once, twice = keys(shuffle=False), keys(shuffle=False, repeats=2, epoch=3)
     assert [d.index for row in once for d in row] == list(range(10))
     assert len(twice) == 14 and len({d.order for row in twice for d in row}) == 20
     assert {d.epoch for row in twice for d in row} == {-1, -2}
-    assert twice == draws(shuffle=False, repeats=2, epoch=8)
+    assert twice == keys(shuffle=False, repeats=2, epoch=8)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_draws_of_a_validation_document_have_evenly_spread_t(seed):
-    rows = draws(rows=[[i] for i in range(10)], shuffle=False, repeats=8)
+    rows = keys(rows=[[i] for i in range(10)], shuffle=False, repeats=8)
     epochs, document_ids = (torch.tensor([getattr(row[0], name) for row in rows]) for name in ("epoch", "order"))
     circle = stratified_t(seed, epochs, document_ids).view(10, 8).sort(dim=1).values
     gaps = torch.diff(torch.cat([circle, circle[:, :1] + 1], dim=1), dim=1)
@@ -83,7 +83,7 @@ def test_the_draws_of_a_validation_document_have_evenly_spread_t(seed):
 
 
 class Indices(torch.utils.data.Dataset):
-    """What a sampler drew, as it is."""
+    """The document numbers that a sampler yields."""
 
     def __getitem__(self, row):
         return row[0].index
@@ -104,7 +104,7 @@ def read(source, epoch, count=None):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_goes_on_where_it_was_saved(workers):
+def test_a_loader_resumes_where_it_was_saved(workers):
     whole, stopped, resumed = (loader(workers) for _ in range(3))
     epochs = [read(whole, epoch) for epoch in range(2)]
     iterator = iter(stopped)
@@ -115,14 +115,18 @@ def test_a_loader_goes_on_where_it_was_saved(workers):
     assert len(resumed) == 6
 
 
-def test_going_on_in_another_order_is_said():
+def test_resuming_in_another_order_warns():
     stopped = loader(0)
     read(stopped, 0, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for options in ({}, {"batch_size": 2}, {"world_size": 2}):
             loader(0, **options).load_state_dict(stopped.state_dict())
-        loader(0, seed=5).load_state_dict({"epoch": 1, "rows": 0, "of": 23, "seed": 0})  # at the start of an epoch
-        loader(0, seed=5).load_state_dict({"epoch": 0, "rows": 8})  # of an older version
+        loader(0, seed=5).load_state_dict({"epoch": 1, "rows": 0, "rows_per_epoch": 23, "seed": 0})
     with pytest.warns(UserWarning, match=r"of 23 \(data.seed 0\), and an epoch now has 23 \(data.seed 5\)"):
         loader(0, seed=5).load_state_dict(stopped.state_dict())
+
+
+def test_bucketing_sorts_windows_by_length_and_keeps_the_order_of_equal_lengths():
+    assert bucket_by_length([0, 2, 3, 5, 7, 8], [1, 4, 4, 9, 2, 3], window=4) == [5, 2, 3, 0, 8, 7]
+    assert bucket_by_length(range(3), [1, 2, 3], window=1) == [0, 1, 2]

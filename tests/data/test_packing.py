@@ -8,9 +8,9 @@ from material import shared_path
 from safetensors.torch import load_file
 
 from dream_lightning.batch import Document, SampleKey
+from dream_lightning.data.document_cache import tokenize
 from dream_lightning.data.packing import collate, collate_with_cutoff, pack
 from dream_lightning.data.schemas import read_examples
-from dream_lightning.data.tokenization import tokenize
 from dream_lightning.diffusion.denoiser import logits
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.module import attention_mask

@@ -1,7 +1,8 @@
-"""Files of every kind → Examples; what is wrong with a file is said with its row; subsets are functions of records."""
+"""Sources and schemas of every kind → Examples; error messages name the row."""
 
 import csv
 import json
+import textwrap
 
 import datasets
 import pyarrow
@@ -9,8 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from dream_lightning.batch import Example
-from dream_lightning.data.schemas import read_examples
-from dream_lightning.data.splits import first, fraction_of, question_key, split, without_overlap
+from dream_lightning.data import schemas
+from dream_lightning.data.schemas import SCHEMAS, read_examples
+from dream_lightning.errors import UserError
 
 QA = [{"question": f"{i}+{i}?", "response": str(2 * i)} for i in range(5)]
 
@@ -21,35 +23,48 @@ def write(folder, rows, name="train.jsonl"):
     return path
 
 
-def example(question, number=0):
-    return Example(f"x-{number}", ({"role": "user", "content": question},), None, "a", None, f"x, row {number}")
-
-
 def chat(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-# ── schemas ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_s1k(tmp_path):
     row = {"question": "q", "thinking_trajectories": ["t"], "attempt": "a", "solution": "s"}
-    (got,) = read_examples(write(tmp_path, [row]))
+    path = write(tmp_path, [row])
     wanted = Example("train-1", ({"role": "user", "content": "q"},), "t", "a", "s", "train.jsonl, row 1")
-    assert got == wanted
-    assert read_examples(write(tmp_path, [row]), schema="s1k") == [wanted]
+    assert read_examples(path) == read_examples(path, schema="s1k") == [wanted]
+    assert read_examples(path)[0].record == row
 
 
 def test_s1k_11_gives_the_trace_that_is_asked_for(tmp_path):
     row = {"question": "q", "solution": "s"}
-    for who in ("deepseek", "gemini"):
-        row |= {f"{who}_thinking_trajectory": f"{who} t", f"{who}_attempt": f"{who} a"}
+    for model in ("deepseek", "gemini"):
+        row |= {f"{model}_thinking_trajectory": f"{model} t", f"{model}_attempt": f"{model} a"}
     path = write(tmp_path, [row])
-    for trace, (got,) in {who: read_examples(path, trace=who) for who in ("deepseek", "gemini")}.items():
-        assert (got.thinking, got.answer, got.reference) == (f"{trace} t", f"{trace} a", "s")
+    for schema, model in (("auto", "deepseek"), ("s1k-1.1", "deepseek"), ("s1k-1.1-gemini", "gemini")):
+        (got,) = read_examples(path, schema=schema)
+        assert (got.thinking, got.answer, got.reference) == (f"{model} t", f"{model} a", "s")
 
 
-def test_messages_split_the_last_turn(tmp_path):
+def test_a_schema_of_a_users_own_as_the_docstring_shows_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(schemas, "SCHEMAS", dict(SCHEMAS))
+    write(tmp_path, [{"stem": "1+1?", "choices": ["A 1", "B 2"], "why": "add", "key": "B"}], "quiz.jsonl")
+    code = textwrap.dedent(schemas.__doc__.split("pass its name as `schema`:\n")[1])
+    names = {"read_examples": read_examples}
+    exec(code, names)
+    assert names["examples"] == read_examples("quiz.jsonl", reference_column="key")  # detected
+    (got,) = names["examples"]
+    assert (got.prompt[0]["content"], got.thinking, got.answer, got.reference) == ("1+1?\nA 1\nB 2", "add", "B", "B")
+
+
+def test_a_records_own_task_takes_precedence(tmp_path):
+    path = write(tmp_path, [{**QA[0], "task": "sudoku", "numbers": [1, 2]}, {**QA[1], "task": None}, QA[2]])
+    assert [e.task for e in read_examples(path, task="countdown")] == ["sudoku", "countdown", "countdown"]
+    assert [e.task for e in read_examples(path)] == ["sudoku", None, None]
+    assert read_examples(path)[0].record["numbers"] == [1, 2]
+
+
+def test_messages_split_the_last_message(tmp_path):
     rows = [
         chat(("system", "s"), ("user", "1"), ("assistant", "<think>x</think>kept"), ("user", "2"), ("assistant", "a")),
         chat(("user", "q"), ("assistant", "<think>\nt\n</think>\na")),
@@ -107,9 +122,6 @@ def test_real_s1k(shared):
     assert 0 < len(math) < 91
 
 
-# ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_every_kind_of_source_gives_the_same(tmp_path):
     wanted = [(e.prompt, e.answer) for e in read_examples(write(tmp_path, QA))]
     (tmp_path / "a.json").write_text(json.dumps(QA))
@@ -131,7 +143,7 @@ def test_every_kind_of_source_gives_the_same(tmp_path):
         assert len({e.id for e in got}) == len(QA)
     assert len(read_examples(tmp_path / "e", split="test")) == len(read_examples(tmp_path / "f", split="test")) == 1
     for name, remedy in (("e", "name the folder of one of them"), ("f", "name the file itself")):
-        with pytest.raises(ValueError, match=remedy):
+        with pytest.raises(UserError, match=remedy):
             read_examples(tmp_path / name, split="validation")
     assert len(read_examples(tmp_path / "e" / "test", split="validation")) == 1
 
@@ -142,9 +154,6 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
     got = read_examples(path)
     assert [e.prompt[0]["content"] for e in got] == ["a\u2028b", "d"]
     assert got[1].origin == "train.jsonl, row 3"
-
-
-# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -166,22 +175,21 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ([QA[0], {"question": " \n", "response": "r"}], {}, "row 2 has an empty prompt"),
         ([{"instruction": "a", "input": "b"}], {}, "instruction and input: set prompt_column"),
         ([{**QA[0], "id": 1}, {**QA[1], "id": 1}], {}, "row 2 has the id '1', and so has train.jsonl, row 1"),
-        ([chat(("assistant", "a"))], {}, "row 1: no user's turn"),
+        ([chat(("assistant", "a"))], {}, "row 1: no user message"),
         (
             [chat(("user", "q"), ("assistant", "a"), ("system", "s"))],
             {},
-            "no user's turn before .* user, assistant, system",
+            "no user message before .* user, assistant, system",
         ),
-        ([chat(("user", "q"), ("tool", "a"))], {}, "turn 2 has the role 'tool', wanted system, user or assistant"),
-        ([chat(("user", None), ("assistant", "a"))], {}, "turn 1 has no text"),
+        ([chat(("user", "q"), ("tool", "a"))], {}, "message 2 has the role 'tool', wanted system, user or assistant"),
+        ([chat(("user", None), ("assistant", "a"))], {}, "message 1 has no text"),
         ([chat(("user", ""), ("assistant", "a"))], {}, "empty prompt"),
-        ([{"messages": "hello"}], {}, "not a list of turns"),
-        (QA, {"filters": {"kind": ["a"]}}, "no column 'kind' to filter by"),
-        (QA, {"filters": {"response": ["x"]}}, "filters leave nothing: .* values found: 0, 2, 4"),
+        ([{"messages": "hello"}], {}, "not a list of messages"),
+        (QA, {"schema": "s2k"}, "schema is 's2k', wanted auto or one of prompt-response"),
     ],
 )
 def test_errors_name_the_row(tmp_path, rows, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_examples(write(tmp_path, rows), **options)
 
 
@@ -198,7 +206,7 @@ def test_a_subset_of_a_hub_data_set(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load)
     assert read_examples("openai/gsm8k", subset="main")[0].reference == "2 of main"
-    with pytest.raises(ValueError, match=r"among the available configs.*Check the name, the subset \(None\)"):
+    with pytest.raises(UserError, match=r"among the available configs.*Check the name, the subset \(None\)"):
         read_examples("openai/gsm8k")
 
 
@@ -206,76 +214,14 @@ def test_errors_about_sources(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     for name in ("nowhere.jsonl", "data/nowhere.jsonl", "nowhere"):
-        with pytest.raises(ValueError, match="does not exist: name a file, a folder, or a hub data set"):
+        with pytest.raises(UserError, match="does not exist: name a file, a folder, or a hub data set"):
             read_examples(name)
-    with pytest.raises(ValueError, match=r"no data from 'no-such/data-set'.*HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match=r"no data from 'no-such/data-set'.*HF_HUB_OFFLINE"):
         read_examples("no-such/data-set")
-    with pytest.raises(ValueError, match=r"train.txt is a .txt file, wanted .jsonl"):
+    with pytest.raises(UserError, match=r"train.txt is a .txt file, wanted .jsonl"):
         read_examples(write(tmp_path, QA, "train.txt"))
     for name in ("broken.parquet", "broken.json"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(UserError, match=name):
             read_examples(write(tmp_path, ["{"], name))
-    with pytest.raises(ValueError, match="row 1 has not as many fields as the header"):
+    with pytest.raises(UserError, match="row 1 has not as many fields as the header"):
         read_examples(write(tmp_path, ["question,response", "a,b,c"], "a.csv"))
-
-
-# ── subsets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_filters_keep_listed_values_of_every_column(tmp_path):
-    rows = [{**QA[0], "kind": kind, "level": level} for kind in "abc" for level in (1, 2)]
-    path = write(tmp_path, rows)
-    assert len(read_examples(path, filters={"kind": ["a", "b"]})) == 4
-    got = read_examples(path, filters={"kind": ["a", "b"], "level": ["2"]})
-    assert [e.origin for e in got] == ["train.jsonl, row 2", "train.jsonl, row 4"]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_split_never_shares_a_question(seed):
-    examples = [example(f"what is {i % 60}?" + " " * (i % 3), i) for i in range(100)]
-    training, validation = split(examples, validation_fraction=0.2, seed=seed)
-    assert sorted(e.id for e in training + validation) == sorted(e.id for e in examples)
-    assert not {question_key(e) for e in training} & {question_key(e) for e in validation}
-    assert 20 <= len(validation) <= 21
-    assert split(examples[::-1], validation_fraction=0.2, seed=seed)[1] == validation[::-1]
-
-
-def test_split_depends_on_the_seed_and_refuses_an_empty_side():
-    examples = [example(f"q{i}", i) for i in range(50)]
-    assert split(examples, seed=0) != split(examples, seed=1)
-    assert len(split(examples, validation_fraction=0.1)[1]) == 5
-    for few, fraction in (
-        (examples[:1], 0.5),
-        (examples, 0.0),
-        (examples, 1.0),
-        ([example("same", i) for i in (1, 2)], 0.5),
-    ):
-        with pytest.raises(ValueError, match=r"for training and .* for validation"):
-            split(few, validation_fraction=fraction)
-
-
-def test_fraction_and_first():
-    examples = [example(f"q{i}", i) for i in range(50)]
-    tenth, half = fraction_of(examples, 0.1), fraction_of(examples, 0.5)
-    assert (len(tenth), len(half)) == (5, 25)
-    assert {e.id for e in tenth} < {e.id for e in half}
-    assert half == [e for e in examples if e in half]
-    assert first(examples, 3) == examples[:3]
-    for bad in (0, -0.1, 1.5):
-        with pytest.raises(ValueError, match="fraction is"):
-            fraction_of(examples, bad)
-
-
-def test_question_key_ignores_spacing_and_punctuation_but_not_operators():
-    def key(question):
-        return question_key(example(question))
-
-    assert key("Find  $2019^8+1$.") == key("find $2019^8 + 1$ .")
-    assert len({key("3+4"), key("3-4"), key("34"), key("3,4"), key("!"), key("?")}) == 6
-
-
-def test_the_three_s1k_questions_of_math_500(shared):
-    kept, dropped = without_overlap(
-        read_examples(shared("data/s1k/s1k_questions_1000.jsonl")), read_examples(shared("data/math500/test.jsonl"))
-    )
-    assert (len(kept), len(dropped)) == (997, 3)

@@ -1,138 +1,214 @@
-"""A set of documents: the same as one by one, in any number of processes, and computed once."""
+"""Examples → ids: the authors' ids on real rows, no special token from text, and named ways to fit a limit."""
 
-import itertools
+import hashlib
+import json
 import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from kill_points import killed_before
 
 from dream_lightning.batch import Example
-from dream_lightning.data import tokenization
-from dream_lightning.data.encoding import encode
-from dream_lightning.data.tokenization import tokenize
+from dream_lightning.data.prompt_format import encode_prompt, response_text
+from dream_lightning.data.schemas import read_examples
+from dream_lightning.data.tokenization import encode
 from dream_lightning.model.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
+EOS = BYTES.eos_token_id
 
 
-def examples(count=12):
+@pytest.fixture(scope="module")
+def dream(shared):
+    return load_tokenizer(shared("data/dream-v0-instruct-7b"))
+
+
+@pytest.fixture(scope="module")
+def s1k(shared):
+    return read_examples(shared("data/s1k/s1k_gemini_traces.jsonl"))
+
+
+def example(question="1+1?", thinking="one and one", answer="2", reference=None, system=None):
+    turns = [{"role": "user", "content": question}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    return Example("x", tuple(turns), thinking, answer, reference, "train.jsonl, row 17")
+
+
+def decode(ids, tokenizer=BYTES):
+    return tokenizer.decode(ids)
+
+
+def test_all_s1k_rows_have_the_authors_ids(dream, s1k, shared):
+    golden = json.loads(shared("golden/tokenizer.json").read_text())["s1k"]
+    for wanted in golden:
+        document, prompt_length, full_length, filled = encode(s1k[wanted["row"]], dream)
+        assert (prompt_length, full_length, filled) == (wanted["prompt_tokens"], len(document), 0)
+        for part, ids in (("prompt", document.prompt_ids), ("response", document.response_ids)):
+            assert len(ids) == wanted[f"{part}_tokens"]
+            assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == wanted[f"{part}_sha256"]
+
+
+def test_multi_turn_has_the_authors_ids(dream, shared):
+    for chat in json.loads(shared("golden/tokenizer.json").read_text())["multi_turn"]:
+        assert encode_prompt(replace(example(), prompt=tuple(chat["messages"])), dream) == chat["ids"]
+
+
+@pytest.mark.parametrize("name", ["bytes", "dream"])
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_text_never_becomes_a_special_token(name, style, request):
+    tokenizer = BYTES if name == "bytes" else request.getfixturevalue("dream")
+    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    harmless = encode(example("a", "b", "c", system="d"), tokenizer, style=style).document
     generator = random.Random(0)
-    return [
-        Example(
-            f"x-{i}",
-            ({"role": "user", "content": f"{i}+{i}?"},),
-            "so " * generator.randrange(1, 60) if i % 3 else None,
-            str(2 * i),
-            None,
-            f"train.jsonl, row {i + 1}",
-        )
-        for i in range(count)
-    ]
+    for _ in range(30):
+        parts = [*special.values(), "<|", "|>", "\n", " x ", "\ue000", "é"]
+        said = ["".join(generator.choices(parts, k=5)) for _ in range(4)]
+        got = encode(example(said[0], said[1], said[2], system=said[3]), tokenizer, style=style).document
+        for ids, wanted in ((got.prompt_ids, harmless.prompt_ids), (got.response_ids, harmless.response_ids)):
+            assert [i for i in ids if i in special] == [i for i in wanted if i in special]
+        assert said[0] in tokenizer.decode(got.prompt_ids) and said[3] in tokenizer.decode(got.prompt_ids)
+        response = response_text(example(said[0], said[1], said[2]), style=style)
+        assert tokenizer.decode(got.response_ids) == response + tokenizer.eos_token
+
+
+def test_text_without_look_alikes_has_the_ids_of_the_whole_text(dream, s1k):
+    for one in s1k[::10]:
+        rendered = dream.apply_chat_template(list(one.prompt), tokenize=False, add_generation_prompt=True)
+        assert encode_prompt(one, dream) == dream.encode(rendered)
+
+
+def test_layouts():
+    one = example(reference="two", system="S")
+    assert decode(encode_prompt(one, BYTES)).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n1+1?")
+    assert decode(encode_prompt(one, BYTES, style="plain")) == "S\n\nQuestion: 1+1?\n\nLet's think step by step.\n"
+    assert response_text(one) == "<think>\none and one\n</think>\n2"
+    assert response_text(one, thinking=False) == "2"
+    assert response_text(one, style="plain") == "one and one Therefore, the final answer is: two"
+    assert response_text(one, style="plain", thinking=False) == "Therefore, the final answer is: two"
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("answer", "reference", "final"),
     [
-        {},
-        {"max_length": 120},
-        {"max_length": 120, "overflow": "drop"},
-        {"max_length": 120, "overflow": "truncate_right"},
-        {"style": "plain", "system_prompt": "S", "eos_fill_to": 50},
-        {"extra_weight": {"</think>": 2.0}},
-        {"thinking": False},
+        ("so \\boxed{1} or \\boxed{\\frac{1}{2}}.", "gold", "\\frac{1}{2}"),
+        ("so 3", "gold", "gold"),
+        ("so 3", "a proof\nof lines", "so 3"),
+        ("so 3", None, "so 3"),
+        ("open \\boxed{1", None, "open \\boxed{1"),
     ],
 )
-def test_set_equals_one_by_one(options):
-    alone = [encode(example, BYTES, **options) for example in examples()]
-    got = tokenize(examples(), BYTES, **options)
-    assert list(got) == [one.document for one in alone if one.document is not None]
-    assert got.dropped == sum(one.document is None for one in alone)
-    assert got.lengths.tolist() == [len(document) for document in got]
-    assert got.full_length.tolist() == [one.full_length for one in alone]
-    assert got.prompt_length.tolist() == [one.prompt_length for one in alone]
-    assert got.filled.tolist() == [one.filled for one in alone]
-    whole = tokenize(examples(), BYTES, **{**options, "max_length": None, "eos_fill_to": None})
-    unfilled = got.lengths.sum() - got.filled.sum()
-    assert got.cut_tokens.sum() == whole.lengths[got.is_kept].sum() - unfilled
-    assert (got.cut_tokens >= 0).all() and np.array_equal(got.kept, np.flatnonzero(got.is_kept))
+def test_plain_ends_with_the_short_answer(answer, reference, final):
+    text = response_text(example(answer=answer, reference=reference), style="plain")
+    assert text == f"one and one Therefore, the final answer is: {final}"
 
 
-def test_many_examples_are_tokenised_where_the_system_does_not_tell_its_cores(monkeypatch):
-    monkeypatch.delattr("os.sched_getaffinity")
-    monkeypatch.setattr("os.cpu_count", lambda: 3)
-    assert tokenization._processes(500, None) == 3 and tokenization._processes(499, None) is None
+def test_system_prompt_replaces_the_records():
+    for one in (example(), example(system="old")):
+        for style in ("chat", "plain"):
+            text = decode(encode_prompt(one, BYTES, style=style, system_prompt="new"))
+            assert "new" in text and "old" not in text
 
 
-def test_number_of_processes_changes_nothing():
-    assert list(tokenize(examples(), BYTES, num_proc=2)) == list(tokenize(examples(), BYTES, num_proc=1))
+# ── fitting a limit ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_second_call_reads_the_cache(tmp_path, monkeypatch):
-    computed = tokenize(examples(), BYTES, max_length=120, extra_weight={"2": 2.0}, cache_dir=tmp_path)
-    monkeypatch.setattr(tokenization, "encode", None)
-    read = tokenize(examples(), BYTES, max_length=120, extra_weight={"2": 2.0}, cache_dir=tmp_path, num_proc=4)
-    assert list(read) == list(computed)
-    assert read.cut_tokens.tolist() == computed.cut_tokens.tolist()
-    assert [path.name[:10] for path in tmp_path.iterdir()] == ["documents-"]
+@pytest.mark.parametrize("style", ["chat", "plain"])
+@pytest.mark.parametrize("name", ["bytes", "dream"])
+def test_truncate_trace_keeps_the_answer_and_fills_the_room(name, style, request):
+    tokenizer = BYTES if name == "bytes" else request.getfixturevalue("dream")
+    one = example(thinking="Zählen wir: " + "eins 😀 und 中文, é… " * 20, answer="Die Antwort ist **2** 😀.")
+    whole, _, full_length, _ = encode(one, tokenizer, style=style)
+    head, tail = (
+        ("<think>\n", f"\n</think>\n{one.answer}") if style == "chat" else ("", response_text(one, style=style))
+    )
+    tail = tail.removeprefix(one.thinking) if style == "plain" else tail
+    least = len(whole.prompt_ids) + len(tokenizer.encode(head)) + len(tokenizer.encode(tail)) + 1
+    for max_length in range(least, full_length):
+        got = encode(one, tokenizer, style=style, max_length=max_length)
+        text = tokenizer.decode(got.document.response_ids)
+        assert got.document.prompt_ids == whole.prompt_ids and got.full_length == full_length
+        assert max_length - 4 < len(got.document) <= max_length
+        assert text.startswith(head) and text.endswith(tail + tokenizer.eos_token)
+        assert one.thinking.startswith(text.removeprefix(head).removesuffix(tail + tokenizer.eos_token))
+        assert len(got.document.response_weight) == len(got.document.response_ids)
+    assert encode(one, tokenizer, style=style, max_length=full_length).document == whole
+    with pytest.raises(ValueError, match=r"row 17 has .* does not fit even without its thinking; set overflow"):
+        encode(one, tokenizer, style=style, max_length=least - 1)
+    assert encode(one, tokenizer, style=style, max_length=least, overflow="truncate_trace_else_drop").document
+    assert (
+        encode(one, tokenizer, style=style, max_length=least - 1, overflow="truncate_trace_else_drop").document is None
+    )
 
 
-def test_whatever_changes_documents_changes_the_place_in_the_cache(tmp_path):
-    template = load_tokenizer("bytes")
-    template.chat_template += " "
-    vocabulary = load_tokenizer("bytes")
-    vocabulary.add_tokens(["so"])
-    changed = [
-        (examples(11), BYTES, {}),
-        ([*examples(11), replace(examples()[11], answer="other")], BYTES, {}),
-        (examples()[::-1], BYTES, {}),
-        (examples(), template, {}),
-        (examples(), vocabulary, {}),
-        (examples(), BYTES, {"style": "plain"}),
-        (examples(), BYTES, {"system_prompt": "S"}),
-        (examples(), BYTES, {"thinking": False}),
-        (examples(), BYTES, {"max_length": 200}),
-        (examples(), BYTES, {"max_length": 200, "overflow": "drop"}),
-        (examples(), BYTES, {"eos_fill_to": 50}),
-        (examples(), BYTES, {"extra_weight": {"so": 2.0}}),
-        (examples(), BYTES, {"extra_weight": {"so": 3.0}}),
-    ]
-    tokenize(examples(), BYTES, cache_dir=tmp_path)
-    for number, (given, tokenizer, options) in enumerate(changed):
-        tokenize(given, tokenizer, cache_dir=tmp_path, **options)
-        assert len(list(tmp_path.iterdir())) == number + 2
+def test_real_rows_fit_and_keep_their_answers(dream, s1k):
+    for one in s1k[::5]:
+        document, _, full_length, _ = encode(one, dream, max_length=4096)
+        assert len(document) <= 4096 and (full_length <= 4096) == (len(document) == full_length)
+        assert dream.decode(document.response_ids).endswith(f"\n</think>\n{one.answer}<|endoftext|>")
 
 
-def test_a_process_that_comes_second_takes_the_first_ones_result(tmp_path):
-    first = tokenize(examples(), BYTES, cache_dir=tmp_path)
-    (folder,) = tmp_path.iterdir()
-    tokenization._save(first._table, folder)
-    assert list(tmp_path.iterdir()) == [folder]
-    assert list(tokenize(examples(), BYTES, cache_dir=tmp_path)) == list(first)
+def test_other_overflows():
+    one = example(thinking="long " * 50)
+    whole, _, full_length, _ = encode(one, BYTES)
+    limit = full_length - 100
+    assert encode(one, BYTES, max_length=limit, overflow="drop") == (None, len(whole.prompt_ids), full_length, 0)
+    right = encode(one, BYTES, max_length=limit, overflow="truncate_right", eos_fill_to=1000).document
+    assert right.prompt_ids + right.response_ids == (whole.prompt_ids + whole.response_ids)[:limit]
+    with pytest.raises(ValueError, match=rf"row 17 has {full_length} tokens .*max_length is {limit}: set overflow to"):
+        encode(one, BYTES, max_length=limit, overflow="error")
+    for overflow in ("error", "truncate_trace", "truncate_right"):
+        with pytest.raises(ValueError, match=r"row 17 has .* raise max_length"):
+            encode(one, BYTES, max_length=len(whole.prompt_ids), overflow=overflow)
+    for overflow in ("drop", "error", "truncate_trace", "truncate_trace_else_drop", "truncate_right"):
+        assert encode(one, BYTES, max_length=full_length, overflow=overflow).document == whole
 
 
-def test_a_kill_at_any_moment_leaves_the_whole_folder_or_none(tmp_path):
-    want = list(tokenize(examples(), BYTES))
-    for moment in itertools.count():
-        cache = tmp_path / str(moment)
-        killed = killed_before(moment, cache.parent, lambda cache=cache: tokenize(examples(), BYTES, cache_dir=cache))
-        assert list(tokenize(examples(), BYTES, cache_dir=cache)) == want
-        assert len(list(cache.glob("documents-*"))) == 1
-        if not killed:
-            break
-    assert moment > 5
+def test_too_long_without_thinking():
+    with pytest.raises(ValueError, match="row 17"):
+        encode(example(thinking=None, answer="long " * 50), BYTES, max_length=100)
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_errors_name_the_row(num_proc):
-    bad = [*examples(5), replace(examples()[0], answer="", origin="train.jsonl, row 17")]
-    with pytest.raises(ValueError, match=r"train.jsonl, row 17 has no response"):
-        tokenize(bad, BYTES, num_proc=num_proc)
+def test_no_response_to_train_on():
+    for one, thinking in ((example(thinking=None, answer=""), True), (example(answer=""), False)):
+        with pytest.raises(ValueError, match="row 17 has no response to train on"):
+            encode(one, BYTES, thinking=thinking)
 
 
-def test_nothing_to_tokenize_and_nothing_left():
-    with pytest.raises(ValueError, match="no examples"):
-        tokenize([], BYTES)
-    with pytest.raises(ValueError, match=r"all 12 documents are longer than max_length 10 .* raise max_length"):
-        tokenize(examples(), BYTES, max_length=10, overflow="drop")
+def test_plain_refuses_several_turns():
+    turns = [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]
+    with pytest.raises(ValueError, match="use the chat style"):
+        encode(replace(example(), prompt=tuple(turns)), BYTES, style="plain")
+
+
+# ── eos and weights ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("fill", [1, 40, 60])
+def test_eos_fill(fill):
+    bare = encode(example(), BYTES).document
+    got = encode(example(), BYTES, eos_fill_to=fill)
+    added = max(0, fill - len(bare.response_ids))
+    assert got.document.response_ids == bare.response_ids + [EOS] * added
+    assert (got.filled, got.full_length, len(got.document.response_weight)) == (
+        added,
+        len(bare),
+        len(got.document.response_ids),
+    )
+    assert len(encode(example(), BYTES, eos_fill_to=fill, max_length=len(bare) + 3).document) == len(bare) + min(
+        added, 3
+    )
+
+
+@pytest.mark.parametrize("name", ["bytes", "dream"])
+def test_extra_weight_covers_every_token_of_every_occurrence(name, request):
+    tokenizer = BYTES if name == "bytes" else request.getfixturevalue("dream")
+    one = example(thinking="é 😀 wait, wait. " * 30, answer="wait: e\u0301 2")
+    for max_length in (None, 150):
+        got = encode(one, tokenizer, extra_weight={"</think>": 2.0, "wait": 3.0}, max_length=max_length).document
+        for part, value in (("</think>", 2.0), ("wait", 3.0)):
+            ids = [i for i, weight in zip(got.response_ids, got.response_weight, strict=True) if weight == value]
+            assert tokenizer.decode(ids).count(part) == tokenizer.decode(got.response_ids).count(part) > 0
+            assert len(ids) <= len(tokenizer.encode(part)) * 2 * tokenizer.decode(got.response_ids).count(part)
+        assert set(got.response_weight) == {1.0, 2.0, 3.0}
+        assert got.response_weight[-1] == 1.0
+    assert set(encode(one, tokenizer).document.response_weight) == {1.0}

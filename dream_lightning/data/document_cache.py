@@ -1,0 +1,196 @@
+"""All examples of a set → documents, tokenized in parallel and once: a folder of arrays named by a content hash."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dream_lightning.atomic import atomic_write
+from dream_lightning.batch import Document, Example
+from dream_lightning.data.prompt_format import Style
+from dream_lightning.data.tokenization import Encoded, Overflow, encode
+from dream_lightning.errors import UserError
+
+_FORMAT = 2  # part of the hash: raise it when encode() gives other documents for the same input
+_COUNTS = ("full_length", "prompt_length", "response_length", "filled")
+_PARALLEL_FROM = 500  # examples; below, starting processes takes longer than they save
+
+
+class TokenizedSet(Sequence[Document]):
+    """The documents of a set, memory-mapped from disk if cached, and what happened to every example.
+
+    The arrays have one entry an example, dropped ones included: `full_length` before truncation and filling,
+    `prompt_length`, and `response_length` as kept, with eos and its filling, 0 for a dropped one.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+        self.full_length, self.prompt_length, self.response_length, self.filled = arrays["counts"]  # [examples]
+        self.is_kept = self.response_length > 0  # [examples] bool
+        whole = self.prompt_length + self.response_length
+        self.cut_tokens = np.where(self.is_kept, self.full_length - (whole - self.filled), 0)  # [examples]
+        self.kept = np.flatnonzero(self.is_kept)  # document number → example number
+        self.lengths = whole[self.kept]  # [documents]
+        self._ends = self.lengths.cumsum()
+
+    @classmethod
+    def of(cls, encoded: Iterable[Encoded]) -> "TokenizedSet":
+        """Collect encoded examples."""
+        ids, weights, names, counts = [], [], [], []
+        for document, prompt_length, full_length, filled in encoded:
+            counts.append((full_length, prompt_length, len(document.response_ids) if document else 0, filled))
+            if document is not None:
+                ids.append(np.array(document.prompt_ids + document.response_ids, np.int32))
+                weights.append(np.array([1.0] * len(document.prompt_ids) + document.response_weight, np.float32))
+                names.append(document.id)
+        flat = np.concatenate([*weights, np.ones(0, np.float32)])
+        return cls(
+            {
+                "ids": np.concatenate([*ids, np.zeros(0, np.int32)]),
+                "weights": flat if (flat != 1).any() else np.ones(0, np.float32),
+                "names": np.array(names, np.str_),
+                "counts": np.array(counts, np.int64).reshape(-1, len(_COUNTS)).T.copy(),
+            }
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "TokenizedSet":
+        """Memory-map what `save` wrote."""
+        return cls({file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")})
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays to a new folder, atomically. Several processes may do so at once."""
+        try:
+            with atomic_write(folder) as partial_folder:
+                partial_folder.mkdir()
+                for name, array in self.arrays.items():
+                    np.save(partial_folder / f"{name}.npy", array)
+                if folder.exists():  # never replace what another process has memory-mapped
+                    raise FileExistsError(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was first, with the same content
+                raise
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Document:
+        """Document `index` of the kept ones."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        end, length = self._ends[index], self.lengths[index]
+        response = end - length + self.prompt_length[self.kept[index]]
+        weights = self.arrays["weights"]
+        return Document(
+            id=str(self.arrays["names"][index]),
+            prompt_ids=self.arrays["ids"][end - length : response].tolist(),
+            response_ids=self.arrays["ids"][response:end].tolist(),
+            response_weight=weights[response:end].tolist() if len(weights) else [1.0] * int(end - response),
+        )
+
+    @property
+    def dropped(self) -> int:
+        """Number of examples without a document."""
+        return len(self.is_kept) - len(self.kept)
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    style: Style = "chat",
+    system_prompt: str | None = None,
+    thinking: bool = True,
+    max_length: int | None = None,
+    overflow: Overflow = "truncate_trace",
+    eos_fill_to: int | None = None,
+    extra_weight: dict[str, float] | None = None,
+    num_proc: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> TokenizedSet:
+    """Documents of all examples.
+
+    Args:
+        examples: of one set, in the order of their documents.
+        tokenizer: with its chat template.
+        style, system_prompt, thinking, max_length, overflow, eos_fill_to, extra_weight: see `tokenization.encode`.
+        num_proc: processes; None takes 1 below 500 examples, up to 8 from there.
+        cache_dir: a second call with the same examples, tokenizer and options reads the result from here; None keeps
+            it in memory. Several processes may fill it at once.
+
+    Raises:
+        UserError: there are no examples, `encode` raises, every document is dropped, or the disk is full.
+    """
+    if not examples:
+        raise UserError("no examples to tokenize: check the source, the filters and the split")
+    options = {
+        "style": style,
+        "system_prompt": system_prompt,
+        "thinking": thinking,
+        "max_length": max_length,
+        "overflow": overflow,
+        "eos_fill_to": eos_fill_to,
+        "extra_weight": extra_weight,
+    }
+    folder = None
+    if cache_dir is not None:
+        folder = Path(cache_dir).expanduser() / f"documents-{_content_hash(examples, tokenizer, options)}"
+        if folder.exists():
+            return TokenizedSet.load(folder)
+    documents = TokenizedSet.of(_encode_all(examples, partial(encode, tokenizer=tokenizer, **options), num_proc))
+    if not len(documents):
+        raise UserError(
+            f"all {len(examples)} documents are longer than max_length {max_length} (the shortest has "
+            f"{documents.full_length.min():,} tokens) and overflow is {overflow}: raise max_length, or truncate"
+        )
+    if folder is None:
+        return documents
+    documents.save(folder)
+    return TokenizedSet.load(folder)
+
+
+def _encode_all(examples: Sequence[Example], encoder: partial, num_proc: int | None) -> Iterable[Encoded]:
+    if num_proc is None:
+        # Only Linux tells which cores this process may use.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_proc = min(8, cores) if len(examples) >= _PARALLEL_FROM else 1
+    bar = partial(tqdm, total=len(examples), desc="Tokenizing", unit=" examples", disable=None)
+    if num_proc <= 1:
+        yield from bar(map(encoder, examples))
+        return
+    with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(encoder,)) as pool:
+        yield from bar(pool.map(_encode_one, map(_without_record, examples), chunksize=64))
+
+
+_worker: dict[str, Any] = {}  # the encoder of this worker process: pickling a tokenizer for every example takes seconds
+
+
+def _start_worker(encoder: partial) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    _worker["encoder"] = encoder
+
+
+def _encode_one(example: Example) -> Encoded:
+    return _worker["encoder"](example)
+
+
+def _without_record(example: Example) -> Example:
+    return Example(**{**vars(example), "record": {}})
+
+
+def _content_hash(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
+    """Of everything that documents depend on, and nothing else: not the origin, the task or other columns."""
+    digest = hashlib.sha256(json.dumps([_FORMAT, options, tokenizer.chat_template], sort_keys=True).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(str(tokenizer.eos_token_id).encode())
+    for e in examples:
+        digest.update(json.dumps([e.id, e.prompt, e.thinking, e.answer, e.reference]).encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,141 @@
+"""A tokenized set equals its examples encoded one by one, on any number of processes, and is computed once."""
+
+import itertools
+import pickle
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from kill_points import killed_before
+
+from dream_lightning.batch import Example
+from dream_lightning.data import document_cache
+from dream_lightning.data.document_cache import tokenize
+from dream_lightning.data.tokenization import encode
+from dream_lightning.errors import UserError
+from dream_lightning.model.tokenizer import load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+
+
+def examples(count=12):
+    generator = random.Random(0)
+    return [
+        Example(
+            f"x-{i}",
+            ({"role": "user", "content": f"{i}+{i}?"},),
+            "so " * generator.randrange(1, 60) if i % 3 else None,
+            str(2 * i),
+            None,
+            f"train.jsonl, row {i + 1}",
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_length": 120},
+        {"max_length": 120, "overflow": "drop"},
+        {"max_length": 120, "overflow": "truncate_right"},
+        {"style": "plain", "system_prompt": "S", "eos_fill_to": 50},
+        {"extra_weight": {"</think>": 2.0}},
+        {"thinking": False},
+    ],
+)
+def test_set_equals_one_by_one(options):
+    alone = [encode(example, BYTES, **options) for example in examples()]
+    got = tokenize(examples(), BYTES, **options)
+    assert list(got) == [one.document for one in alone if one.document is not None]
+    assert got.dropped == sum(one.document is None for one in alone)
+    assert got.lengths.tolist() == [len(document) for document in got]
+    assert got.full_length.tolist() == [one.full_length for one in alone]
+    assert got.prompt_length.tolist() == [one.prompt_length for one in alone]
+    assert got.filled.tolist() == [one.filled for one in alone]
+    whole = tokenize(examples(), BYTES, **{**options, "max_length": None, "eos_fill_to": None})
+    unfilled = got.lengths.sum() - got.filled.sum()
+    assert got.cut_tokens.sum() == whole.lengths[got.is_kept].sum() - unfilled
+    assert (got.cut_tokens >= 0).all() and np.array_equal(got.kept, np.flatnonzero(got.is_kept))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 120, "overflow": "drop", "extra_weight": {"so": 2.0}}])
+def test_number_of_processes_changes_nothing(options):
+    several = tokenize(examples(), BYTES, num_proc=2, **options)
+    assert list(several) == list(tokenize(examples(), BYTES, num_proc=1, **options))
+    assert list(several) == list(pickle.loads(pickle.dumps(several)))
+
+
+def test_second_call_reads_the_cache(tmp_path, monkeypatch):
+    computed = tokenize(examples(), BYTES, max_length=120, extra_weight={"2": 2.0}, cache_dir=tmp_path)
+    monkeypatch.setattr(document_cache, "encode", None)
+    read = tokenize(examples(), BYTES, max_length=120, extra_weight={"2": 2.0}, cache_dir=tmp_path, num_proc=4)
+    assert list(read) == list(computed)
+    assert read.cut_tokens.tolist() == computed.cut_tokens.tolist()
+    assert [path.name[:10] for path in tmp_path.iterdir()] == ["documents-"]
+
+
+def test_whatever_changes_documents_changes_the_cache_key_and_nothing_else_does(tmp_path):
+    template = load_tokenizer("bytes")
+    template.chat_template += " "
+    vocabulary = load_tokenizer("bytes")
+    vocabulary.add_tokens(["so"])
+    changed = [
+        (examples(11), BYTES, {}),
+        ([*examples(11), replace(examples()[11], answer="other")], BYTES, {}),
+        (examples()[::-1], BYTES, {}),
+        (examples(), template, {}),
+        (examples(), vocabulary, {}),
+        (examples(), BYTES, {"style": "plain"}),
+        (examples(), BYTES, {"system_prompt": "S"}),
+        (examples(), BYTES, {"thinking": False}),
+        (examples(), BYTES, {"max_length": 200}),
+        (examples(), BYTES, {"max_length": 200, "overflow": "drop"}),
+        (examples(), BYTES, {"eos_fill_to": 50}),
+        (examples(), BYTES, {"extra_weight": {"so": 2.0}}),
+        (examples(), BYTES, {"extra_weight": {"so": 3.0}}),
+    ]
+    tokenize(examples(), BYTES, cache_dir=tmp_path)
+    for number, (given, tokenizer, options) in enumerate(changed):
+        tokenize(given, tokenizer, cache_dir=tmp_path, **options)
+        assert len(list(tmp_path.iterdir())) == number + 2
+    same = [replace(e, origin="moved.jsonl", task="math", record={"column": 1}) for e in examples()]
+    tokenize(same, BYTES, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(changed) + 1
+
+
+def test_a_second_process_does_not_replace_the_first_ones_result(tmp_path):
+    first = tokenize(examples(), BYTES, cache_dir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    inode = folder.stat().st_ino
+    first.save(folder)
+    assert list(tmp_path.iterdir()) == [folder] and folder.stat().st_ino == inode
+    assert list(tokenize(examples(), BYTES, cache_dir=tmp_path)) == list(first)
+
+
+def test_a_kill_at_any_moment_leaves_the_whole_folder_or_none(tmp_path):
+    want = list(tokenize(examples(), BYTES))
+    for moment in itertools.count():
+        cache = tmp_path / str(moment)
+        killed = killed_before(moment, cache.parent, lambda cache=cache: tokenize(examples(), BYTES, cache_dir=cache))
+        assert list(tokenize(examples(), BYTES, cache_dir=cache)) == want
+        assert len([f for f in cache.glob("documents-*") if f.suffix != ".partial"]) == 1
+        if not killed:
+            break
+    assert moment > 5
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_errors_name_the_row(num_proc):
+    bad = [*examples(5), replace(examples()[0], answer="", origin="train.jsonl, row 17")]
+    with pytest.raises(UserError, match=r"train.jsonl, row 17 has no response"):
+        tokenize(bad, BYTES, num_proc=num_proc)
+
+
+def test_nothing_to_tokenize_and_nothing_left():
+    with pytest.raises(UserError, match="no examples"):
+        tokenize([], BYTES)
+    with pytest.raises(UserError, match=r"all 12 documents are longer than max_length 10 .* raise max_length"):
+        tokenize(examples(), BYTES, max_length=10, overflow="drop")

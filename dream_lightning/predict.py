@@ -194,7 +194,6 @@ class PredictionWriter(L.Callback):
             "pretrained": pl_module.pretrained,
             "sampling": asdict(pl_module.sampling),
             "precision": trainer.precision,
-            "task": getattr(data, "task", None),
             **(data.question_settings() if resumable else {"questions": None}),
         }
         self._file = file = PredictionFile(self.path)

@@ -1,9 +1,6 @@
-"""Grading of generated answers. Importing this package registers math, countdown, sudoku, choice and exact."""
+"""Grading of generated answers. An import registers the tasks choice, countdown, exact, math and sudoku."""
 
-from dream_lightning.tasks.choice import CHOICE
-from dream_lightning.tasks.countdown import COUNTDOWN
-from dream_lightning.tasks.exact import EXACT
-from dream_lightning.tasks.math import MATH
+from dream_lightning.tasks import choice, countdown, exact, math, sudoku
 from dream_lightning.tasks.metrics import AnswerAccuracy, MeanLoss, TokensPerForward
 from dream_lightning.tasks.registry import (
     Grade,
@@ -15,23 +12,22 @@ from dream_lightning.tasks.registry import (
     split_thinking,
     with_task_prompt,
 )
-from dream_lightning.tasks.sudoku import SUDOKU
 
 __all__ = [
-    "CHOICE",
-    "COUNTDOWN",
-    "EXACT",
-    "MATH",
-    "SUDOKU",
     "AnswerAccuracy",
     "Grade",
     "MeanLoss",
     "Task",
     "TokensPerForward",
+    "choice",
+    "countdown",
+    "exact",
     "get_task",
     "grade_response",
     "import_task",
+    "math",
     "register",
     "split_thinking",
+    "sudoku",
     "with_task_prompt",
 ]

@@ -1,5 +1,6 @@
 """Multiple choice: one letter, A to J."""
 
+import operator
 import re
 
 from dream_lightning.batch import Example
@@ -38,9 +39,4 @@ def reference(example: Example) -> str | None:
     return letter[1]
 
 
-def grade(answer: str, letter: str) -> bool:
-    """Whether it is the same letter."""
-    return answer == letter
-
-
-CHOICE = register(Task("choice", extract, grade, reference))
+register(Task("choice", extract, operator.eq, reference))

@@ -9,21 +9,19 @@ from fractions import Fraction
 
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
-from dream_lightning.tasks.math import stated_answer
+from dream_lightning.tasks.math import stated_answer, tagged_answer
 from dream_lightning.tasks.registry import Task, record_value, register
 
 MAX_EXPRESSION_CHARS = 200
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-", "$": ""}
-TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 EXPRESSION = re.compile(r"[\d(+\-][\d+\-*/() ]*[+\-*/][\d+\-*/() ]*\d[) ]*(?:=[ \d\-]*\d)?")
 NUMBERS = re.compile(r"[\[(\s]*\d+(?:[,\s]+\d+)*[\])\s]*")
 
 
 def extract(response: str) -> str | None:
     """The expression in `<answer>` tags, in a box or after "the answer is", else the last one in the text."""
-    tagged = TAGGED.findall(response)
-    if stated := tagged[-1].strip() if tagged else stated_answer(response):
+    if stated := tagged_answer(response) or stated_answer(response):
         return stated
     expressions = EXPRESSION.findall(_plain(response))
     return expressions[-1].strip() if expressions else None
@@ -99,9 +97,4 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
     raise ValueError(f"{type(node).__name__} is not arithmetic")
 
 
-def grade(answer: str, problem: tuple[list[int], int]) -> bool:
-    """See `countdown_correct`."""
-    return countdown_correct(answer, *problem)
-
-
-COUNTDOWN = register(Task("countdown", extract, grade, reference, prompt))
+register(Task("countdown", extract, lambda answer, problem: countdown_correct(answer, *problem), reference, prompt))

@@ -1,4 +1,4 @@
-"""Exact match: the answer is the text of the reference, except for white space."""
+"""Exact match: the answer is the text of the reference, except for white space. Case counts."""
 
 from dream_lightning.tasks.math import stated_answer
 from dream_lightning.tasks.registry import Task, register
@@ -9,9 +9,4 @@ def extract(response: str) -> str | None:
     return stated_answer(response) or response.strip() or None
 
 
-def grade(answer: str, reference: str) -> bool:
-    """Whether the texts are equal after white space is collapsed. Case counts."""
-    return answer.split() == reference.split()
-
-
-EXACT = register(Task("exact", extract, grade))
+register(Task("exact", extract, lambda answer, reference: answer.split() == reference.split()))

@@ -123,6 +123,12 @@ def stated_answer(text: str) -> str | None:
     return None
 
 
+def tagged_answer(text: str) -> str | None:
+    """The last text in `<answer>` tags, as some puzzle prompts ask for; None if there is none."""
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return tagged[-1].strip() if tagged else None
+
+
 def _balanced(text: str, start: int) -> str | None:
     """The text from `start` to the brace that closes the one before it; None if none does within 1,000."""
     depth = 1
@@ -186,4 +192,4 @@ def _same_number(ours: str, ours_value: Fraction, gold: str, gold_value: Fractio
     return False
 
 
-MATH = register(Task("math", extract_answer, is_equivalent, reference))
+register(Task("math", extract_answer, is_equivalent, reference))

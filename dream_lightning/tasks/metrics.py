@@ -7,7 +7,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dream_lightning.batch import LossTerms, Prediction
-from dream_lightning.errors import UserError
 from dream_lightning.tasks.registry import Grade
 
 
@@ -32,15 +31,8 @@ class AnswerAccuracy(Metric):
 
         Rows that are not scored (`correct` None), and rows with `counted` ([B] bool) False, the copies that give every
         rank the same number of forwards, are left out of every count.
-
-        Raises:
-            UserError: the two have different lengths.
         """
-        flags = [True] * len(graded) if counted is None else [bool(flag) for flag in torch.as_tensor(counted).tolist()]
-        if len(graded) != len(flags):
-            raise UserError(
-                f"got {len(graded)} graded responses and {len(flags)} counted flags: pass one of each per row"
-            )
+        flags = [True] * len(graded) if counted is None else torch.as_tensor(counted).tolist()
         for result, flag in zip(graded, flags, strict=True):
             if not flag or result.correct is None:
                 continue
@@ -106,11 +98,7 @@ class TokensPerForward(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, filled: Sequence[int], forwards: Sequence[int], counted: Sequence[bool]) -> None:
-        """Adds B responses: positions filled and number of forwards of each. Rows with `counted` False are left out.
-
-        Raises:
-            UserError: the three have different lengths.
-        """
+        """Adds B responses: positions filled and number of forwards of each. Rows with `counted` False are left out."""
         for positions, passes, flag in zip(filled, forwards, counted, strict=True):
             if flag:
                 self.filled += positions

@@ -5,19 +5,17 @@ from math import isqrt
 
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
-from dream_lightning.tasks.math import stated_answer
+from dream_lightning.tasks.math import stated_answer, tagged_answer
 from dream_lightning.tasks.registry import Task, record_value, register
 
 IGNORED = re.compile(r"[\s,|\[\]]")  # what may be between the digits of a grid
 GRID = re.compile(r"\d[\d\s,|\[\]]*")
-TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def extract(response: str) -> str | None:
     """The last grid of 16 or 81 digits: in `<answer>` tags, in a box or after "the answer is", else in the text."""
-    tagged = TAGGED.findall(response)
-    stated = tagged[-1] if tagged else stated_answer(response)
-    for text in (stated or "", *reversed(GRID.findall(response))):
+    stated = tagged_answer(response) or stated_answer(response) or ""
+    for text in (stated, *reversed(GRID.findall(response))):
         cells = IGNORED.sub("", text)
         if re.fullmatch(r"\d{16}|\d{81}", cells, re.ASCII):
             return cells
@@ -82,4 +80,4 @@ def _check(puzzle: str, origin: str = "") -> None:
         )
 
 
-SUDOKU = register(Task("sudoku", extract, sudoku_correct, reference, prompt))
+register(Task("sudoku", extract, sudoku_correct, reference, prompt))

@@ -2,7 +2,7 @@ import pytest
 from test_registry import example
 
 from dream_lightning.errors import UserError
-from dream_lightning.tasks import CHOICE, grade_response
+from dream_lightning.tasks import choice, grade_response
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_other_letters_and_no_letter_are_wrong(response, answer):
 
 
 def test_a_reference_that_is_no_letter_is_an_error():
-    assert CHOICE.reference(example("?")) is None
-    assert CHOICE.reference(example("?", reference="C. Paris")) == "C"
+    assert choice.reference(example("?")) is None
+    assert choice.reference(example("?", reference="C. Paris")) == "C"
     with pytest.raises(UserError, match=r"^rows.jsonl, row 1: the reference 'Paris' is not a letter"):
-        CHOICE.reference(example("?", reference="Paris"))
+        choice.reference(example("?", reference="Paris"))

@@ -5,7 +5,7 @@ import pytest
 from test_registry import example
 
 from dream_lightning.errors import UserError
-from dream_lightning.tasks import COUNTDOWN, grade_response
+from dream_lightning.tasks import countdown, grade_response
 from dream_lightning.tasks.countdown import countdown_correct
 
 
@@ -51,7 +51,7 @@ def test_countdown_wrong_or_hostile(expression):
     ],
 )
 def test_extract(response, answer):
-    assert COUNTDOWN.extract(response) == answer
+    assert countdown.extract(response) == answer
 
 
 @pytest.mark.parametrize(
@@ -63,19 +63,19 @@ def test_extract(response, answer):
     ],
 )
 def test_columns_in_use(record):
-    assert COUNTDOWN.reference(example("30,100,93", **record)) == ([30, 100, 93], 23)
+    assert countdown.reference(example("30,100,93", **record)) == ([30, 100, 93], 23)
 
 
 @pytest.mark.parametrize("record", [{}, {"nums": [30, 1.5], "target": 23}, {"nums": [30, 100], "target": "much"}])
 def test_a_malformed_record_is_an_error(record):
     with pytest.raises(UserError, match=r"^rows.jsonl, row 1 has the numbers"):
-        COUNTDOWN.reference(example("Make it.", **record))
+        countdown.reference(example("Make it.", **record))
 
 
 def test_a_record_of_numbers_is_asked_in_words():
-    asked = COUNTDOWN.prompt(example("30,100,93", input="30,100,93", output="23"))
+    asked = countdown.prompt(example("30,100,93", input="30,100,93", output="23"))
     assert "30, 100, 93" in asked and "to make 23." in asked
-    assert COUNTDOWN.prompt(example("Make 23.", nums=[30, 100, 93], target=23)) == "Make 23."
+    assert countdown.prompt(example("Make 23.", nums=[30, 100, 93], target=23)) == "Make 23."
 
 
 def test_real_rows_have_a_solution_that_is_accepted(shared):

@@ -40,24 +40,18 @@ def test_nothing_scored_is_zero_and_not_nan(update):
     assert values(metric) == {"accuracy": 0.0, "unparsed": 0.0, "scored": 0.0}
 
 
-def test_reset():
-    metric = AnswerAccuracy()
-    metric.update([RIGHT])
-    metric.reset()
-    metric.update([WRONG])
-    assert values(metric) == {"accuracy": 0.0, "unparsed": 0.0, "scored": 1.0}
-
-
-def test_counts_survive_a_cast_to_bfloat16():
+def test_counts_are_exact_after_a_cast_to_bfloat16_and_a_reset():
     metric = AnswerAccuracy().bfloat16()
     assert metric.total.dtype == torch.long
+    metric.update([WRONG])
+    metric.reset()
     metric.update([RIGHT] * 300)
     assert values(metric)["scored"] == 300
 
 
 @pytest.mark.parametrize("update", [([], [True]), ([RIGHT], [True, True])])
 def test_lengths_must_agree(update):
-    with pytest.raises(ValueError, match="one of each per row"):
+    with pytest.raises(ValueError, match="zip"):
         AnswerAccuracy().update(*update)
 
 
@@ -67,5 +61,5 @@ def test_tokens_per_forward_by_hand():
     metric.update([30, 30, 8], [15, 10, 1], [True, True, False])
     metric.update([4], [0], [False])
     assert metric.compute().item() == pytest.approx(60 / 25)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="zip"):
         metric.update([1], [1, 2], [True])

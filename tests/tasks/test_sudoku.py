@@ -4,7 +4,7 @@ import pytest
 from test_registry import example
 
 from dream_lightning.errors import UserError
-from dream_lightning.tasks import SUDOKU, grade_response
+from dream_lightning.tasks import grade_response, sudoku
 from dream_lightning.tasks.sudoku import sudoku_correct
 
 PUZZLE, GRID = "3102200002100320", "3142243142131324"
@@ -37,7 +37,7 @@ def test_a_malformed_puzzle_is_an_error(puzzle):
     with pytest.raises(UserError, match="a puzzle is 16 digits"):
         sudoku_correct(GRID, puzzle)
     with pytest.raises(UserError, match=r"^rows.jsonl, row 1: a puzzle is 16 digits"):
-        SUDOKU.reference(example(puzzle, Puzzle=puzzle))
+        sudoku.reference(example(puzzle, Puzzle=puzzle))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_malformed_puzzle_is_an_error(puzzle):
     ],
 )
 def test_extract(response, answer):
-    assert SUDOKU.extract(response) == answer
+    assert sudoku.extract(response) == answer
 
 
 def test_real_rows_are_asked_in_words_and_graded(shared):
@@ -64,5 +64,5 @@ def test_real_rows_are_asked_in_words_and_graded(shared):
         assert grade_response(rf"\boxed{{{row['Solution']}}}", asked).correct
         assert not grade_response(row["Puzzle"], asked).correct
         assert grade_response(other["Solution"], asked).correct == (other["Solution"] == row["Solution"])
-    assert "4 × 4 sudoku" in SUDOKU.prompt(asked) and row["Puzzle"][:4] + "\n" in SUDOKU.prompt(asked)
-    assert SUDOKU.prompt(example("Solve it.", puzzle=PUZZLE)) == "Solve it."
+    assert "4 × 4 sudoku" in sudoku.prompt(asked) and row["Puzzle"][:4] + "\n" in sudoku.prompt(asked)
+    assert sudoku.prompt(example("Solve it.", puzzle=PUZZLE)) == "Solve it."

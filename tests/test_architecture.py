@@ -16,7 +16,7 @@ BELOW = {
     "errors": set(),
     "batch": set(),
     "atomic": {"errors"},
-    "data": {"errors", "batch", "atomic"},
+    "data": {"errors", "batch", "atomic", "tasks"},  # a task words its prompts
     "diffusion": {"errors", "batch"},
     "model": {"errors", "batch"},
     "adapters": {"errors", "batch", "atomic"},

@@ -87,3 +87,11 @@ def test_two_ranks_killed_and_resumed_on_one_and_on_two_write_the_file_of_one(tm
         assert answers(tmp_path / name) == whole
         names = sorted(file.name for file in (tmp_path / name / "tiny").iterdir() if file.is_file())
         assert names == ["predictions.jsonl", "predictions.jsonl.settings.json"]
+
+
+def test_countdown_problems_are_asked_in_words_and_graded(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "problems.jsonl", [{"input": "30,100,93", "output": "23"}] * 2)
+    on_one(monkeypatch, tmp_path, source, "--data.task=countdown")
+    for line in answers(tmp_path):
+        assert "30, 100, 93" in line["prompt"] and "to make 23" in line["prompt"]
+        assert line["correct"] is False, "a random model does not solve it"

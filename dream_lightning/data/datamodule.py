@@ -21,6 +21,7 @@ from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.splits import split
 from dream_lightning.data.tokenization import Overflow
 from dream_lightning.errors import UserError
+from dream_lightning.tasks import import_task, with_task_prompt
 
 # Batches per process that predict sorts by length together. In batches of 8, padding is then 13 % of the prompts'
 # positions for s1K, 5 % for GSM8K and 19 % for MATH-500, instead of 48, 31 and 58 % in file order. With 64 it is 5, 1
@@ -43,7 +44,8 @@ class S1KDataModule(L.LightningDataModule):
         prompt_column: column of the question in prompt/response records; None finds the usual names.
         response_column: column of the response; None finds the usual names.
         reference_column: column that predictions are scored against; None finds the usual names.
-        task: how answers are extracted and graded, see `tasks`; a record's own `task` column takes precedence.
+        task: how questions are asked and answers graded: math, countdown, sudoku, choice, exact, or the import path of
+            a `tasks.Task`; None is math. A record's own `task` column takes precedence.
         filters: column → values that a record must have one of, such as {cot_type: [math]}.
         first_n: only the first records of the training set.
         style: `chat` uses the tokenizer's template; `plain` is "Question: … Let's think step by step. …".
@@ -116,6 +118,8 @@ class S1KDataModule(L.LightningDataModule):
         ):
             if value is not None and not value >= least:  # written so that NaN is refused
                 raise UserError(f"{name} is {value}, wanted at least {least}")
+        if task is not None:
+            import_task(task)
         self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
         self.validation_fraction, self.first_n, self.task = validation_fraction, first_n, task
@@ -153,13 +157,16 @@ class S1KDataModule(L.LightningDataModule):
 
     def read(self) -> tuple[list[Example], list[Example]]:
         """Training and validation examples."""
-        examples = read_examples(self.source, split="train", **self.reading)
+        examples = self._examples(self.source, "train")
         if self.validation_source is None:
             training, validation = split(examples, validation_fraction=self.validation_fraction, seed=self.seed)
         else:
             training = examples
-            validation = read_examples(self.validation_source, split="validation", **self.reading)
+            validation = self._examples(self.validation_source, "validation")
         return training[: self.first_n], validation
+
+    def _examples(self, source: str, part: str) -> list[Example]:
+        return [with_task_prompt(example) for example in read_examples(source, split=part, **self.reading)]
 
     def tokenized(self, examples: Sequence[Example]) -> TokenizedSet:
         """Documents of the examples, cached."""
@@ -169,7 +176,7 @@ class S1KDataModule(L.LightningDataModule):
         """Read, split and tokenize what the stage needs."""
         if stage == "predict":
             if self.predict_source is not None:
-                self.questions = read_examples(self.predict_source, split="test", **self.reading)
+                self.questions = self._examples(self.predict_source, "test")
             else:
                 self.questions = self.read()[1]
             return

@@ -92,22 +92,15 @@ def import_task(path: str) -> Task:
     return register(replace(task, name=path))
 
 
-def task_of(example: Example, default_task: str | None = None) -> Task:
-    """The task that the record names, else the default.
-
-    Raises:
-        UserError: no task has this name.
-    """
-    return get_task(example.task or default_task or DEFAULT)
-
-
 def with_task_prompt(example: Example) -> Example:
-    """The example as its task asks it; a malformed record fails here, before anything is generated.
+    """The example as the task that it names asks it. A malformed record fails here, before anything is generated.
 
     Raises:
         UserError: the task is unknown, or cannot use the record.
     """
-    task = task_of(example)
+    if example.task is None:
+        return example
+    task = get_task(example.task)
     task.reference(example)
     if task.prompt is None:
         return example
@@ -123,7 +116,7 @@ def grade_response(text: str, example: Example, default_task: str | None = None)
     Raises:
         UserError: the task is unknown, or cannot use the record.
     """
-    task = task_of(example, default_task)
+    task = get_task(example.task or default_task or DEFAULT)
     thinking, response = split_thinking(text)
     answer, reference = task.extract(response), task.reference(example)
     if reference is None:

@@ -1,7 +1,6 @@
-"""`python -m dream_lightning`."""
+"""`python -m dream_lightning`, the same as `dream-lightning`."""
 
-from dream_lightning.cli import main, tune_gc
+from dream_lightning.cli import main
 
 if __name__ == "__main__":
-    tune_gc()
     main()

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dream_lightning import DreamModel, SamplingParams
 from dream_lightning.adapters import held_in_bfloat16
+from dream_lightning.cli import readable_errors
 from dream_lightning.diffusion.denoiser import align
 from dream_lightning.model_factory import quantized_model
-from dream_lightning.readable_errors import readable_errors
 from dream_lightning.sampling import CompiledDenoiser, denoising_steps
 
 

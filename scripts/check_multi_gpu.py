@@ -1,4 +1,4 @@
-"""Try a config for several GPUs on this machine: speed, memory, loading, kill -9 and going on, scaling from one GPU.
+"""Try a multi-GPU config on this machine: speed, memory, loading, resuming after kill -9, scaling from one GPU.
 
 python scripts/random_checkpoint.py --folder /tmp/dream7b --tokenizer bytes --mask_token_id 260 --eos_token_id 256
 python scripts/check_multi_gpu.py --recipe configs/fsdp_full.yaml --pretrained /tmp/dream7b --folder /tmp/check
@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from jsonargparse import auto_cli
 
-from dream_lightning.readable_errors import readable_errors
+from dream_lightning.cli import readable_errors
 
 CALIBRATION = 2  # first steps, left out of speeds: compilation, first allocations
 
@@ -64,18 +64,18 @@ def main(
     accelerator: str = "gpu",
     options: list[str] = [],  # noqa: B006 (jsonargparse wants a list)
 ) -> None:
-    """Train and kill on all GPUs, go on, then train on one, and print what was seen.
+    """Train and kill on all GPUs, resume, then train on one, and print the measurements.
 
     Args:
         recipe: a shipped config with a strategy.
         pretrained: folder with the bytes tokenizer, as above.
-        folder: for data, logs and checkpoints; new. With `resume` a checkpoint is left there, for scripts/export.py.
+        folder: for data, logs and checkpoints; new. With `resume` a checkpoint stays there.
         devices: GPUs.
         steps: of a run; saved once, after half of them and one more.
         accumulate: micro-batches a step.
         length: tokens of a row.
-        resume: save, and go on from the checkpoint in a second run.
-        alone: train on one GPU too; it must hold everything.
+        resume: save, and resume from the checkpoint in a second run.
+        alone: also train on one GPU, which must hold everything.
         accelerator: gpu or cpu.
         options: more options for fit, such as [--model.compile_layers=false].
     """
@@ -83,45 +83,45 @@ def main(
         raise ValueError(
             f"steps is {steps}: wanted at least 8, half of them and one to save and {CALIBRATION} to warm up"
         )
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through `finally`, as Ctrl-C
-    place, name = Path(folder), Path(recipe).stem
-    place.mkdir(parents=True, exist_ok=True)
-    write_rows(place / "rows.jsonl", length)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # runs `finally`, as Ctrl-C does
+    root, name = Path(folder), Path(recipe).stem
+    root.mkdir(parents=True, exist_ok=True)
+    write_rows(root / "rows.jsonl", length)
     common = [
-        *(f"--config={recipe}", f"--model.pretrained={pretrained}", f"--data.source={place / 'rows.jsonl'}"),
-        *("--data.schema=prompt-response", f"--data.max_length={length}", f"--data.cache_dir={place / 'cache'}"),
+        *(f"--config={recipe}", f"--model.pretrained={pretrained}", f"--data.source={root / 'rows.jsonl'}"),
+        *("--data.schema=prompt-response", f"--data.max_length={length}", f"--data.cache_dir={root / 'cache'}"),
         *("--data.validation_questions=4", "--model.sampling={max_new_tokens: 32, steps: 8, forbid_mask: true}"),
-        *(f"--{saver}.dirpath={place / name}" for saver in ("checkpoint", "autosave")),
+        *(f"--{saver}.dirpath={root / name}" for saver in ("checkpoint", "autosave")),
         *("--checkpoint.save_top_k=0", f"--trainer.accelerator={accelerator}", "--trainer.max_steps=1000"),
         *(
             "--trainer.num_sanity_val_steps=0",
             "--trainer.limit_val_batches=1",
             "--trainer.check_val_every_n_epoch=null",
         ),
-        *("--trainer.val_check_interval=1000000", "--autosave.save_top_k=0", f"--trainer.default_root_dir={place}"),
+        *("--trainer.val_check_interval=1000000", "--autosave.save_top_k=0", f"--trainer.default_root_dir={root}"),
         *("--trainer.log_every_n_steps=1", f"--trainer.accumulate_grad_batches={accumulate}", "--trainer.logger=false"),
         "--trainer.callbacks=[{class_path: check_multi_gpu.Probe}]",
         "--trainer.enable_progress_bar=false",
         *options,
     ]
     save_at = steps // 2 + 1
-    never = 10**9  # for speed alone nothing is saved: full states are 91 GB, which take longer than the steps
+    never = 10**9  # full states are 91 GB, which take longer to save than the steps
     several = [f"--trainer.devices={devices}", f"--autosave.every_n_train_steps={save_at if resume else never}"]
     validation = f"--trainer.val_check_interval={(steps - 1) * accumulate}"  # once, with generation
 
-    first = fit(place / f"{name}-first", [*common, *several, validation], until=steps)
+    first = fit(root / f"{name}-first", [*common, *several, validation], until=steps)
     print(f"{name}, {devices} × {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
     report("first run", first, skip=(save_at + 1, steps))
     if resume:
         saving = first["lines"][save_at + 1]["seconds"] - first["lines"][save_at]["seconds"] - first["step_seconds"]
-        print(f"  saving after step {save_at}: {saving:.0f} s, {size_gb(place / name):.1f} GB", flush=True)
-        again = fit(place / f"{name}-again", [*common, *several, "--ckpt_path=last"], until=steps)
-        report("killed, gone on", again)
+        print(f"  saving after step {save_at}: {saving:.0f} s, {size_gb(root / name):.1f} GB", flush=True)
+        again = fit(root / f"{name}-again", [*common, *several, "--ckpt_path=last"], until=steps)
+        report("killed, resumed", again)
         for step in range(save_at + 1, steps + 1):
             before, after = first["lines"][step], again["lines"][step]
-            print(f"  step {step}: loss {before['loss']:.5f} and, gone on, {after['loss']:.5f}", flush=True)
+            print(f"  step {step}: loss {before['loss']:.5f}, resumed {after['loss']:.5f}", flush=True)
     if alone:
-        one = fit(place / f"{name}-one", [*common, "--trainer.devices=1"], until=steps // 2 + CALIBRATION)
+        one = fit(root / f"{name}-one", [*common, "--trainer.devices=1"], until=steps // 2 + CALIBRATION)
         report("one GPU", one)
         print(f"  scaling: {first['speed'] / one['speed']:.1%} of one GPU's tokens/s on each")
 
@@ -144,7 +144,7 @@ def fit(probe: Path, arguments: list[str], *, until: int) -> dict:
             while process.poll() is None and (not (lines := read(probe)) or lines[-1]["step"] < until):
                 time.sleep(0.1)
             ended = process.returncode
-        finally:  # also when this script is told to stop: fit is in a session of its own and would train on
+        finally:  # also when this script is stopped: fit has a session of its own and would continue
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -193,9 +193,7 @@ def size_gb(folder: Path) -> float:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["fit"]:
         from dream_lightning.cli import main as command_line
-        from dream_lightning.cli import tune_gc
 
-        tune_gc()  # as python -m dream_lightning does
         command_line()
     else:
         with readable_errors():

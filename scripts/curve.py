@@ -1,7 +1,7 @@
-"""Accuracy against tokens per forward, for every algorithm and cache of a trained model: a table and a plot.
+"""Accuracy against tokens per forward, for every algorithm and cache of a trained model, as a Markdown table.
 
-python scripts/export.py --checkpoint lightning_logs/tiny/checkpoints/last.ckpt --folder tiny --tokenizer bytes
-python scripts/curve.py --pretrained tiny --new_tokens 30 --block 10 --out curve
+dream-lightning export --checkpoint lightning_logs/tiny/checkpoints/last.ckpt --folder tiny --tokenizer bytes
+python scripts/curve.py --pretrained tiny --new_tokens 30 --block 10 --out curve.md
 """
 
 import time
@@ -14,17 +14,16 @@ from jsonargparse import auto_cli
 
 from dream_lightning import DreamModel, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.answering import answer_questions
-from dream_lightning.readable_errors import readable_errors
+from dream_lightning.cli import readable_errors
 from dream_lightning.tasks import AnswerAccuracy, TokensPerForward
 
 CACHES = ("no blocks", "none", "prefix", "dual")
-COLOURS = {"maskgit_plus": "#1b6ca8", "topk_margin": "#c8553d", "entropy": "#3a7d44", "origin": "#777777"}
-MARKS = {"tokens_per_step": "circle", "threshold": "square", "factor": "diamond", "steps": "circle"}
+ALGORITHMS = ("maskgit_plus", "topk_margin", "entropy", "origin")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting and what came of it."""
+    """One setting and its result."""
 
     alg: str
     cache: str
@@ -37,7 +36,7 @@ class Point:
 
 def main(
     pretrained: str,
-    out: str = "curve",
+    out: str = "curve.md",
     source: str = "bundled",
     questions: int = 64,
     batch_size: int = 64,
@@ -47,11 +46,11 @@ def main(
     thresholds: tuple[float, ...] = (0.99, 0.9, 0.5),
     factors: tuple[float, ...] = (0.25, 1.0, 3.0),
 ) -> None:
-    """Write OUT.md and OUT.svg.
+    """Write the table.
 
     Args:
         pretrained: an official-format folder of a trained model, with its tokenizer.
-        out: path of both files without their endings.
+        out: file.
         source: of the questions: those of its validation part.
         questions: how many.
         batch_size: at once.
@@ -71,10 +70,10 @@ def main(
     for options in settings(tokens_per_step, thresholds, factors, new_tokens, block):
         points.append(measure(model, tokenizer, data, options, new_tokens, block))
         print(points[-1], flush=True)
-    text = table(points, questions=len(data.questions), source=source, new_tokens=new_tokens, block=block)
-    Path(f"{out}.md").write_text(text)
-    Path(f"{out}.svg").write_text(plot(points))
-    print(f"wrote {out}.md and {out}.svg")
+    Path(out).write_text(
+        table(points, questions=len(data.questions), source=source, new_tokens=new_tokens, block=block)
+    )
+    print(f"wrote {out}")
 
 
 def settings(tokens_per_step, thresholds, factors, new_tokens: int, block: int) -> list[tuple[str, str, str, float]]:
@@ -83,7 +82,7 @@ def settings(tokens_per_step, thresholds, factors, new_tokens: int, block: int) 
     ways += [("threshold", v) for v in thresholds] + [("factor", v) for v in factors]
     found = [
         (alg, cache, way, value)
-        for cache, alg, (way, value) in product(CACHES, list(COLOURS)[:3], ways)
+        for cache, alg, (way, value) in product(CACHES, ALGORITHMS[:3], ways)
         if cache == "no blocks" or way != "tokens_per_step" or value <= block
     ]
     steps = [new_tokens // k for k in tokens_per_step]
@@ -92,7 +91,7 @@ def settings(tokens_per_step, thresholds, factors, new_tokens: int, block: int) 
 
 
 def measure(model, tokenizer, data, options: tuple[str, str, str, float], new_tokens: int, block: int) -> Point:
-    """Answer all questions in one way."""
+    """Answer all questions with one setting."""
     alg, cache, way, value = options
     blocks = {} if cache == "no blocks" else {"block_length": block, "cache": cache}
     params = SamplingParams(
@@ -113,12 +112,12 @@ def table(points: list[Point], *, questions: int, source: str, new_tokens: int, 
     lines += ["In every cell: tokens per forward · accuracy.", ""]
     for cache in CACHES:
         lines += [
-            f"| {_title(cache)} | " + " | ".join(COLOURS) + " |",
-            "|---|" + "---|" * len(COLOURS),
+            f"| {_title(cache)} | " + " | ".join(ALGORITHMS) + " |",
+            "|---|" + "---|" * len(ALGORITHMS),
         ]
         for way, value in dict.fromkeys((p.way, p.value) for p in points if p.cache == cache):
             cells = [f"{way} {value:g}"]
-            for alg in COLOURS:
+            for alg in ALGORITHMS:
                 key = (alg, cache, way, value)
                 found = [p for p in points if (p.alg, p.cache, p.way, p.value) == key]
                 cells += [f"{p.tokens_per_forward:.2f} · {p.accuracy:.1%}" for p in found] or ["–"]
@@ -129,57 +128,6 @@ def table(points: list[Point], *, questions: int, source: str, new_tokens: int, 
 
 def _title(cache: str) -> str:
     return cache if cache == "no blocks" else f"blocks, cache {cache}"
-
-
-def plot(points: list[Point], width: int = 300, height: int = 220) -> str:
-    """Four panels, one a cache; a line joins the points of one algorithm with a fixed number of tokens a step."""
-    top = max(2.0, *(p.tokens_per_forward for p in points))
-    floor = min(0.9, int(min(p.accuracy for p in points) * 10) / 10)  # of the vertical axis
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * width}" height="{2 * height + 50}" '
-        'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
-    ]
-    for n, cache in enumerate(CACHES):
-        left, upper = (n % 2) * width + 45, (n // 2) * height + 30
-        wide, high = width - 65, height - 65
-
-        def at(p: Point, left=left, upper=upper, wide=wide, high=high) -> tuple[float, float]:
-            across = torch.tensor(max(p.tokens_per_forward, 1.0)).log2() / torch.tensor(top).log2()
-            return left + wide * float(across), upper + high * (1 - p.accuracy) / (1 - floor)
-
-        lines.append(f'<text x="{left}" y="{upper - 10}" font-weight="bold">{_title(cache)}: accuracy</text>')
-        for share in (floor, (1 + floor) / 2, 1):
-            y = upper + high * (1 - share) / (1 - floor)
-            lines.append(f'<line x1="{left}" x2="{left + wide}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-            lines.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{share:.0%}</text>')
-        tick = 1
-        while tick <= top:
-            x = left + wide * float(torch.tensor(float(tick)).log2() / torch.tensor(top).log2())
-            lines.append(f'<text x="{x}" y="{upper + high + 16}" text-anchor="middle">{tick}</text>')
-            tick *= 2
-        middle = f'x="{left + wide / 2}" y="{upper + high + 30}" text-anchor="middle"'
-        lines.append(f'<text {middle} fill="#555">tokens per forward</text>')
-        for alg, colour in COLOURS.items():
-            mine = [p for p in points if (p.alg, p.cache) == (alg, cache)]
-            fixed = sorted(at(p) for p in mine if p.way in ("tokens_per_step", "steps"))
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in fixed)
-            lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
-            lines += [_mark(MARKS[p.way], *at(p), colour) for p in mine]
-    y = 2 * height + 25
-    for n, (alg, colour) in enumerate(COLOURS.items()):
-        lines.append(f'<circle cx="{20 + 95 * n}" cy="{y}" r="4" fill="{colour}"/>')
-        lines.append(f'<text x="{28 + 95 * n}" y="{y + 4}">{alg}</text>')
-    for n, (name, mark) in enumerate((("fixed", "circle"), ("threshold", "square"), ("factor", "diamond"))):
-        lines.append(_mark(mark, 405 + 62 * n, y, "#333"))
-        lines.append(f'<text x="{412 + 62 * n}" y="{y + 4}">{name}</text>')
-    return "\n".join([*lines, "</svg>\n"])
-
-
-def _mark(kind: str, x: float, y: float, colour: str) -> str:
-    if kind == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
-    turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if kind == "diamond" else ""
-    return f'<rect x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6" fill="none" stroke="{colour}"{turn}/>'
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv and installs this package into it, unless a virtual environment is active.
+# Sourced by the other scripts: installs this package, into a new .venv unless a virtual environment is active.
 # Usage: source scripts/environment.sh [extra]
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -d .venv ] || "${PYTHON:-python3}" -m venv .venv
@@ -8,7 +8,7 @@ extra=${1:+[$1]}
 marker=$VIRTUAL_ENV/.dream_lightning${1:+-$1}
 if [ ! -e "$marker" ] || [ pyproject.toml -nt "$marker" ]; then
     echo "installing into $VIRTUAL_ENV (once) …"
-    # torch first and alone: what the index offers for this machine, and then left in place by the rest
+    # torch first and alone: the build for this machine, which the rest then keeps
     python -c 'import torch' 2>/dev/null || pip install --quiet --disable-pip-version-check "torch${TORCH_VERSION:-==2.13.0}"
     pip install --quiet --disable-pip-version-check --editable ".$extra"
     touch "$marker"

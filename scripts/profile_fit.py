@@ -18,8 +18,7 @@ from torch._dynamo.utils import calculate_time_spent, counters
 from torch.profiler import ProfilerActivity, profile
 
 from dream_lightning import DreamModule
-from dream_lightning.cli import DreamCLI, tune_gc
-from dream_lightning.readable_errors import readable_errors
+from dream_lightning.cli import DreamCLI, readable_errors, tune_gc
 
 ACTIONS = {  # part → the end of its name in Lightning's profiler
     "model forward, head and loss included": "model forward",

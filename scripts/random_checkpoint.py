@@ -1,4 +1,4 @@
-"""A folder in the official format with random weights: the 7B's shapes by default, for runs where only size matters.
+"""A folder in the official format with random weights, by default in the shapes of the 7B: to measure speed and memory.
 
 python scripts/random_checkpoint.py --folder dream-random --tokenizer Dream-org/Dream-v0-Instruct-7B
 """
@@ -13,10 +13,10 @@ from jsonargparse import auto_cli
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dream_lightning.cli import readable_errors
 from dream_lightning.export import new_folder, save_tokenizer
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.model.loading import INDEX
-from dream_lightning.readable_errors import readable_errors
 
 
 def main(
@@ -40,9 +40,9 @@ def main(
     """Write the folder; one file at a time is in memory.
 
     Args:
-        folder: where to; new or empty.
-        tokenizer: folder or hub id, or bytes, whose tokenizer to write too.
-        device: where the numbers are drawn, a GPU if there is one; the same seed gives others on another device.
+        folder: to write; new or empty.
+        tokenizer: folder, hub id or bytes; its tokenizer is written too.
+        device: where the numbers are drawn, by default a GPU if there is one; they depend on it.
         seed: of the weights.
         dtype: of the weights.
         vocab_size: tokens.
@@ -54,7 +54,7 @@ def main(
         max_position_embeddings: longest context, as config.json says.
         initializer_range: standard deviation of matrices and biases; norms are 1.
         mask_token_id: of the mask.
-        eos_token_id: of eos, which is also padding and beginning.
+        eos_token_id: of eos, which is also pad and bos.
         max_shard_size: of one file.
     """
     config = DreamConfig(
@@ -72,13 +72,13 @@ def main(
         eos_token_id=eos_token_id,
         pad_token_id=eos_token_id,
         bos_token_id=eos_token_id,
-        use_cache=True,  # as the official config.json says; nothing reads it
+        use_cache=True,  # as in the official config.json; nothing reads it
         use_mrope=False,
     )
     if tokenizer is not None and (mask := load_tokenizer(tokenizer).mask_token_id) != mask_token_id:
         raise ValueError(
             f"mask_token_id is {mask_token_id}, that of tokenizer {tokenizer} is {mask}: set --mask_token_id {mask}, "
-            "for a folder whose tokenizer has another mask cannot be used"
+            "the tokenizer of a folder must have the same mask"
         )
     with torch.device("meta"):
         state = DreamModel(config).to(getattr(torch, dtype)).state_dict()
@@ -102,7 +102,7 @@ def main(
 
 
 def random_like(tensor: Tensor, name: str, std: float, generator: torch.Generator) -> Tensor:
-    """Ones for a norm, else normal numbers, drawn on the generator's device and brought to the CPU."""
+    """Ones for a norm, else normal numbers, drawn on the generator's device and copied to the CPU."""
     drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device=generator.device)
     if name.endswith("norm.weight"):
         return drawn.fill_(1).cpu()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up (once) and run the tests: bash scripts/test.sh [pytest arguments]
+# Install (once) and run the tests: bash scripts/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh test

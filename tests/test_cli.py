@@ -1,27 +1,32 @@
-"""The command line as users type it."""
+"""The program as users run it."""
 
 import csv
+import gc
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from material import addition_rows, write_jsonl
 from meeting import MeetingPoint
 
-from dream_lightning import DreamConfig, DreamModel, S1KDataModule, load_tokenizer
-from dream_lightning.cli import DreamCLI, main
+from dream_lightning import DreamConfig, DreamModel, S1KDataModule, cli, load_tokenizer
+from dream_lightning.cli import COMMANDS, TRAINER_COMMANDS, DreamCLI, main, readable_errors, shipped_configs
+from dream_lightning.errors import UserError
 from dream_lightning.training.sharded_checkpoint import read_rest
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 SMALL = [
-    "--config=configs/tiny.yaml",
+    "--config=tiny",
     "--model.new_model={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2, "
     "num_key_value_heads: 2, max_position_embeddings: 256}",
     "--trainer.callbacks=[]",
@@ -29,139 +34,202 @@ SMALL = [
     "--data.batch_size=4",
     "--trainer.limit_val_batches=1",
 ]
+SILENT = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
 
 
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["dream_lightning", *arguments])
-    main()
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("DREAM_TRACEBACK", raising=False)
+    monkeypatch.setattr(cli, "tune_gc", lambda: None)
 
 
 @pytest.fixture
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def command(monkeypatch, capsys):
+    """`command("fit", …)` → what is printed, what is written to stderr, and the exit status."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dream-lightning", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code or 0
+        return *capsys.readouterr(), status
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def one_parser():
-    """The parsers of all commands, built once: that takes five times as long as parsing."""
+def cached_parsers():
+    """Building a parser takes five times as long as parsing."""
     kept = {}
 
     def setup_parser(cli, *arguments):
-        if not kept:
+        if cli.command not in kept:
             LightningCLI.setup_parser(cli, *arguments)
-            kept.update(vars(cli))
-        vars(cli).update(kept)
+            kept[cli.command] = dict(vars(cli))
+        vars(cli).update(kept[cli.command])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DreamCLI, "setup_parser", setup_parser, raising=False)
         yield
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
-def test_every_shipped_config_is_understood(at_root, one_parser, monkeypatch, capsys, config, subcommand):
-    """Overlays that leave out a required option are completed by a full config, as README says."""
-    whole = [] if {"model", "data"} <= yaml.safe_load(config.read_text()).keys() else ["--config=configs/tiny.yaml"]
-    with pytest.raises(SystemExit) as exit_:
-        command(monkeypatch, subcommand, *whole, f"--config={config}", "--print_config")
-    assert exit_.value.code in (0, None)
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert {"trainer", "model", "data", "checkpoint", "autosave"} <= printed.keys()
-    assert printed.get("return_predictions") == (False if subcommand == "predict" else None)
-    for section, options in yaml.safe_load(config.read_text()).items():
-        if isinstance(options, dict):
-            assert options.keys() <= printed[section].keys()
+@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("subcommand", ["fit", "predict"])
+def test_every_shipped_config_parses_by_its_name(command, cached_parsers, subcommand, name):
+    options = yaml.safe_load(shipped_configs()[name].read_text())
+    base = [] if {"model", "data"} <= options.keys() else ["--config", "single_gpu_lora"]  # an overlay
+    printed, _, status = command(subcommand, *base, f"--config={name}", "--print_config")
+    assert status == 0
+    parsed = yaml.safe_load(printed)
+    assert {"trainer", "model", "data", "checkpoint", "autosave"} <= parsed.keys()
+    assert parsed.get("return_predictions") == (False if subcommand == "predict" else None)
+    for section, values in options.items():
+        assert values.keys() <= parsed[section].keys()
+    if base:  # the configs for GPUs pack rows, which some options exclude
+        S1KDataModule(**parsed["data"], tokenizer=load_tokenizer("bytes"))
 
 
-@pytest.mark.parametrize("overlay", [c for c in CONFIGS if c.parent.name != "configs"], ids=lambda path: path.stem)
-def test_every_overlay_goes_with_packed_rows(at_root, monkeypatch, capsys, overlay):
-    """The configs for GPUs pack, and some options exclude that."""
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "fit", "--config=configs/single_gpu_lora.yaml", f"--config={overlay}", "--print_config")
-    options = yaml.safe_load(capsys.readouterr().out)["data"]
-    S1KDataModule(**options, tokenizer=load_tokenizer("bytes"))
+def test_every_command_and_config_is_listed(command, tmp_path, monkeypatch):
+    printed = command()[0]
+    assert all(re.search(rf"^  {name} +\w.*\.$", printed, flags=re.MULTILINE) for name in COMMANDS | TRAINER_COMMANDS)
+    printed = command("configs")[0].splitlines()
+    assert [line.split()[0] for line in printed] == list(shipped_configs())
+    assert all(line.endswith((".", ").")) and len(line) < 140 for line in printed), "the first line is not a sentence"
+    monkeypatch.chdir(tmp_path)
+    command("configs", "copy", "model/float8")
+    assert Path("float8.yaml").read_text() == shipped_configs()["model/float8"].read_text()
+    assert "float8.yaml exists here" in command("configs", "copy", "model/float8")[1]
 
 
-def test_help_documents_every_option(at_root, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "fit", "--help")
-    text = capsys.readouterr().out
-    for option in (
-        "--model.weighting",
-        "--data.overflow",
-        "--model.sampling",
-        "--checkpoint.monitor",
-        "--trainer.logger",
-    ):
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["ft"], 1, "there is no command ft: did you mean fit?"),
+        (["fit", "--config", "tinny"], 1, "config tinny is neither a file nor shipped: did you mean tiny?"),
+        (["fit", "--config=tiny", "--data.max_lenght=3"], 2, "--data.max_lenght: did you mean --data.max_length?"),
+        (["chat", "--modell=x"], 2, "--modell: did you mean --model?"),
+        (["show", "--source=bundled", "--tokenizer=bytes", "--row=0"], 1, "row is 0, bundled has 1 to 20000"),
+        (["configs", "copy"], 1, "got configs copy, wanted nothing or: configs copy NAME"),
+    ],
+)
+def test_a_mistake_is_one_short_message(command, arguments, status, message):
+    _, said, got = command(*arguments)
+    assert got == status and message in said
+    assert "Traceback" not in said and len(said.splitlines()) <= 4
+
+
+def test_help_documents_every_option(command):
+    text = command("fit", "--help")[0]
+    for option in ("--model.weighting", "--data.overflow", "--model.sampling", "--checkpoint.monitor"):
         assert option in text
     assert "loss weight of a masked token" in text
 
 
-def test_an_unknown_option_is_an_error(at_root, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        command(monkeypatch, "fit", "--config=configs/tiny.yaml", "--data.max_lenght=3")
-    assert exit_.value.code == 2
-    said = capsys.readouterr().err
-    assert "--data.max_lenght: did you mean --data.max_length?" in said
-    assert len(said.splitlines()) <= 4, "what is wrong stands behind screens of usage"
-
-
-def test_where_predict_writes_can_be_said_on_the_command_line(at_root, monkeypatch, capsys):
-    """An option of `trainer.callbacks` is the last one's."""
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "predict", "--config=configs/tiny.yaml", "--trainer.callbacks.path=x", "--print_config")
-    writer = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"][-1]
+def test_predict_takes_its_file_as_an_option(command):
+    """An option of `trainer.callbacks` belongs to the last one."""
+    printed = command("predict", "--config=tiny", "--trainer.callbacks.path=x", "--print_config")[0]
+    writer = yaml.safe_load(printed)["trainer"]["callbacks"][-1]
     assert writer["class_path"].endswith("PredictionWriter") and writer["init_args"]["path"] == "x"
 
 
-def test_a_saved_config_can_be_used_again(at_root, monkeypatch, capsys, tmp_path):
-    """With the default optimiser too, which the shipped configs all replace."""
-    without = yaml.safe_load(Path("configs/tiny.yaml").read_text())
-    del without["model"]["optimizer"]
+def test_a_saved_config_can_be_used_again(command, tmp_path):
+    """With the default optimizer too, which the shipped configs replace."""
+    config = yaml.safe_load(shipped_configs()["tiny"].read_text())
+    del config["model"]["optimizer"]
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(without))
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "fit", f"--config={file}", "--print_config")
-    file.write_text(capsys.readouterr().out)
-    with pytest.raises(SystemExit) as exit_:
-        command(monkeypatch, "fit", f"--config={file}", "--print_config")
-    assert exit_.value.code in (0, None)
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"] == "dream_lightning.training.optimizer.adamw"
+    file.write_text(yaml.safe_dump(config))
+    first = command("fit", f"--config={file}", "--print_config")[0]
+    file.write_text(first)
+    again, _, status = command("fit", f"--config={file}", "--print_config")
+    assert status == 0 and yaml.safe_load(again) == yaml.safe_load(first)
 
 
-@pytest.mark.parametrize(("name", "said"), [("no.ckpt", "no.ckpt does not exist"), ("last", "no last.ckpt in")])
-def test_a_checkpoint_that_is_not_there_is_one_message(at_root, monkeypatch, capsys, tmp_path, name, said):
-    """Lightning itself goes on without `last`, and would report the scores of untrained weights."""
-    monkeypatch.setenv("DREAM_TRACEBACK", "0")
-    options = ("trainer.logger=false", "trainer.enable_progress_bar=false", f"trainer.default_root_dir={tmp_path}")
-    folders = (f"checkpoint.dirpath={tmp_path}", f"autosave.dirpath={tmp_path}")
-    with pytest.raises(SystemExit) as exit_:
-        command(monkeypatch, "validate", *SMALL, *(f"--{o}" for o in options + folders), f"--ckpt_path={name}")
-    assert exit_.value.code == 1
-    shown = capsys.readouterr()
-    assert said in shown.err and "val/nll" not in shown.out
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("no.ckpt", "no.ckpt does not exist"), ("last", "no last.ckpt in"), ("torn.ckpt", "torn.ckpt is not")],
+)
+def test_a_missing_or_torn_checkpoint_is_one_message(command, tmp_path, name, message):
+    """Lightning itself continues without `last` and reports the scores of untrained weights."""
+    (tmp_path / "torn.ckpt").write_text("hello")
+    path = name if name == "last" else tmp_path / name
+    folders = [f"--{option}={tmp_path}" for option in ("checkpoint.dirpath", "autosave.dirpath")]
+    root = f"--trainer.default_root_dir={tmp_path}"
+    printed, said, status = command("validate", *SMALL, *SILENT, *folders, root, f"--ckpt_path={path}")
+    assert status == 1 and message in said and "val/nll" not in printed
 
 
-def test_a_file_that_is_no_checkpoint_is_one_message(at_root, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("DREAM_TRACEBACK", "0")
-    (tmp_path / "a.ckpt").write_text("hello")
-    options = ("trainer.logger=false", "trainer.enable_progress_bar=false", f"trainer.default_root_dir={tmp_path}")
-    with pytest.raises(SystemExit) as exit_:
-        command(monkeypatch, "validate", *SMALL, *(f"--{o}" for o in options), f"--ckpt_path={tmp_path / 'a.ckpt'}")
-    assert exit_.value.code == 1
-    assert "a.ckpt is not whole, or no checkpoint: take an earlier one" in capsys.readouterr().err
+def test_validate_prints_every_score_once(command, tmp_path):
+    printed = command("validate", *SMALL, *SILENT, f"--trainer.default_root_dir={tmp_path}")[0]
+    assert [printed.count(name) for name in ("val/nll", "val/accuracy", "val/unparsed")] == [1, 1, 1]
+    assert "DataLoader" not in printed
 
 
-def test_validate_prints_every_score_once(at_root, monkeypatch, capsys, tmp_path):
-    trainer = ("logger=false", "enable_progress_bar=false", f"default_root_dir={tmp_path}")
-    command(monkeypatch, "validate", *SMALL, *(f"--trainer.{option}" for option in trainer))
-    shown = capsys.readouterr().out
-    assert [shown.count(name) for name in ("val/nll", "val/accuracy", "val/unparsed")] == [1, 1, 1]
-    assert "DataLoader" not in shown
+def raise_wrapped():
+    try:
+        raise UserError("got 1, wanted 2")
+    except UserError as error:
+        raise ValueError("Parser key model") from error
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (raise_wrapped, "got 1, wanted 2"),
+        (lambda: torch.optim.AdamW([torch.zeros(1)], lr=-1), "Invalid learning rate"),
+        (lambda: (_ for _ in ()).throw(MisconfigurationException("two loggers")), "two loggers"),
+        (lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")), "free some space"),
+    ],
+)
+def test_errors_for_users_are_their_message_alone(monkeypatch, capsys, mistake, message):
+    with pytest.raises(SystemExit) as end, readable_errors():
+        mistake()
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith("error: ") and message in said and "Parser key" not in said
+    monkeypatch.setenv("DREAM_TRACEBACK", "1")
+    with pytest.raises((ValueError, OSError, MisconfigurationException)), readable_errors():
+        mistake()
+
+
+@pytest.mark.parametrize("bug", [ValueError("ours"), KeyError("x"), FileNotFoundError(2, "gone"), RuntimeError("x")])
+def test_all_other_errors_keep_their_traceback(bug):
+    with pytest.raises(type(bug)), readable_errors():
+        raise bug
+
+
+def test_full_collections_become_rare(monkeypatch):
+    usual = gc.get_threshold()
+    monkeypatch.undo()
+    try:
+        cli.tune_gc()
+        assert gc.get_freeze_count() > 100_000 and gc.get_threshold() == (*usual[:2], 1000)
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*usual)
+
+
+def test_a_wheel_holds_every_module_config_and_the_program(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("dream_lightning", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    built = subprocess.run([*pip, str(tmp_path)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    files = [f for pattern in ("*.py", "*.yaml", "*.html") for f in (tmp_path / "dream_lightning").rglob(pattern)]
+    assert {str(file.relative_to(tmp_path)) for file in files} <= names
+    assert {f"dream_lightning/configs/{name}.yaml" for name in shipped_configs()} <= names
+    (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
+    assert "dream-lightning = dream_lightning.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def losses(folder: Path) -> dict[int, str]:
-    """step → loss as it was written, from every metrics file in the folder."""
+    """step → logged loss, from every metrics file in the folder."""
     found = {}
     for file in sorted(folder.rglob("metrics.csv")):
         with file.open() as lines:
@@ -174,19 +242,15 @@ def fit(folder: Path, *arguments: str) -> list[str]:
     return [
         *("fit", *SMALL),
         f"--trainer.logger={logger % folder}",
-        f"--checkpoint.dirpath={folder / 'checkpoints'}",
-        f"--autosave.dirpath={folder / 'checkpoints'}",
-        "--autosave.every_n_train_steps=3",
-        "--trainer.max_steps=60",
-        "--trainer.log_every_n_steps=1",
-        "--trainer.val_check_interval=20",
-        "--trainer.enable_progress_bar=false",
+        *(f"--{saver}.dirpath={folder / 'checkpoints'}" for saver in ("checkpoint", "autosave")),
+        *("--autosave.every_n_train_steps=3", "--trainer.max_steps=60", "--trainer.log_every_n_steps=1"),
+        *("--trainer.val_check_interval=20", "--trainer.enable_progress_bar=false"),
         *arguments,
     ]
 
 
-def test_kill_and_resume_give_the_same_losses(at_root, monkeypatch, tmp_path):
-    """Killed without warning in the middle of an epoch, then started again with `--ckpt_path last`."""
+def test_kill_and_resume_give_the_same_losses(command, tmp_path):
+    """Killed in the middle of an epoch, then started again with `--ckpt_path last`."""
     kill = "--trainer.callbacks+={class_path: self_kill.KillAtStep, init_args: {step: 26}}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = [sys.executable, "-m", "dream_lightning", *fit(tmp_path / "killed", kill)]
@@ -194,15 +258,15 @@ def test_kill_and_resume_give_the_same_losses(at_root, monkeypatch, tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert max(losses(tmp_path / "killed")) == 25
 
-    command(monkeypatch, *fit(tmp_path / "whole"))
-    command(monkeypatch, *fit(tmp_path / "killed", "--ckpt_path=last"))
+    command(*fit(tmp_path / "whole"))
+    command(*fit(tmp_path / "killed", "--ckpt_path=last"))
     expected = losses(tmp_path / "whole")
     assert len(expected) == 60 and losses(tmp_path / "killed") == expected
 
 
 @pytest.mark.parametrize("config", ["fsdp_lora", "ddp_qlora"])
-def test_a_config_for_several_gpus_runs_here(tmp_path, config):
-    """As it stands but for the sizes: two processes over gloo; test_distributed.py has what they compute."""
+def test_a_config_for_several_gpus_runs_on_two_processes(tmp_path, config):
+    """With smaller sizes, over gloo; test_distributed.py tests the numbers."""
     if config == "ddp_qlora":
         pytest.importorskip("bitsandbytes")
     tokenizer = load_tokenizer("bytes")
@@ -212,19 +276,13 @@ def test_a_config_for_several_gpus_runs_here(tmp_path, config):
     tokenizer.save_pretrained(tmp_path / "base")
     write_jsonl(tmp_path / "sums.jsonl", addition_rows(40))
     command = [
-        *(sys.executable, "-m", "dream_lightning", "fit", f"--config=configs/{config}.yaml"),
-        f"--model.pretrained={tmp_path / 'base'}",
-        f"--data.source={tmp_path / 'sums.jsonl'}",
-        f"--data.cache_dir={tmp_path / 'cache'}",
-        "--data.schema=auto",
-        "--data.max_length=256",
-        "--data.num_workers=0",
-        "--data.validation_questions=3",
+        *(sys.executable, "-m", "dream_lightning", "fit", "--config", config),
+        *(f"--model.pretrained={tmp_path / 'base'}", f"--data.source={tmp_path / 'sums.jsonl'}"),
+        *(f"--data.cache_dir={tmp_path / 'cache'}", "--data.schema=auto", "--data.max_length=256"),
+        *("--data.num_workers=0", "--data.validation_questions=3", "--model.compile_layers=false"),
         "--model.sampling={max_new_tokens: 8, steps: 4, forbid_mask: true}",
-        "--model.compile_layers=false",
         *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.num_sanity_val_steps=0"),
-        "--trainer.accumulate_grad_batches=1",
-        f"--trainer.logger.init_args.save_dir={tmp_path}",
+        *("--trainer.accumulate_grad_batches=1", f"--trainer.logger.init_args.save_dir={tmp_path}"),
         *(f"--{saver}.dirpath={tmp_path / 'checkpoints'}" for saver in ("checkpoint", "autosave")),
         "--autosave.every_n_train_steps=1",
     ]
@@ -239,6 +297,6 @@ def test_a_config_for_several_gpus_runs_here(tmp_path, config):
     run("--trainer.max_steps=1")
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert (read_rest(last) if last.is_dir() else torch.load(last, weights_only=True))["global_step"] == 1
-    if config == "fsdp_lora":  # whose checkpoint is restored late
+    if config == "fsdp_lora":  # its checkpoint is restored late
         said = run("--trainer.max_steps=2", "--ckpt_path=last")
         assert "Restored all states" in said and "begins anew" not in said

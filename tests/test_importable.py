@@ -1,8 +1,4 @@
-"""The house in other people's programs: a plain Trainer script, and the mathematics in a foreign LightningModule."""
-
-import re
-import runpy
-from pathlib import Path
+"""The package in other programs: a checkpoint outside a Trainer, the mathematics in a foreign LightningModule."""
 
 import lightning as L
 import pytest
@@ -14,35 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dream_lightning import DreamModule
 from dream_lightning.diffusion import corrupt, masked_nll_loss, token_weights
 
-README = Path(__file__).parents[1] / "README.md"
 MASK, VOCABULARY, LENGTH = 10, 11, 6
-
-
-def block_of_readme(first_line: str) -> str:
-    """The Python that begins with this line, as it stands there."""
-    blocks = re.findall(rf"```python\n({first_line}\n.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 1, f"{README} has {len(blocks)} such blocks, wanted one"
-    return blocks[0]
-
-
-def test_the_script_in_readme_runs(tmp_path, monkeypatch):
-    (tmp_path / "train.py").write_text(block_of_readme("# a training script of your own"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
-    after = runpy.run_path("train.py", run_name="__main__")
-    assert after["trainer"].global_step == 3
-    assert {"val/nll", "val/accuracy", "val/unparsed"} <= after["trainer"].callback_metrics.keys()
-
-
-def test_the_objective_in_readme_trains(tmp_path):
-    said: dict = {}
-    exec(block_of_readme("# an objective of your own"), said)
-    losses = []
-    for kind in (DreamModule, said["Softer"]):
-        run = trainer(tmp_path, max_steps=1)
-        run.fit(module(kind), data("bundled", tmp_path, first_n=8, validation_source="bundled"))
-        losses.append(float(run.callback_metrics["train/loss"]))
-    assert losses[0] != losses[1]
 
 
 def test_a_checkpoint_outside_of_a_trainer(tmp_path):
@@ -60,7 +28,7 @@ def test_a_checkpoint_outside_of_a_trainer(tmp_path):
 
 
 class Copier(L.LightningModule):
-    """Somebody else's model: a torch encoder whose output at position i predicts token i."""
+    """A foreign model: a torch encoder whose output at position i predicts token i."""
 
     def __init__(self, weighting: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A conversation of several turns, whose answers can be watched while they are filled in."""
+"""A conversation of several messages, whose answers can be watched while they are denoised."""
 
 import time
 from collections.abc import Iterator
@@ -17,27 +17,27 @@ from dream_lightning.tasks import split_thinking
 
 @dataclass(frozen=True)
 class Frame:
-    """The answer after a step of denoising."""
+    """The answer after one denoising step."""
 
     ids: list[int]  # [N]
-    fresh: list[bool]  # [N], what this step filled
+    fresh: list[bool]  # [N], filled by this step
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer."""
+    """A complete answer."""
 
     thinking: str | None  # without tags
     answer: str
     thinking_tokens: int
-    tokens: int  # of the whole response, without eos
+    tokens: int  # of the response without eos
     seconds: float
-    finished: bool  # ended with eos, so it was not cut off
+    finished: bool  # has an eos, so it was not cut off
     context: int  # tokens of the prompt
 
 
 class Conversation:
-    """Turns of user and model. The model sees its earlier answers without their thinking, if there is more of them."""
+    """Messages of user and model. Earlier answers are given to the model without their thinking."""
 
     def __init__(
         self,
@@ -48,58 +48,51 @@ class Conversation:
         system_prompt: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.params, self.system_prompt = model, tokenizer, params, system_prompt
-        self.turns: list[Message] = []
-        self.last: Reply | None = None
+        self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was said."""
-        self.turns, self.last = [], None
+        """Start a new conversation."""
+        self.messages: list[Message] = []
+        self.last: Reply | None = None
 
     def ask(self, question: str) -> Iterator[Frame]:
-        """The answer after every step. When the last one was taken, `last` holds the reply and the turn counts.
+        """The answer after every step. After the last one, `last` holds the reply and `messages` has both messages.
 
-        An answer that is broken off leaves no trace in the conversation.
+        An answer that is interrupted leaves the conversation unchanged.
 
         Raises:
-            UserError: an empty question; a conversation that with its answer is longer than the model's context.
+            UserError: an empty question; conversation and answer together exceed the model's context.
         """
         if not question.strip():
             raise UserError("nothing was asked: type a question, or /help")
-        turns = [*self.turns, Message(role="user", content=question)]
-        example = Example("chat", tuple(turns), None, "", None, "the conversation")
+        messages = [*self.messages, Message(role="user", content=question)]
+        example = Example("chat", tuple(messages), None, "", None, "the conversation")
         ids = encode_prompt(example, self.tokenizer, system_prompt=self.system_prompt)
-        room = self.model.config.max_position_embeddings
-        if len(ids) + self.params.max_new_tokens > room:
+        limit = self.model.config.max_position_embeddings
+        if len(ids) + self.params.max_new_tokens > limit:
             raise UserError(
-                f"the conversation has {len(ids):,} tokens, an answer {self.params.max_new_tokens:,}, and the model "
-                f"sees {room:,} at once: /reset starts anew, /params max_new_tokens=… makes answers shorter"
+                f"the conversation has {len(ids):,} tokens, an answer {self.params.max_new_tokens:,}, and the context "
+                f"of the model {limit:,}: /reset starts a new one, /params max_new_tokens=… makes answers shorter"
             )
-        return self._answer(ids, turns)
+        return self._answer(ids, messages)
 
-    def _answer(self, prompt: list[int], turns: list[Message]) -> Iterator[Frame]:
-        start = time.perf_counter()
-        shown = [self.tokenizer.mask_token_id] * self.params.max_new_tokens
-        steps = denoising_steps(
-            self.model, torch.tensor([prompt], device=self.model.device), params=self.params
-        )  # each [1, P+N]
-        for state in steps:
-            ids = state[0, len(prompt) :].tolist()
-            yield Frame(ids, [now != before for now, before in zip(ids, shown, strict=True)])
-            shown = ids
-        self.last = self._reply(shown, len(prompt), time.perf_counter() - start)
-        said = self.last.answer or (f"<think>\n{self.last.thinking}" if self.last.thinking else "")
-        self.turns = [*turns, Message(role="assistant", content=said)]
-
-    def _reply(self, ids: list[int], context: int, seconds: float) -> Reply:
-        eos = self.tokenizer.eos_token_id
+    def _answer(self, prompt: list[int], messages: list[Message]) -> Iterator[Frame]:
+        start, eos = time.perf_counter(), self.tokenizer.eos_token_id
+        ids = [self.tokenizer.mask_token_id] * self.params.max_new_tokens
+        input_ids = torch.tensor([prompt], device=self.model.device)
+        for state in denoising_steps(self.model, input_ids, params=self.params):  # [1, P+N]
+            before, ids = ids, state[0, len(prompt) :].tolist()
+            yield Frame(ids, [new != old for new, old in zip(ids, before, strict=True)])
         kept = ids[: ids.index(eos)] if eos in ids else ids
         thinking, answer = split_thinking(self.tokenizer.decode(kept, skip_special_tokens=True))
-        return Reply(
+        self.last = Reply(
             thinking=thinking,
             answer=answer.strip(),
             thinking_tokens=len(self.tokenizer(thinking)["input_ids"]) if thinking else 0,
             tokens=len(kept),
-            seconds=seconds,
+            seconds=time.perf_counter() - start,
             finished=eos in ids,
-            context=context,
+            context=len(prompt),
         )
+        said = self.last.answer or (f"<think>\n{thinking}" if thinking else "")
+        self.messages = [*messages, Message(role="assistant", content=said)]

@@ -1,4 +1,4 @@
-"""One HTML page, without any other file, in which a reader steps through the denoising of one answer."""
+"""A self-contained HTML page that steps through the denoising of one answer."""
 
 import html
 import json
@@ -27,11 +27,11 @@ def denoising_page(
     """The page of one row: a slider over the steps, tokens coloured by step or by confidence.
 
     Args:
-        output: of one prompt without padding, with its history: [1, L].
-        prompt: [P] int64, the prompt as it was given; masks in it count as places to fill.
+        output: of one prompt without padding, [1, L], with its history.
+        prompt: [P] int64, unmodified; masks in it are positions to fill.
         tokenizer: decodes the tokens.
         title: of the page.
-        notes: names and values to show below it, such as the sampling.
+        notes: names and values shown below the title.
 
     Raises:
         UserError: no history, several rows, or a prompt longer than the rows.
@@ -61,7 +61,7 @@ def denoising_page(
         )
     texts = {i: _text(i, tokenizer) for token in tokens for i in (token["start"], *(c[1] for c in token["changes"]))}
     data = {"steps": steps, "mask": tokenizer.mask_token_id, "eos": eos, "texts": texts, "tokens": tokens}
-    # "<" is the only character that could end the script element that holds the data.
+    # "<" is the only character that could end the script element.
     encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     listed = "".join(
         f"<div><dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd></div>"

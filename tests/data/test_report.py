@@ -1,9 +1,5 @@
 """The data report accounts for every token."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 
 from dream_lightning.data.document_cache import tokenize
@@ -12,7 +8,6 @@ from dream_lightning.data.schemas import read_examples
 from dream_lightning.model.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def cells(markdown, name):
@@ -48,25 +43,3 @@ def test_every_token_is_accounted_for(shared, overflow):
     parts = ("whole", "shortened: kept part", "shortened: cut part", "dropped")
     assert sum(number(part, 2) for part in parts) == number("document", 5) == documents.full_length.sum()
     assert sum(number(part, 0) for part in ("whole", "shortened: cut part", "dropped")) == 15
-
-
-def run_script(monkeypatch, name, *arguments):
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
-
-
-def test_scripts(monkeypatch, capsys, tmp_path):
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"question": "1+1?", "response": "<think>one and one</think>2"}\n')
-    given = ("--source", str(path), "--tokenizer", "bytes")
-    run_script(monkeypatch, "data_report.py", *given, "--max_length", "35")
-    assert cells(capsys.readouterr().out, "shortened: cut part")[0] == "1"
-    monkeypatch.setenv("NO_COLOR", "1")
-    run_script(monkeypatch, "show.py", *given, "--t", "0")
-    shown = capsys.readouterr().out
-    assert "train.jsonl, row 1" in shown and "<think>\none and one\n</think>\n2⏹" in shown
-    run_script(monkeypatch, "show.py", *given, "--t", "1")
-    assert "⟦<think>\none and one\n</think>\n2⟧⟦⏹⟧" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run_script(monkeypatch, "show.py", *given, "--row", "2")
-    assert "error: row is 2" in capsys.readouterr().err

@@ -12,12 +12,11 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from dream_lightning.cli import main
+from dream_lightning.cli import main, readable_errors
 from dream_lightning.data import S1KDataModule
 from dream_lightning.module import DreamModule
 from dream_lightning.plan import environment
 from dream_lightning.plan.environment import Gpu
-from dream_lightning.readable_errors import readable_errors
 
 ROOT = Path(__file__).parents[2]
 ONE_STEP = [
@@ -212,7 +211,7 @@ def test_a_full_disk_is_one_message(command, monkeypatch):
     monkeypatch.setattr(S1KDataModule, "tokenized", full)
     _, err = command("fit", *ONE_STEP, status=1)
     assert "Traceback" not in err
-    assert "No space left on device: 'documents': make room or choose other folders" in err
+    assert "No space left on device: 'documents': free some space, or choose other folders" in err
 
 
 @pytest.mark.parametrize(

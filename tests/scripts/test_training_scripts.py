@@ -1,4 +1,4 @@
-"""The benchmark of training and the comparison of frozen bases, run small."""
+"""The training benchmark and the profile, run small."""
 
 import importlib
 import sys
@@ -18,11 +18,11 @@ def folder(tmp_path_factory):
 def script(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts")
     yield importlib.import_module
-    for name in ("benchmark_train", "reference_training", "compare_bases", "profile_fit"):
+    for name in ("benchmark_train", "reference_training", "profile_fit"):
         sys.modules.pop(name, None)
 
 
-def test_every_case_stands_beside_its_reference(script, folder, monkeypatch, capsys):
+def test_every_case_is_compared_with_its_reference(script, folder, monkeypatch, capsys):
     benchmark = script("benchmark_train")
     small = benchmark.Case("lora", 2, 64, compiled=False, accumulate=2)
     monkeypatch.setattr(benchmark, "CASES", {"small": small})
@@ -39,12 +39,6 @@ def test_documents_of_the_benchmark_are_packed_whole(script):
     rows = benchmark.PackedRows(6, benchmark.Case("lora", 2, 8192))
     assert len(rows) == 6 and all(sum(rows.lengths[i] for i in row) <= 8192 for row in rows.rows)
     assert 0.8 < rows.useful <= 1
-
-
-def test_bases_are_compared(script, folder, capsys):
-    script("compare_bases").main(folder, bases=("bfloat16", "float8"), seeds=1, steps=2)
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    assert [line.split("|")[1].strip() for line in lines] == ["bfloat16", "float8"]
 
 
 def test_idle_time_is_what_no_kernel_covers(script):

@@ -3,24 +3,23 @@
 import io
 import json
 import re
-import runpy
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
+from material import SIZES
 
 from dream_lightning import SamplingParams, diffusion_generate, load_tokenizer
 from dream_lightning.adapters import LoraParams, add_lora, base_hash
+from dream_lightning.cli import run
 from dream_lightning.export import export_model
 from dream_lightning.model.loading import weight_files
 from dream_lightning.model_factory import random_model
 from dream_lightning.sampling import GenerationOutput
-from dream_lightning.viewer import denoising_page, open_model
+from dream_lightning.viewer import denoising_page
+from dream_lightning.viewer.commands import open_model
 
 TOKENIZER = load_tokenizer("bytes")
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def data_of(page):
@@ -40,7 +39,7 @@ def model():
 
 @pytest.mark.parametrize("options", [{"forbid_mask": True}, {"alg": "origin", "temperature": 1.0}, {}])
 def test_every_state_can_be_read_from_the_page(model, options):
-    """Also where the model predicts masks, so that a place is filled and emptied again."""
+    """Also where the model predicts masks, so that a position is filled and masked again."""
     prompt = torch.tensor(TOKENIZER("hello")["input_ids"])
     params = SamplingParams(max_new_tokens=20, steps=7, **options)
     output = diffusion_generate(model, prompt[None], params=params, return_history=True)
@@ -54,7 +53,7 @@ def test_every_state_can_be_read_from_the_page(model, options):
     assert [token["prompt"] for token in data["tokens"]] == [True] * 5 + [False] * 20
 
 
-def test_masks_in_the_prompt_are_places_to_fill(model):
+def test_masks_in_the_prompt_are_positions_to_fill(model):
     prompt = torch.tensor([*TOKENIZER("a")["input_ids"], TOKENIZER.mask_token_id, *TOKENIZER("b")["input_ids"]])
     params = SamplingParams(max_new_tokens=0, steps=1, forbid_mask=True)
     output = diffusion_generate(model, prompt[None], params=params, return_history=True, infill=True)
@@ -93,32 +92,41 @@ def test_an_output_that_cannot_be_shown_is_refused(model):
         denoising_page(both, prompt[0], TOKENIZER)
 
 
-def test_the_scripts_take_a_folder_and_a_checkpoint(model, tmp_path, capsys, monkeypatch):
+def test_the_commands_take_a_folder_and_a_checkpoint(model, tmp_path, capsys, monkeypatch):
     folder, checkpoint = tmp_path / "folder", tmp_path / "last.ckpt"
     export_model(model, folder, tokenizer="bytes")
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state_dict": state, "dream_config": model.config.to_dict()}, checkpoint)
-    params = SamplingParams(max_new_tokens=8, steps=4, forbid_mask=True)
-    show = runpy.run_path(str(SCRIPTS / "show_denoising.py"))["main"]
-    pages = []
-    for source, tokenizer in ((folder, None), (checkpoint, "bytes")):
-        out = tmp_path / "page.html"
-        show(str(source), "1+1=?", out=str(out), tokenizer=tokenizer, device="cpu", params=params)
+    short = ["--device=cpu", "--params.max_new_tokens=8", "--params.steps=4"]
+    pages, out = [], tmp_path / "page.html"
+    for source in ([f"--model={folder}"], [f"--model={checkpoint}", "--tokenizer=bytes"]):
+        run(["show-denoising", *source, "--question=1+1=?", f"--out={out}", *short])
         assert "4 steps, 8 new tokens" in capsys.readouterr().out
         pages.append(data_of(out.read_text(encoding="utf-8")))
     assert pages[0] == pages[1]
-
-    chat = runpy.run_path(str(SCRIPTS / "chat.py"))["main"]
     monkeypatch.setattr("sys.stdin", io.StringIO("1+1=?\n/quit\n"))
-    chat(str(folder), device="cpu", params=params)
+    run(["chat", f"--model={folder}", *short])
     assert " tokens in " in capsys.readouterr().out
+
+
+def test_the_report_and_a_row_of_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"question": "1+1?", "response": "<think>one and one</think>2"}\n')
+    source = [f"--source={file}", "--tokenizer=bytes"]
+    run(["data-report", *source, "--max_length=35"])
+    assert re.search(r"shortened: cut part +\| +1 ", capsys.readouterr().out)
+    for t, shown in ((0, "<think>\none and one\n</think>\n2⏹"), (1, "⟦<think>\none and one\n</think>\n2⟧⟦⏹⟧")):
+        run(["show", *source, f"--t={t}"])
+        printed = capsys.readouterr().out
+        assert "train.jsonl, row 1" in printed and shown in printed
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [("missing.ckpt", "does not exist: name a checkpoint"), ("there.ckpt", "not a whole checkpoint")],
 )
-def test_wrong_checkpoints_are_told(tmp_path, name, message):
+def test_wrong_checkpoints_are_refused(tmp_path, name, message):
     (tmp_path / "there.ckpt").write_text("torn")
     with pytest.raises(ValueError, match=message):
         open_model(str(tmp_path / name), tokenizer="bytes")

@@ -1,0 +1,152 @@
+"""The commands of `dream-lightning` that load a model or data to look at them, or to export it."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from dream_lightning.batch import Example, Message
+from dream_lightning.data import read_examples, tokenize
+from dream_lightning.data.prompt_format import encode_prompt
+from dream_lightning.data.report import report
+from dream_lightning.diffusion import corrupt
+from dream_lightning.errors import UserError
+from dream_lightning.export import AUTHORS_CODE, base_of, export_adapter, export_checkpoint, model_from_checkpoint
+from dream_lightning.model import DreamModel, load_tokenizer
+from dream_lightning.model_factory import check_tokenizer
+from dream_lightning.sampling import SamplingParams, diffusion_generate
+from dream_lightning.viewer.conversation import Conversation
+from dream_lightning.viewer.page import denoising_page
+from dream_lightning.viewer.terminal import LEGEND, Chat, render_row
+
+
+def open_model(
+    model: str, *, tokenizer: str | None = None, pretrained: str | None = None, device: str = "auto"
+) -> tuple[DreamModel, PreTrainedTokenizerBase]:
+    """The network in eval mode, bfloat16 on a GPU and in its stored dtype on a CPU, and its tokenizer.
+
+    Args:
+        model: folder in the official format, hub id, or checkpoint (.ckpt) of training.
+        tokenizer: folder, hub id or `bytes`. Default: the model's own.
+        pretrained: what the training of a checkpoint started from; a checkpoint of adapters knows it.
+        device: cpu, cuda, cuda:1, …; auto uses a GPU if there is one.
+
+    Raises:
+        UserError: the file does not exist or is no checkpoint; no tokenizer; the tokenizer does not fit the model.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() or path.suffix == ".ckpt":
+        if not path.exists():
+            raise UserError(f"{path} does not exist: name a checkpoint, a folder in the official format or a hub id")
+        network = model_from_checkpoint(path, pretrained=pretrained)
+        pretrained = pretrained or base_of(path)
+        if (tokenizer or pretrained) is None:
+            raise UserError(
+                f"{path} holds no tokenizer: set tokenizer to the one of its training, such as bytes for the config "
+                "tiny, or pretrained to the folder or hub id that training started from"
+            )
+    else:
+        network = DreamModel.from_pretrained(model)
+    tokenizer = load_tokenizer(tokenizer or pretrained or model)
+    check_tokenizer(tokenizer, network.config)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return network.to(device, torch.bfloat16 if device.startswith("cuda") else None).eval(), tokenizer
+
+
+def _parse(parser: ArgumentParser, arguments: list[str], *functions: Any, skip: set[str] = frozenset()) -> list[Any]:
+    """The parsed options, then the keyword arguments of each function among them."""
+    names = [parser.add_function_arguments(f, as_positional=False, skip=set(skip)) for f in functions]
+    options = parser.instantiate(parser.parse_args(arguments))
+    return [options, *({name: options[name] for name in group} for group in names)]
+
+
+def _add_sampling(parser: ArgumentParser) -> None:
+    parser.add_argument("--system_prompt", type=str | None, default=None, help="replaces the one of the chat template")
+    parser.add_argument("--params", type=SamplingParams, default=SamplingParams(forbid_mask=True), help="sampling")
+
+
+def chat(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Talk to a model in the terminal."""
+    _add_sampling(parser)
+    options, opened = _parse(parser, arguments, open_model)
+    model, tokenizer = open_model(**opened)
+    Chat(Conversation(model, tokenizer, options.params, system_prompt=options.system_prompt)).run()
+
+
+def show_denoising(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Answer a question and write one HTML page that steps through the denoising."""
+    _add_sampling(parser)
+    parser.add_argument("--question", type=str, required=True, help="to answer")
+    parser.add_argument("--out", type=str, default="denoising.html", help="the page")
+    parser.add_argument("--style", type=Literal["chat", "plain"], default="chat", help="of the prompt")
+    options, opened = _parse(parser, arguments, open_model)
+    model, tokenizer = open_model(**opened)
+    params, question, out = options.params, options.question, Path(options.out)
+    example = Example("shown", (Message(role="user", content=question),), None, "", None, "the question")
+    ids = encode_prompt(example, tokenizer, style=options.style, system_prompt=options.system_prompt)
+    prompt = torch.tensor(ids)
+    output = diffusion_generate(model, prompt[None].to(model.device), params=params, return_history=True)
+    default, names = SamplingParams(), [field.name for field in fields(params)]
+    changed = {n: getattr(params, n) for n in names if getattr(params, n) != getattr(default, n)}
+    notes = {"model": Path(opened["model"]).name, "alg": params.alg, "steps": params.steps, **changed}
+    out.write_text(denoising_page(output, prompt, tokenizer, title=question, notes=notes), encoding="utf-8")
+    print(f"{out.resolve()}: {params.steps} steps, {output.sequences.shape[1] - len(prompt)} new tokens")
+
+
+def data_report(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Lengths of a data set in tokens, and what a length limit does to it."""
+    parser.add_argument("--tokenizer", type=str, required=True, help="folder or hub id, or bytes")
+    options, reading, tokenizing = _parse(
+        parser, arguments, read_examples, tokenize, skip={"examples", "tokenizer", "cache_dir"}
+    )
+    documents = tokenize(read_examples(**reading), load_tokenizer(options.tokenizer), **tokenizing)
+    print(report(documents, max_length=options.max_length, overflow=options.overflow))
+
+
+def show(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Print one row as the model sees it: prompt, response, masked tokens."""
+    parser.add_argument("--tokenizer", type=str, required=True, help="folder or hub id, or bytes")
+    parser.add_argument("--row", type=int, default=1, help="number of the record, from 1")
+    parser.add_argument("--t", type=float, default=0.5, help="probability of a mask in the response, 0 for none")
+    parser.add_argument("--seed", type=int, default=0, help="of the mask")
+    options, reading, tokenizing = _parse(
+        parser, arguments, read_examples, tokenize, skip={"examples", "tokenizer", "cache_dir", "num_proc"}
+    )
+    examples, row, tokenizer = read_examples(**reading), options.row, load_tokenizer(options.tokenizer)
+    if not 1 <= row <= len(examples):
+        raise UserError(f"row is {row}, {options.source} has 1 to {len(examples)}")
+    document = tokenize(examples[row - 1 : row], tokenizer, **tokenizing)[0]
+    x_0 = torch.tensor([document.prompt_ids + document.response_ids])  # [1, L]
+    maskable = torch.arange(x_0.shape[1])[None] >= len(document.prompt_ids)  # [1, L]
+    generator, t = torch.Generator().manual_seed(options.seed), torch.tensor([options.t])
+    noised = corrupt(x_0, maskable, mask_token_id=tokenizer.mask_token_id, t=t, generator=generator)
+    console = Console(highlight=False)
+    console.print(examples[row - 1].origin, "·", examples[row - 1].id, "·", LEGEND)
+    flags = maskable[0].tolist(), noised.is_masked[0].tolist()
+    console.print(render_row(x_0[0].tolist(), *flags, tokenizer), soft_wrap=True)
+
+
+def export(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Write a checkpoint as a folder in the official format, or its adapters as a PEFT folder."""
+    parser.add_argument("--checkpoint", type=str, required=True, help="a file, or the folder of a sharded run")
+    parser.add_argument("--folder", type=str, required=True, help="to write; new or empty")
+    parser.add_argument("--pretrained", type=str | None, default=None, help="what training started from")
+    parser.add_argument("--tokenizer", type=str | None, default=None, help="folder, hub id or bytes; of pretrained")
+    parser.add_argument("--dtype", type=Literal["keep", "bfloat16"], default="bfloat16", help="of the weights")
+    parser.add_argument("--max_shard_size", type=str, default="5GB", help="of one file")
+    parser.add_argument("--adapter", type=bool, default=False, help="write the adapters alone, for PEFT")
+    o = parser.parse_args(arguments)
+    if o.adapter:
+        written = export_adapter(o.checkpoint, o.folder, pretrained=o.pretrained)
+    else:
+        options = {name: o[name] for name in ("pretrained", "tokenizer", "dtype", "max_shard_size")}
+        written = export_checkpoint(o.checkpoint, o.folder, **options)
+    print(f"wrote {written}: {', '.join(sorted(file.name for file in written.iterdir()))}")
+    missing = [name for name in AUTHORS_CODE if not (written / name).exists()]
+    if missing and not o.adapter:
+        print(f"to load it with trust_remote_code, copy {', '.join(missing)} there from the official model folder")

@@ -1,0 +1,142 @@
+"""The scripts, run small."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from material import save_tiny_folder
+from safetensors.torch import load_file
+
+from dream_lightning.model import DreamModel, load_tokenizer
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+TINY = {
+    **{"vocab_size": 320, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2},
+    **{"num_attention_heads": 6, "num_key_value_heads": 2, "mask_token_id": 260, "eos_token_id": 256, "device": "cpu"},
+}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`script("curve")` → the module."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    names = []
+    yield lambda name: names.append(name) or importlib.import_module(name)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny"), positions=256)
+
+
+@pytest.mark.parametrize("file", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_parse(file):
+    parsed = subprocess.run(["bash", "-n", file], capture_output=True, text=True)
+    assert parsed.returncode == 0, parsed.stderr
+
+
+def test_generation_benchmark(script, folder, capsys):
+    script("benchmark_generate").main(folder, prompt=16, new_tokens=16, block=4, many=2, most=3)
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines[lines.index("|---|---|---|---|---|---|") :] if line.startswith("|")]
+    assert len(steps) == 1 + 9 + 2 + 2 + 3 * 4
+    assert all(float(line.split("|")[3]) > 0 for line in steps[1:10])
+
+
+def test_curve(script, folder, tmp_path):
+    out = tmp_path / "curve.md"
+    few = {"tokens_per_step": (4,), "thresholds": (0.5,), "factors": (1.0,)}
+    script("curve").main(folder, str(out), questions=3, new_tokens=8, block=4, **few)
+    lines = out.read_text().splitlines()
+    fixed = "| tokens_per_step 4 | 4.00 · 0.0% | 4.00 · 0.0% | 4.00 · 0.0% | – |"
+    assert lines.count(fixed) == 4 and len([line for line in lines if line.startswith("| steps 2 | –")]) == 4
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
+def test_a_random_checkpoint_loads_and_has_its_distribution(script, tmp_path, max_shard_size):
+    new = tmp_path / "random"
+    make = script("random_checkpoint").main
+    make(str(new), tokenizer="bytes", max_shard_size=max_shard_size, initializer_range=0.1, **TINY)
+    assert (len(list(new.glob("*.safetensors"))) == 1) == (max_shard_size == "5GB")
+    model = DreamModel.from_pretrained(new)
+    assert model.dtype == torch.bfloat16 and len(load_tokenizer(new)) == 263
+    for name, tensor in model.state_dict().items():
+        if "norm" in name:
+            assert torch.equal(tensor, torch.ones_like(tensor))
+        elif tensor.dim() == 2:
+            assert abs(tensor.float().std() / 0.1 - 1) < 0.1 and abs(tensor.float().mean()) < 0.01
+        else:
+            assert 0 < tensor.float().abs().max() < 1  # biases too
+    assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+
+
+def test_a_random_checkpoint_depends_on_its_seed(script, tmp_path):
+    heads = []
+    for number, seed in enumerate([1, 1, 2]):
+        script("random_checkpoint").main(str(tmp_path / str(number)), seed=seed, **TINY)
+        heads.append(load_file(tmp_path / str(number) / "model.safetensors")["lm_head.weight"])
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_a_default_random_checkpoint_has_the_official_names_files_and_sizes(script, shared, tmp_path, monkeypatch):
+    """The tensors stay on the meta device and no weights are written."""
+    module = script("random_checkpoint")
+    monkeypatch.setattr(module, "random_like", lambda tensor, *_: tensor)
+    monkeypatch.setattr(module, "save_file", lambda tensors, path, **_: path.write_text("\n".join(tensors)))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 16e9}))
+    module.main(str(tmp_path / "random"), device="cpu")
+    official = shared("data/dream-v0-instruct-7b")
+    index = json.loads((official / "model.safetensors.index.json").read_text())
+    assert json.loads((tmp_path / "random" / "model.safetensors.index.json").read_text()) == index
+    for file in set(index["weight_map"].values()):
+        names = (tmp_path / "random" / file).read_text().splitlines()
+        assert sorted(names) == sorted(name for name, other in index["weight_map"].items() if other == file)
+    config = json.loads((official / "config.json").read_text())
+    written = json.loads((tmp_path / "random" / "config.json").read_text())
+    fields = config.keys() - {"_name_or_path", "transformers_version"}
+    assert {k: config[k] for k in fields} == {k: written.get(k) for k in fields}
+
+
+def test_a_multi_gpu_check_that_is_stopped_leaves_no_training_behind(script, tmp_path, monkeypatch):
+    """fit runs in a session of its own and would keep the GPUs."""
+    check = script("check_multi_gpu")
+    (tmp_path / "fit.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    monkeypatch.setattr(check, "__file__", str(tmp_path / "fit.py"))
+    log, sleep = tmp_path / "run.txt", time.sleep
+
+    def stop(seconds):
+        if log.read_text():
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    monkeypatch.setattr(check.time, "sleep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        check.fit(tmp_path / "run", [], until=1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_multi_gpu_check_saves_only_to_resume(script, tmp_path, monkeypatch, capsys, resume):
+    check, runs = script("check_multi_gpu"), []
+
+    def fit(probe, arguments, *, until):
+        runs.append(arguments)
+        start = {"seconds": 0.0, "step": 5 * ("--ckpt_path=last" in arguments), "gpu_gib": 1.0, "host_gib": 1.0}
+        lines = [start] + [start | {"step": i, "seconds": i, "tokens": 9, "loss": 1.0} for i in range(start["step"], 9)]
+        return {"lines": {line["step"]: line for line in lines}, "start": start}
+
+    monkeypatch.setattr(check, "fit", fit)
+    monkeypatch.setattr(check.signal, "signal", lambda *_: None)  # pytest keeps its own handler
+    check.main("configs/fsdp_full.yaml", "", str(tmp_path), resume=resume, alone=False)
+    assert len(runs) == 1 + resume
+    assert ("--autosave.every_n_train_steps=5" in runs[0]) == resume
+    assert ("saving after step 5" in capsys.readouterr().out) == resume

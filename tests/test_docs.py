@@ -1,0 +1,66 @@
+"""What README and docs/ say is true: their Python runs, their links, commands, configs and options exist."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from test_module import data, module, trainer
+
+from dream_lightning import DreamModule
+from dream_lightning.cli import COMMANDS, TRAINER_COMMANDS, run, shipped_configs
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.stem != "history")]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+PENDING = {"dream_lightning/memory.py"}  # described before they land
+# A block of Python begins with a comment, its title.
+BLOCKS = {block.splitlines()[0]: block for block in re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)}
+
+
+def run_block(title, folder):
+    file = folder / "block.py"
+    file.write_text(BLOCKS[title])
+    return runpy.run_path(str(file))
+
+
+@pytest.mark.parametrize("title", BLOCKS)
+def test_every_python_block_runs(title, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
+    names = run_block(title, tmp_path)
+    if title == "# a training script":
+        assert names["trainer"].global_step == 3
+        assert {"val/nll", "val/accuracy", "val/unparsed"} <= names["trainer"].callback_metrics.keys()
+
+
+def test_the_objective_in_readme_trains(tmp_path):
+    losses = []
+    for kind in (DreamModule, run_block("# an objective", tmp_path)["Softer"]):
+        fit = trainer(tmp_path, max_steps=1)
+        fit.fit(module(kind), data("bundled", tmp_path, first_n=8, validation_source="bundled"))
+        losses.append(float(fit.callback_metrics["train/loss"]))
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    for file in re.findall(r"`?((?:scripts|tests|configs|dream_lightning)/[\w/]+\.\w+)", text):
+        assert (ROOT / file).exists() or file in PENDING, file
+
+
+def test_commands_configs_and_options_exist(monkeypatch, capsys):
+    for name in re.findall(r"dream-lightning ([a-z][\w-]+)", TEXT):
+        assert name in COMMANDS | TRAINER_COMMANDS, name
+    for name in re.findall(r"--config (?!configs/)([a-z]\S+)", TEXT):
+        assert name.removesuffix(".yaml") in shipped_configs(), name
+    monkeypatch.setattr(sys, "argv", ["dream-lightning", "fit", "--help"])
+    with pytest.raises(SystemExit):
+        run(["fit", "--help"])
+    known = set(re.findall(r"--([\w.]+)", capsys.readouterr().out))
+    for option in re.findall(r"(?:--|`)((?:data|model|trainer|autosave|checkpoint)\.[a-z0-9_]+)", TEXT):
+        assert option in known | PENDING, option

@@ -16,8 +16,8 @@ from dream_lightning.model.loading import check_weights, local_folder, weight_fi
 from dream_lightning.training.sharding import read_shards
 
 Quantize = Literal["nf4", "nf4_float8", "float8"]
-_SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-# What a network is, of its DreamConfig; a checkpoint of another one is refused by name.
+_SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}  # of a new model, required
+# The fields of DreamConfig that make it another network.
 _NETWORK = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "rms_norm_eps", "rope_theta", "mask_token_id", "eos_token_id"),
@@ -27,33 +27,20 @@ _NETWORK = (
 def check_kind(
     pretrained: str | None, *, lora: LoraParams | None, quantize: Quantize | None, float8_products: bool
 ) -> None:
-    """Refuse what makes no sense together.
-
-    Raises:
-        UserError: what was got, and what to use instead.
-    """
+    """Raise UserError for options that exclude each other."""
     if quantize is not None and not lora:
         raise UserError(f"quantize is {quantize}, but quantised weights do not train: set model.lora too")
     if float8_products and lora:
         raise UserError(
-            "float8_products is for weights that train, and beside adapters they are frozen: set model.quantize to "
+            "float8_products is for weights that train, and with adapters they are frozen: set model.quantize to "
             "float8 or nf4_float8 instead"
         )
-    if lora and lora.dora and quantize == "float8":
-        raise UserError(
-            "model.lora.dora measures the rows of the base, which a float8 base does not show: set model.quantize to "
-            "nf4 or nf4_float8, or dora to false"
-        )
     if lora and pretrained is None:
-        raise UserError("model.lora needs model.pretrained: adapters are no use on a new random model")
+        raise UserError("model.lora needs model.pretrained: a new random model is no base for adapters")
 
 
 def check_network(saved: dict[str, int | float], config: DreamConfig) -> None:
-    """Refuse a checkpoint of another network than the configuration's.
-
-    Raises:
-        UserError: other sizes, constants or token ids, by name.
-    """
+    """Raise UserError for a checkpoint whose sizes, constants or token ids are not those of the configuration."""
     ours = config.to_dict()
     if others := [f"{n} {saved[n]}, here {ours[n]}" for n in _NETWORK if saved[n] != ours[n]]:
         raise UserError(
@@ -62,12 +49,22 @@ def check_network(saved: dict[str, int | float], config: DreamConfig) -> None:
         )
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> None:
+    """Raise UserError for a tokenizer with more tokens than the model, or another mask token."""
+    if len(tokenizer) > config.vocab_size or tokenizer.mask_token_id != config.mask_token_id:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and mask token {tokenizer.mask_token_id}, the model "
+            f"{config.vocab_size} and {config.mask_token_id}: they do not belong together; set model.tokenizer to the "
+            "checkpoint's own folder or hub id"
+        )
+
+
 def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamConfig:
-    """The shape of a new Dream, its vocabulary and special ids those of the tokenizer.
+    """The configuration of a new Dream; vocabulary and special ids are the tokenizer's.
 
     Args:
-        sizes: fields of `DreamConfig`; the four of `_SIZES` are needed, the others have its defaults, but there are as
-            many key/value heads as heads.
+        sizes: fields of `DreamConfig`, at least the four of `_SIZES`. By default there are as many key/value heads as
+            heads.
 
     Raises:
         UserError: a size that is missing, unknown or impossible.
@@ -76,7 +73,7 @@ def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase
     if unknown := sorted(set(sizes) - known):
         raise UserError(f"new_model has {', '.join(unknown)}; a Dream's sizes are {', '.join(sorted(known))}")
     if missing := sorted(_SIZES - set(sizes)):
-        raise UserError(f"new_model lacks {', '.join(missing)}: name every size, a new Dream has no default ones")
+        raise UserError(f"new_model lacks {', '.join(missing)}: these sizes have no default")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")}
     vocab_size = -(-len(tokenizer) // 64) * 64  # whole tiles for the head's matrix product
     heads = {"num_key_value_heads": sizes["num_attention_heads"]}
@@ -84,15 +81,15 @@ def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase
 
 
 def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamModel:
-    """A Dream with random weights; arguments and errors as of `new_config`."""
+    """A Dream with random weights; see `new_config`."""
     return DreamModel(new_config(sizes, tokenizer))
 
 
 def quantized_model(pretrained: str, kind: Quantize, device: torch.device) -> DreamModel:
-    """A checkpoint whose layers go into 4 or 8 bits on the device, tensor by tensor.
+    """A checkpoint whose layers are quantized on the device, tensor by tensor.
 
     Raises:
-        UserError: as `DreamModel.from_pretrained`; as `load_4bit` and `load_float8`.
+        UserError: as `DreamModel.from_pretrained`, `load_4bit` and `load_float8`.
     """
     model = empty_model(pretrained)
     files = weight_files(local_folder(pretrained))
@@ -104,7 +101,7 @@ def quantized_model(pretrained: str, kind: Quantize, device: torch.device) -> Dr
 
 
 def empty_model(pretrained: str) -> DreamModel:
-    """A checkpoint's model without memory, to be divided over processes and then filled by `fill`.
+    """A checkpoint's model on the meta device, to be sharded and then filled by `fill`.
 
     Raises:
         UserError: as `DreamModel.from_pretrained`.
@@ -117,7 +114,7 @@ def empty_model(pretrained: str) -> DreamModel:
 
 
 def fill(model: DreamModel, pretrained: str, device: torch.device) -> None:
-    """Read what is still empty in a divided model, each process its own part."""
+    """Read the weights of a sharded model that are on the meta device, each process its own shard."""
     files = weight_files(local_folder(pretrained))
     read_shards(model, files, device=device, official_name=lambda name: name.replace(".base_layer.", "."))
 
@@ -125,7 +122,7 @@ def fill(model: DreamModel, pretrained: str, device: torch.device) -> None:
 def adapt(
     model: DreamModel, lora: LoraParams, *, pretrained: str, seed: int, device: torch.device | None = None
 ) -> dict[str, str]:
-    """Add adapters; returns the name and content hash of the base they belong to. `device` as in `add_lora`."""
+    """Add adapters; returns name and content hash of their base. `device` as in `add_lora`."""
     add_lora(model, lora, generator=torch.Generator().manual_seed(seed), device=device)
     return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
 
@@ -188,27 +185,9 @@ def _for_any_length(layer: nn.Module, compiled: Callable[..., Tensor]) -> Callab
 
 
 def checkpoint_layers(model: DreamModel, which: bool | int) -> None:
-    """Recompute layers in the backward pass, all (True) or so many of the first."""
-    # The newer name where there is one: newer versions of transformers warn about the older.
+    """Recompute layers in the backward pass: all (True) or the first n."""
+    # transformers 5.24 warns about the older name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     if which is not True:
         model.model.checkpointed_layers = which
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> None:
-    """Refuse a tokenizer that was not made for the model.
-
-    Raises:
-        UserError: it has more tokens than the model, or another mask token.
-    """
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: they do not belong "
-            "together; set model.tokenizer to the checkpoint's own folder or hub id"
-        )
-    if tokenizer.mask_token_id != config.mask_token_id:
-        raise UserError(
-            f"the tokenizer's mask token is {tokenizer.mask_token_id}, the model's {config.mask_token_id}: they do not "
-            "belong together; set model.tokenizer to the checkpoint's own folder or hub id"
-        )

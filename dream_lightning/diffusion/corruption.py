@@ -22,12 +22,12 @@ def corrupt(
 
     Args:
         x_0: [B, L] int64, clean ids.
-        maskable: [B, L] bool; everything else (prompt, padding) stays as it is.
+        maskable: [B, L] bool; prompt and padding are not, and never change.
         t: [B] or [B, L] float, the masking probability.
-        u: [B, L] uniform numbers that decide (masked where u < t); drawn from `generator` if not given.
-        eos_as_one: the eos id, to mask or keep the run of eos that ends a response as one unit, by the draw of its
-            first token (the authors' `treat_eos_as_one`); None treats eos like any token.
-        document_ids: [B, L] int64, which document a position belongs to; needed with `eos_as_one` in packed rows.
+        u: [B, L] uniform numbers, masked where u < t; by default drawn from `generator`.
+        eos_as_one: the eos id, to mask or keep the final run of eos of a response as one unit, decided by its first
+            token (the authors' `treat_eos_as_one`); None treats eos like any token.
+        document_ids: [B, L] int64, the document of each position; needed with `eos_as_one` in packed rows.
 
     Raises:
         UserError: the shapes disagree, or neither `u` nor `generator` is given.
@@ -52,10 +52,10 @@ def corrupt(
 
 
 def with_complements(batch: Batch, noised: NoisedBatch, *, mask_token_id: int) -> NoisedBatch:
-    """The noised rows and, below them, the same rows with the complementary masks: [B, L] → [2B, L], `batch.twice()`.
+    """Append the same rows with the complementary masks: [B, L] → [2B, L], for `batch.twice()`.
 
-    What was masked with probability t is kept and what was kept is masked, which has probability 1 − t: every maskable
-    token is predicted once from the others. t has to keep away from 1 as it does from 0, so that 1/(1 − t) is bounded.
+    A token is masked there with probability 1 − t, so every maskable token is predicted once. t needs an upper bound
+    below 1, so that the weight 1/(1 − t) is bounded.
     """
     is_masked = batch.maskable & ~noised.is_masked
     x_t = torch.where(is_masked, mask_token_id, batch.input_ids)
@@ -67,18 +67,16 @@ def with_complements(batch: Batch, noised: NoisedBatch, *, mask_token_id: int) -
 
 
 def _tie_final_eos(is_masked: Tensor, is_eos: Tensor, maskable: Tensor, document_ids: Tensor | None) -> Tensor:
-    """Give every position of a response's final run of eos the fate of the run's first position."""
+    """Mask every position of a response's final run of eos if, and only if, the run's first position is masked."""
     length = is_eos.shape[1]
     column = torch.arange(length, device=is_eos.device).expand(is_eos.shape)
     segment = maskable.long() if document_ids is None else torch.where(maskable, document_ids + 1, 0)
     ends = torch.ones_like(is_eos)
     ends[:, :-1] = segment[:, 1:] != segment[:, :-1]  # [B, L] last position of a response
-    # A position is in the final run if the next position that is not eos, or that ends a response, is such an end.
+    # A position is in the final run if the next position that is not eos or ends a response is an eos that ends one.
     stop = torch.where(~is_eos | ends, column, length)
     next_stop = stop.flip(1).cummin(1).values.flip(1)
-    in_run = (
-        is_eos & ends.gather(1, next_stop.clamp(max=length - 1)) & is_eos.gather(1, next_stop.clamp(max=length - 1))
-    )
+    in_run = is_eos & (is_eos & ends).gather(1, next_stop.clamp(max=length - 1))
     starts = torch.ones_like(in_run)
     starts[:, 1:] = ~in_run[:, :-1] | (segment[:, 1:] != segment[:, :-1])
     first = torch.where(in_run & starts, column, 0).cummax(1).values  # [B, L] where the run began

@@ -1,4 +1,4 @@
-"""From a noised row to predictions for its masked tokens. The only place of Dream's logit shift."""
+"""From noised rows to predictions for their masked tokens. Dream's logit shift is here and nowhere else."""
 
 from typing import Protocol
 
@@ -9,7 +9,7 @@ from dream_lightning.batch import DocumentBounds
 
 
 class Denoiser(Protocol):
-    """What the mathematics needs of a model; DreamModel is one."""
+    """The part of a model that diffusion uses; DreamModel is one."""
 
     model: nn.Module  # (input_ids, attention_mask, position_ids) → hidden states [B, L, D]
     lm_head: nn.Module  # [..., D] → [..., V]
@@ -24,22 +24,22 @@ def features(
 ) -> Tensor:
     """Hidden states from which `lm_head` predicts the tokens at `where`.
 
-    Dream kept the alignment of the autoregressive model it grew from: the output at position i − 1 predicts the
-    token at position i. Position 0 has nothing before it and uses its own output.
+    Dream kept the alignment of the autoregressive model it was adapted from: the output at position i − 1 predicts the
+    token at position i. Position 0 is predicted by its own output.
 
     Args:
         x_t: [B, L] int64.
-        where: [B, L] bool, the M positions to predict; or their rows and columns, where these are known.
+        where: [B, L] bool, the M positions to predict; or their rows [M] and columns [M].
 
     Returns:
-        [M, D]; row m belongs to the m-th position of `where`, in reading order.
+        [M, D], in the order of the positions.
     """
     hidden = denoiser.model(x_t, attention_mask, position_ids)  # [B, L, D]
     return shifted(hidden, *(where if isinstance(where, tuple) else where.nonzero(as_tuple=True)))
 
 
 def shifted(hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Of hidden states [B, L, D], those that predict the tokens at (row [M], column [M]): [M, D]."""
+    """The hidden states [M, D] of [B, L, D] that predict the tokens at (row [M], column [M])."""
     return hidden[row, (column - 1).clamp(min=0)]
 
 
@@ -55,5 +55,5 @@ def logits(
 
 
 def align(logits: Tensor) -> Tensor:
-    """Full unshifted logits [B, L, V] → logits whose position i predicts token i, for code that holds them anyway."""
+    """Unshifted logits [B, L, V] → logits whose position i predicts token i."""
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)

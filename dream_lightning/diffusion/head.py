@@ -1,6 +1,6 @@
-"""Cross-entropy at the masked positions from hidden states, never holding all their logits.
+"""Cross-entropy at the masked positions in chunks, so that not all logits are in memory at once.
 
-For Dream 7B the logits of 4,096 masked tokens would take 2.5 GB in float32, and their gradient as much again.
+For Dream 7B the logits of 4,096 masked tokens take 2.5 GB in float32, and their gradient as much again.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_LOGITS = 512 * 152_064  # at a time: 0.3 GB in float32
+_LOGITS = 512 * 152_064  # of a chunk: 0.3 GB in float32
 
 
 def chunk_of(vocabulary: int) -> int:
-    """How many rows `token_nll` should work on at a time: 512 of Dream 7B's logits, up to 8,192 of shorter ones."""
+    """Rows of a chunk of `token_nll`: 512 for Dream 7B's vocabulary, up to 8,192 for smaller ones."""
     return min(max(_LOGITS // vocabulary // 512, 1) * 512, 8192)
 
 
@@ -24,16 +24,16 @@ def token_nll(
 ) -> Tensor:
     """−log p(target) from hidden states: [M, D], [M] int64 → [M] float32.
 
-    Works on `chunk` rows at a time (see `chunk_of`). A frozen head computes the gradient of its input at once, while
-    the logits are there; a head that trains runs again in the backward pass.
+    Works on `chunk` rows at a time (see `chunk_of`). A frozen head computes the gradient of its input in the forward
+    pass; a head that trains is recomputed in the backward pass.
 
     Args:
         features: hidden states after the last norm.
-        head: [.., D] → [.., V]; an `nn.Linear` where its weight is frozen.
-        compiled: compile what follows the matrix product into few passes over the logits (2.3 times faster on an H100).
+        head: [..., D] → [..., V].
+        compiled: fuse what follows the matrix product (2.3 times faster on an H100).
     """
     count = len(features)
-    filled = max(chunk, -(-count // chunk) * chunk) if compiled else count  # one shape for the compiler
+    filled = max(chunk, -(-count // chunk) * chunk) if compiled else count  # one shape, one compilation
     pieces = zip(
         F.pad(features, (0, 0, 0, filled - count)).split(chunk),
         F.pad(targets, (0, filled - count)).split(chunk),
@@ -41,30 +41,30 @@ def token_nll(
     )
     frozen = isinstance(head, nn.Linear) and not head.weight.requires_grad
     if frozen and features.requires_grad and torch.is_grad_enabled():
-        step = _maybe_compiled(_nll_and_gradient, compiled)
-        nll = [_FrozenHead.apply(some, head, wanted, step) for some, wanted in pieces]
+        step = _compiled(_nll_and_gradient) if compiled else _nll_and_gradient
+        nll = [_FrozenHead.apply(h, head, target, step) for h, target in pieces]
     else:
-        step = _maybe_compiled(_nll, compiled)
+        step = _compiled(_nll) if compiled else _nll
         if filled <= chunk:
-            nll = [step(some, head, wanted) for some, wanted in pieces]
+            nll = [step(h, head, target) for h, target in pieces]
         else:
-            nll = [checkpoint(step, some, head, wanted, use_reentrant=False) for some, wanted in pieces]
+            nll = [checkpoint(step, h, head, target, use_reentrant=False) for h, target in pieces]
     return torch.cat(nll)[:count]
 
 
 class _FrozenHead(torch.autograd.Function):
-    """The gradient of each row's nll is found in the forward pass, up to the factor that the backward pass brings."""
+    """Computes the gradient of each row's nll in the forward pass, while the logits are in memory."""
 
     @staticmethod
     def forward(ctx, features: Tensor, head: nn.Linear, targets: Tensor, step: Callable) -> Tensor:
-        nll, of_logits = step(features, head, targets)
-        ctx.save_for_backward((of_logits @ head.weight.to(of_logits.dtype)).to(features.dtype))
+        nll, grad_logits = step(features, head, targets)
+        ctx.save_for_backward((grad_logits @ head.weight.to(grad_logits.dtype)).to(features.dtype))
         return nll
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (of_features,) = ctx.saved_tensors
-        return (of_features * gradient[:, None]).to(of_features.dtype), None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_features,) = ctx.saved_tensors
+        return (grad_features * grad[:, None]).to(grad_features.dtype), None, None, None
 
 
 def _nll(features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
@@ -78,10 +78,6 @@ def _nll_and_gradient(features: Tensor, head: nn.Module, targets: Tensor) -> tup
     log_p = logits - logits.logsumexp(-1, keepdim=True)
     hit = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
     return -log_p.gather(-1, targets[:, None]).squeeze(-1), (log_p.exp() - hit.float()).to(out.dtype)
-
-
-def _maybe_compiled(function: Callable, compiled: bool) -> Callable:
-    return _compiled(function) if compiled else function
 
 
 @cache

@@ -1,7 +1,6 @@
-"""Random numbers that belong to a sample, not to a process.
+"""Stateless random numbers: a number is a hash of its address (seed, epoch, sample, position, …).
 
-A number is a hash of its address (seed, epoch, sample, position, …). Nothing has a state, so batch size, ranks,
-workers, packing, kill and resume cannot change it, and CPU and GPU give the same bits.
+So batch size, ranks, workers, packing, kill and resume cannot change it, and CPU and GPU give the same bits.
 """
 
 import torch
@@ -13,14 +12,13 @@ def uniform(seed: int, *keys: Tensor | int) -> Tensor:
 
     Args:
         seed: any int64.
-        keys: integers or int64 tensors that broadcast together; at least one is a tensor, its device is used.
-            Their order matters.
+        keys: integers or int64 tensors that broadcast together, at least one a tensor. Their order matters.
 
     Returns:
-        float32 in the keys' broadcast shape, multiples of 2⁻²⁴.
+        float32 in the keys' broadcast shape and on their device, multiples of 2⁻²⁴.
 
-    Each key is mixed in by the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-    generators", 2014), in int64 arithmetic that wraps.
+    Each key is mixed in by the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", 2014), in int64 arithmetic that wraps around.
     """
     device = next(key.device for key in keys if isinstance(key, Tensor))
     state = _on(device, _wrap(seed))
@@ -30,7 +28,7 @@ def uniform(seed: int, *keys: Tensor | int) -> Tensor:
 
 
 def _on(device: torch.device, key: Tensor | int) -> Tensor:
-    """The key as int64. An integer is filled in on the device: copying it there would wait for the device."""
+    """The key as int64. An integer is filled in on the device: copying it there would synchronize with the GPU."""
     if isinstance(key, Tensor):
         return key.to(device, torch.int64)
     return torch.full((), key, dtype=torch.int64, device=device)
@@ -48,7 +46,7 @@ _MULTIPLIER_2 = _wrap(0x94D049BB133111EB)
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own copies the sign bit of an int64."""
+    """Logical shift: torch's own is arithmetic."""
     return (z >> bits) & (2 ** (64 - bits) - 1)
 
 

@@ -1,4 +1,4 @@
-"""When in the diffusion a sample is looked at: the masking probability t."""
+"""The masking probability t of each sample."""
 
 import math
 
@@ -11,16 +11,16 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def stratified_t(seed: int, epochs: Tensor, document_ids: Tensor, *, t_min: float = 1e-3, t_max: float = 1.0) -> Tensor:
-    """t ~ U(t_min, t_max) for each sample, so that any run of consecutive samples covers the interval evenly.
+    """t ~ U(t_min, t_max) for each sample, such that consecutive samples cover the interval evenly.
 
-    The additive recurrence of the golden ratio, t = frac(offset(epoch) + place · φ), has the lowest discrepancy of its
-    kind: n consecutive values leave no gap wider than about 2/n, where independent draws leave log(n)/n. The random
-    offset of the epoch makes every single t exactly uniform, so expectations are those of independent draws.
+    The additive recurrence of the golden ratio, t = frac(offset(epoch) + order · φ): n consecutive values leave no gap
+    wider than about 2/n, independent draws log(n)/n. The random offset of the epoch makes every single t exactly
+    uniform, so expectations are those of independent draws.
 
     Args:
-        epochs, document_ids: int64, any shape: the epoch and the sample's place in that epoch's order. Negative epochs,
-            the repeated draws of a validation set, share one order and one offset.
-        t_min: lower end; 1/t is the weight of the ELBO, so it bounds a token's weight.
+        epochs, document_ids: int64, any shape: the epoch and the sample's index in that epoch's order. Negative epochs,
+            the repeated draws of a validation set, share one offset.
+        t_min: lower end; it bounds the ELBO's weight 1/t.
         t_max: upper end.
 
     Returns:
@@ -36,5 +36,5 @@ def independent_t(seed: int, epochs: Tensor, sample_ids: Tensor, *, t_min: float
     return t_min + (t_max - t_min) * uniform(seed, epochs, sample_ids, _INDEPENDENT)
 
 
-# Purposes, so that streams with the same keys differ.
+# The last key of a number's address: what it is used for.
 _OFFSET, _INDEPENDENT = -1, -2

@@ -1,4 +1,4 @@
-"""How much a masked token's loss counts."""
+"""The loss weight of a masked token."""
 
 import math
 from typing import Literal, get_args
@@ -20,25 +20,25 @@ def token_weights(
     context: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """The weight of every token's loss; meaningful at masked positions.
+    """Loss weights [B, L] float32, meaningful at masked positions.
 
     | weighting  | weight at a masked position i                                                   |
     |------------|---------------------------------------------------------------------------------|
     | `original` | 1 / t: the ELBO                                                                 |
     | `linear`   | 1 − t                                                                           |
-    | `cart`     | Σ over context positions j of ½·p·(1−p)^(|i−j|−1): near context, larger weight  |
+    | `cart`     | Σ over context positions j of ½·p·(1−p)^(|i−j|−1): closer context, larger weight |
     | `none`     | 1                                                                               |
 
     Args:
         is_masked: [B, L] bool.
         t: [B] or [B, L] float, the masking probability.
         cart_p: p of the geometric distribution. The authors train with 0.1; their function's default is 0.8.
-        context: [B, L] bool, what CART counts as context; by default every position that is not masked, as in the
-            authors' code. Exclude padding by passing it.
-        document_ids: [B, L] int64, which document a position belongs to; in packed rows only one's own is context.
+        context: [B, L] bool, the context positions of CART; by default all that are not masked, padding included, as in
+            the authors' code.
+        document_ids: [B, L] int64, the document of each position, which alone is its context.
 
-    Returns:
-        [B, L] float32.
+    Raises:
+        UserError: an unknown weighting, or `cart_p` outside (0, 1].
 
     Source: Dream 7B (Ye et al. 2025), "context-adaptive token-level noise rescheduling", and the authors' trainer.
     """
@@ -58,17 +58,13 @@ def token_weights(
 def cart_weights(context: Tensor, *, p: float, document_ids: Tensor | None = None) -> Tensor:
     """Two-sided geometric smoothing of the context: [B, L] bool → [B, L] float32, in O(L · log(1/p)).
 
-    Doubling builds the one-sided sum: after k rounds it covers 2^k neighbours, and rounds stop when a further
-    neighbour would weigh less than float32 can see. So the cost does not grow with L² as the dense kernel's.
-
-    Raises:
-        UserError: p is outside (0, 1].
+    The one-sided sum is built by doubling: after k rounds it covers 2^k neighbors, and rounds stop when a further
+    neighbor would weigh less than float32 resolves.
     """
     check_cart_p(p)
+    mirrored_ids = None if document_ids is None else document_ids.flip(1)
     left = _sum_before(context.float(), document_ids, q=1 - p)
-    right = _sum_before(context.float().flip(1), None if document_ids is None else document_ids.flip(1), q=1 - p).flip(
-        1
-    )
+    right = _sum_before(context.float().flip(1), mirrored_ids, q=1 - p).flip(1)
     return 0.5 * p * (left + right)
 
 
@@ -89,7 +85,7 @@ def _sum_before(c: Tensor, document_ids: Tensor | None, *, q: float) -> Tensor:
 
 
 def _delay(y: Tensor, document_ids: Tensor | None, steps: int) -> Tensor:
-    """y_{i−steps}, zero where that lies before the row's or the document's start."""
+    """y_{i−steps}, zero before the start of the row or document."""
     shifted = torch.zeros_like(y)
     shifted[:, steps:] = y[:, :-steps]
     if document_ids is not None:

@@ -1,4 +1,4 @@
-"""The shape of a Dream, as in the official `config.json`."""
+"""The configuration of a Dream, as in the official `config.json`."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ class DreamConfig(PreTrainedConfig):
     """Sizes and constants of a Dream; the defaults are Dream-v0 7B.
 
     Raises:
-        UserError: the sizes do not fit each other, or ask for what Dream does not have (RoPE scaling, a sliding
-            window, tied embeddings).
+        UserError: the sizes do not fit each other, or are not Dream's (RoPE scaling, a sliding window, tied embeddings,
+            attention dropout).
     """
 
     model_type = "Dream"
@@ -41,13 +41,13 @@ class DreamConfig(PreTrainedConfig):
     bos_token_id: int | None = 151_643
     eos_token_id: int | None = 151_643
     auto_map: dict | None = None
-    default_top_k: int | None = None  # `top_k` in a config.json that has one, as those of transformers 4 do
+    default_top_k: int | None = None  # `top_k` of a config.json, which transformers 4 writes
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.default_top_k = kwargs.pop("top_k", self.default_top_k)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.auto_map is None:  # where the authors' code is found by a transformers that lacks a Dream of its own
+        if self.auto_map is None:  # so that transformers finds the authors' code
             self.auto_map = {
                 "AutoConfig": "configuration_dream.DreamConfig",
                 "AutoModel": "modeling_dream.DreamModel",
@@ -56,26 +56,19 @@ class DreamConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        unsupported = ("rope_scaling", "use_sliding_window", "tie_word_embeddings", "attention_dropout")
+        if self.hidden_size % heads or self.head_dim % 2:
             raise UserError(
-                f"hidden_size is {self.hidden_size} and num_attention_heads {self.num_attention_heads}: "
-                "their quotient, the size of a head, must be a whole even number"
+                f"hidden_size is {self.hidden_size} and num_attention_heads {heads}: their quotient, the size of a "
+                "head, must be a whole even number"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads is {self.num_attention_heads}, wanted a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})"
-            )
+        if heads % kv_heads:
+            raise UserError(f"num_attention_heads is {heads}, wanted a multiple of num_key_value_heads ({kv_heads})")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(f"mask_token_id is {self.mask_token_id}, wanted an id below vocab_size {self.vocab_size}")
-        if self.attention_dropout:
-            raise UserError(f"attention_dropout is {self.attention_dropout}, wanted 0: it is not supported")
-        if self.rope_scaling is not None or self.use_sliding_window or self.tie_word_embeddings:
-            raise UserError(
-                f"rope_scaling={self.rope_scaling}, use_sliding_window={self.use_sliding_window}, "
-                f"tie_word_embeddings={self.tie_word_embeddings}: no Dream has these and this code does not offer "
-                "them; set them to null, false and false"
-            )
+        if set_ones := [f"{name} is {getattr(self, name)}" for name in unsupported if getattr(self, name)]:
+            raise UserError(f"{', '.join(set_ones)}: not supported, as no Dream has them; remove them")
 
     @property
     def head_dim(self) -> int:
@@ -87,7 +80,7 @@ class DreamConfig(PreTrainedConfig):
         """The configuration in a folder or of a hub id, as in transformers.
 
         Raises:
-            UserError: there is none, it is not JSON, or not a Dream's.
+            UserError: no config.json, not JSON, or not a Dream's.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -112,7 +105,7 @@ class DreamConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; a default of `top_k` has the name that it has in config.json."""
+        """All fields, `default_top_k` under its name in config.json."""
         official = super().to_dict()
         if (top_k := official.pop("default_top_k")) is not None:
             official["top_k"] = top_k

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies and whether it is whole, asked before anything large is read."""
+"""Find a checkpoint and check that it is complete, before anything large is read."""
 
 import json
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ CHECKPOINT = ("*.json", "*.safetensors", "merges.txt")  # configuration, tokeniz
 
 
 def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOINT, revision: str | None = None) -> Path:
-    """The folder of a local checkpoint, or of a hub checkpoint after its download.
+    """The folder of a local checkpoint, or of a downloaded hub checkpoint.
 
-    `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's cache work as everywhere.
+    `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's cache work as in huggingface_hub.
 
     Args:
-        files: names and patterns of what is needed, and all that is fetched.
+        files: names and patterns of the files to download.
 
     Raises:
-        UserError: neither a folder nor a reachable hub id; a folder without a config.json, where one is needed.
+        UserError: neither a folder nor a reachable hub id; no config.json, if `files` includes it.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_file():
@@ -49,7 +49,7 @@ def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOIN
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name → the file that holds it, from the index or from the single file.
+    """Tensor name → its file, from the index or the single file.
 
     Raises:
         UserError: no weights, or a shard that the index names is missing.
@@ -73,25 +73,22 @@ def check_weights(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
     """Compare names and shapes in the files' headers with the model's; reads no tensor.
 
     Raises:
-        UserError: tensors are missing, unexpected or of another shape; an unreadable or torn file.
+        UserError: tensors are missing, unexpected or of another shape; a truncated file.
     """
     files = weight_files(folder)
     found: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(files.values())):
         with _open(file) as tensors:
             found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    problems = []
-    if missing := sorted(expected.keys() - found.keys()):
-        problems.append(f"{len(missing)} tensors are missing: {_few(missing)}")
-    if unexpected := sorted(found.keys() - expected.keys()):
-        problems.append(f"{len(unexpected)} tensors are unexpected: {_few(unexpected)}")
-    if misfits := sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]):
-        problems.append(
-            f"{len(misfits)} tensors have another shape than config.json says: "
-            + _few([f"{n} is {list(found[n])}, wanted {list(expected[n])}" for n in misfits])
-        )
+    reshaped = [n for n in expected.keys() & found.keys() if expected[n] != found[n]]
+    kinds = {
+        "are missing": expected.keys() - found.keys(),
+        "are unexpected": found.keys() - expected.keys(),
+        "have another shape": [f"{n} is {list(found[n])}, wanted {list(expected[n])}" for n in reshaped],
+    }
+    problems = [f"{len(items)} tensors {kind}: {_few(sorted(items))}" for kind, items in kinds.items() if items]
     if problems:
-        raise UserError(f"{folder} does not hold this Dream: " + "; ".join(problems))
+        raise UserError(f"{folder} does not hold the model of its config.json: {'; '.join(problems)}")
 
 
 def _open(file: Path):

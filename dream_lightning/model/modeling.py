@@ -212,7 +212,7 @@ class DreamBaseModel(DreamPreTrainedModel):
 class DreamModel(DreamPreTrainedModel):
     """Dream with its head: token ids → logits, **unshifted**, as the authors return them.
 
-    The logits at position i − 1 predict the token at position i; `dream_lightning.diffusion.denoiser` applies that.
+    The logits at position i − 1 predict the token at position i; see `dream_lightning.diffusion.denoiser`.
     """
 
     def __init__(self, config: DreamConfig) -> None:
@@ -239,8 +239,7 @@ class DreamModel(DreamPreTrainedModel):
             labels: refused, see Raises.
 
         Raises:
-            UserError: `labels` given (a diffusion loss needs noised inputs, which only the caller has), or a mask of
-                another shape or type.
+            UserError: `labels` are given, or a mask has another shape or type.
         """
         if labels is not None:
             raise UserError(
@@ -251,24 +250,12 @@ class DreamModel(DreamPreTrainedModel):
         logits = self.lm_head(self.model(input_ids, attention_mask, position_ids))
         return MaskedLMOutput(logits=logits) if return_dict else (logits,)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The table of token embeddings."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the table of token embeddings."""
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head."""
-        return self.lm_head
-
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *args: Any, **kwargs: Any) -> "DreamModel":
         """Load an official folder (single or sharded safetensors) or hub id; no remote code, no pickle.
 
-        Takes transformers' keyword arguments (`dtype`, `device_map`, `revision`, …); `dtype` is by default the one
-        that the checkpoint was saved in.
+        Keyword arguments as in transformers (`dtype`, `device_map`, `revision`, …); `dtype` defaults to the
+        checkpoint's.
 
         Raises:
             UserError: no such folder or hub id; a missing shard; missing, unexpected or wrongly sized tensors.
@@ -281,7 +268,7 @@ class DreamModel(DreamPreTrainedModel):
         return super().from_pretrained(folder, *args, config=config, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: str = "5GB", **kwargs: Any) -> None:
-        """Write an official-format folder; the authors' loader also wants a `generation_config.json`."""
+        """Write an official folder, with the `generation_config.json` that the authors' loader needs."""
         super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
         generation = {
             "_from_model_config": True,

@@ -1,7 +1,7 @@
-"""The tokenizer: Dream's, as a fast one without remote code, and a tiny byte-level one for tests and toy models.
+"""Dream's tokenizer as a fast one without remote code, and a byte-level one for tests and small models.
 
 The authors ship `vocab.json`, `merges.txt`, `tokenizer_config.json` and a slow Python tokenizer as remote code. Here
-the same files become a Rust tokenizer with the same ids (tests/model/test_tokenizer.py holds it to the authors' own).
+the same files become a Rust tokenizer with the same ids (tests/model/test_tokenizer.py compares them).
 One difference, in decoding only: `skip_special_tokens` also skips `<|im_start|>` and `<|im_end|>`.
 """
 
@@ -37,20 +37,20 @@ _CHATML = (
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder or hub id; `"bytes"` gives the package's own 263-token one (`bytes_tokenizer`).
+    """The tokenizer of a model folder or hub id; `"bytes"` is `bytes_tokenizer`.
 
-    A folder with `tokenizer.json` (what `save_pretrained` writes) is taken as it is; the official folder has none and
-    is converted from `vocab.json`, `merges.txt` and `tokenizer_config.json`. From the hub only these files are fetched.
+    A folder with `tokenizer.json` (which `save_pretrained` writes) is loaded unmodified; the official folder has none
+    and is converted from `vocab.json`, `merges.txt` and `tokenizer_config.json`. Only these files are downloaded.
 
     Raises:
-        UserError: nothing there, the hub does not answer, or a file is missing or broken.
+        UserError: no such folder or reachable hub id, or a file is missing or broken.
     """
     if str(path_or_hub_id) == "bytes":
         return bytes_tokenizer()
     try:
         folder = local_folder(path_or_hub_id, files=_FILES)
     except ValueError as error:
-        raise UserError(f"no tokenizer: {error}. A tokenizer of the package's own is called bytes") from error
+        raise UserError(f"no tokenizer: {error}. The package's own tokenizer is called bytes") from error
     if (folder / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     missing = [name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if not (folder / name).exists()]
@@ -63,9 +63,9 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerFast:
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte (ids 0-255, no merges), Dream's special tokens, and `<think>`, `</think>` as ordinary tokens.
+    """263 tokens: one for each byte (ids 0-255, no merges), Dream's special tokens, and `<think>` and `</think>`.
 
-    263 tokens, so that a model of a few thousand parameters can be trained, sampled and scored on real text.
+    With it a model of a few thousand parameters can be trained, sampled and scored on real text.
     """
     vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -91,7 +91,7 @@ def _dream_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     missing = [key for key in (*tokens, "added_tokens_decoder", "chat_template") if key not in settings]
     if missing:
         raise UserError(
-            f"{folder / 'tokenizer_config.json'} lacks {', '.join(missing)}: it is not Dream's; take the official file"
+            f"{folder / 'tokenizer_config.json'} lacks {', '.join(missing)}: it is not Dream's; use the official file"
         )
     model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer = Tokenizer(model)
@@ -109,7 +109,7 @@ def _dream_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         if tokenizer.token_to_id(token.content) != wanted:
             raise UserError(
                 f"{folder}: token {token.content!r} gets id {tokenizer.token_to_id(token.content)}, "
-                f"tokenizer_config.json wants {wanted}: vocab.json is another model's; take all files from one folder"
+                f"tokenizer_config.json wants {wanted}: vocab.json is another model's; copy all files from one folder"
             )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -128,10 +128,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level BPE (GPT-2's table).
-
-    Visible Latin-1 characters stand for themselves; the 68 others take the characters from U+0100 on, in order.
-    """
+    """The character for each byte in byte-level BPE (GPT-2's table): itself if visible, else one from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte) if byte in visible else chr(next(spare)) for byte in range(256)]

@@ -148,7 +148,7 @@ def test_wrong_masks_are_refused(model, shape):
         ({"num_key_value_heads": 4}, "multiple of num_key_value_heads"),
         ({"mask_token_id": 96}, "mask_token_id is 96"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
-        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
     ],
 )

@@ -106,18 +106,14 @@ class S1KDataModule(L.LightningDataModule):
         super().__init__()
         if packing and batch_cutoff:
             raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("first_n", first_n, 1),
-            ("validation_draws", validation_draws, 1),
-            ("validation_questions", validation_questions, 0),
-            ("max_length", max_length, 1),
-            ("eos_fill_to", eos_fill_to, 1),
-            ("num_workers", num_workers, 0),
-            *((f"extra_weight of {text!r}", weight, 0) for text, weight in (extra_weight or {}).items()),
-        ):
-            if value is not None and not value >= least:  # written so that NaN is refused
-                raise UserError(f"{name} is {value}, wanted at least {least}")
+        from_one = {"batch_size": batch_size, "first_n": first_n, "validation_draws": validation_draws}
+        from_one |= {"max_length": max_length, "eos_fill_to": eos_fill_to}
+        from_zero = {"validation_questions": validation_questions, "num_workers": num_workers}
+        from_zero |= {f"extra_weight of {text!r}": weight for text, weight in (extra_weight or {}).items()}
+        for least, options in ((1, from_one), (0, from_zero)):
+            for name, value in options.items():
+                if value is not None and not value >= least:  # written so that NaN is refused
+                    raise UserError(f"{name} is {value}, wanted at least {least}")
         if task is not None:
             import_task(task)
         self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed
@@ -157,37 +153,34 @@ class S1KDataModule(L.LightningDataModule):
 
     def read(self) -> tuple[list[Example], list[Example]]:
         """Training and validation examples."""
-        examples = self._examples(self.source, "train")
+        training = self._examples(self.source, "train")
         if self.validation_source is None:
-            training, validation = split(examples, validation_fraction=self.validation_fraction, seed=self.seed)
+            training, validation = split(training, validation_fraction=self.validation_fraction, seed=self.seed)
         else:
-            training = examples
             validation = self._examples(self.validation_source, "validation")
         return training[: self.first_n], validation
 
     def _examples(self, source: str, part: str) -> list[Example]:
         return [with_task_prompt(example) for example in read_examples(source, split=part, **self.reading)]
 
-    def tokenized(self, examples: Sequence[Example]) -> TokenizedSet:
-        """Documents of the examples, cached."""
-        return tokenize(examples, self.tokenizer, cache_dir=self.cache_dir, **self.encoding)
+    def tokenized(self, examples: Sequence[Example], name: str = "") -> TokenizedSet:
+        """Documents of the examples, cached; a `name` prints a summary."""
+        documents = tokenize(examples, self.tokenizer, cache_dir=self.cache_dir, **self.encoding)
+        if name:
+            rank_zero_info(_summary(name, documents))
+        return documents
 
     def setup(self, stage: str) -> None:
         """Read, split and tokenize what the stage needs."""
         if stage == "predict":
-            if self.predict_source is not None:
-                self.questions = self._examples(self.predict_source, "test")
-            else:
-                self.questions = self.read()[1]
+            self.questions = self._examples(self.predict_source, "test") if self.predict_source else self.read()[1]
             return
         training, validation = self.read()
         gradable = [e for e in validation if e.reference is not None or e.task is not None]
         self.questions = gradable[: self.validation_questions]
-        self.validation_set = self.tokenized(validation)
-        rank_zero_info(_summary("validation", self.validation_set))
+        self.validation_set = self.tokenized(validation, "validation")
         if stage == "fit":
-            self.train_set = self.tokenized(training)
-            rank_zero_info(_summary("training", self.train_set))
+            self.train_set = self.tokenized(training, "training")
 
     def question_settings(self) -> dict[str, Any]:
         """What the prompts and grades of `predict` depend on, as text and hashes."""
@@ -262,10 +255,9 @@ class S1KDataModule(L.LightningDataModule):
 
 
 class KeyedItems(Dataset):
-    """Maps a row of sample keys to pairs of key and item; a worker process holds it."""
+    """Maps a row of sample keys to pairs of key and item, from a sequence or a dict by number."""
 
     def __init__(self, items: Any) -> None:
-        """Args: `items`: a sequence, or a dict by number."""
         self.items = items
 
     def __len__(self) -> int:

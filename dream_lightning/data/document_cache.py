@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.atomic import atomic_write
 from dream_lightning.batch import Document, Example
-from dream_lightning.data.prompt_format import Style
-from dream_lightning.data.tokenization import Encoded, Overflow, encode
+from dream_lightning.data.tokenization import Encoded, encode
 from dream_lightning.errors import UserError
 
 _FORMAT = 2  # part of the hash: raise it when encode() gives other documents for the same input
-_COUNTS = ("full_length", "prompt_length", "response_length", "filled")
-_PARALLEL_FROM = 500  # examples; below, starting processes takes longer than they save
+_PARALLEL_FROM = 500  # examples; with fewer, starting processes takes longer than they save
 
 
 class TokenizedSet(Sequence[Document]):
@@ -44,20 +43,20 @@ class TokenizedSet(Sequence[Document]):
     @classmethod
     def of(cls, encoded: Iterable[Encoded]) -> "TokenizedSet":
         """Collect encoded examples."""
-        ids, weights, names, counts = [], [], [], []
+        ids, weights, names, counts = [np.zeros(0, np.int32)], [np.ones(0, np.float32)], [], []
         for document, prompt_length, full_length, filled in encoded:
             counts.append((full_length, prompt_length, len(document.response_ids) if document else 0, filled))
             if document is not None:
                 ids.append(np.array(document.prompt_ids + document.response_ids, np.int32))
-                weights.append(np.array([1.0] * len(document.prompt_ids) + document.response_weight, np.float32))
+                weights.append(np.array([1.0] * prompt_length + document.response_weight, np.float32))
                 names.append(document.id)
-        flat = np.concatenate([*weights, np.ones(0, np.float32)])
+        weight = np.concatenate(weights)
         return cls(
             {
-                "ids": np.concatenate([*ids, np.zeros(0, np.int32)]),
-                "weights": flat if (flat != 1).any() else np.ones(0, np.float32),
-                "names": np.array(names, np.str_),
-                "counts": np.array(counts, np.int64).reshape(-1, len(_COUNTS)).T.copy(),
+                "ids": np.concatenate(ids),  # [tokens]
+                "weights": weight if (weight != 1).any() else weights[0],  # [tokens], or [0] if all are 1
+                "names": np.array(names, np.str_),  # [documents]
+                "counts": np.array(counts, np.int64).T,  # [4, examples]
             }
         )
 
@@ -84,8 +83,6 @@ class TokenizedSet(Sequence[Document]):
 
     def __getitem__(self, index: int) -> Document:
         """Document `index` of the kept ones."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         end, length = self._ends[index], self.lengths[index]
         response = end - length + self.prompt_length[self.kept[index]]
         weights = self.arrays["weights"]
@@ -106,40 +103,25 @@ def tokenize(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    style: Style = "chat",
-    system_prompt: str | None = None,
-    thinking: bool = True,
-    max_length: int | None = None,
-    overflow: Overflow = "truncate_trace",
-    eos_fill_to: int | None = None,
-    extra_weight: dict[str, float] | None = None,
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
+    **options: Any,
 ) -> TokenizedSet:
     """Documents of all examples.
 
     Args:
         examples: of one set, in the order of their documents.
         tokenizer: with its chat template.
-        style, system_prompt, thinking, max_length, overflow, eos_fill_to, extra_weight: see `tokenization.encode`.
         num_proc: processes; None takes 1 below 500 examples, up to 8 from there.
         cache_dir: a second call with the same examples, tokenizer and options reads the result from here; None keeps
             it in memory. Several processes may fill it at once.
+        options: of `tokenization.encode`.
 
     Raises:
         UserError: there are no examples, `encode` raises, every document is dropped, or the disk is full.
     """
     if not examples:
         raise UserError("no examples to tokenize: check the source, the filters and the split")
-    options = {
-        "style": style,
-        "system_prompt": system_prompt,
-        "thinking": thinking,
-        "max_length": max_length,
-        "overflow": overflow,
-        "eos_fill_to": eos_fill_to,
-        "extra_weight": extra_weight,
-    }
     folder = None
     if cache_dir is not None:
         folder = Path(cache_dir).expanduser() / f"documents-{_content_hash(examples, tokenizer, options)}"
@@ -148,8 +130,9 @@ def tokenize(
     documents = TokenizedSet.of(_encode_all(examples, partial(encode, tokenizer=tokenizer, **options), num_proc))
     if not len(documents):
         raise UserError(
-            f"all {len(examples)} documents are longer than max_length {max_length} (the shortest has "
-            f"{documents.full_length.min():,} tokens) and overflow is {overflow}: raise max_length, or truncate"
+            f"all {len(examples)} documents are longer than max_length {options['max_length']} (the shortest has "
+            f"{documents.full_length.min():,} tokens) and overflow is {options['overflow']}: raise max_length, or "
+            "truncate"
         )
     if folder is None:
         return documents
@@ -167,7 +150,8 @@ def _encode_all(examples: Sequence[Example], encoder: partial, num_proc: int | N
         yield from bar(map(encoder, examples))
         return
     with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(encoder,)) as pool:
-        yield from bar(pool.map(_encode_one, map(_without_record, examples), chunksize=64))
+        without_records = (replace(example, record={}) for example in examples)
+        yield from bar(pool.map(_encode_one, without_records, chunksize=64))
 
 
 _worker: dict[str, Any] = {}  # the encoder of this worker process: pickling a tokenizer for every example takes seconds
@@ -180,10 +164,6 @@ def _start_worker(encoder: partial) -> None:
 
 def _encode_one(example: Example) -> Encoded:
     return _worker["encoder"](example)
-
-
-def _without_record(example: Example) -> Example:
-    return Example(**{**vars(example), "record": {}})
 
 
 def _content_hash(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -120,18 +121,15 @@ def _bounds(lengths: list[list[int]], length: int) -> torch.Tensor:
 
 def _padding(rows: int, length: int, pad_token_id: int) -> Batch:
     """A batch of padding only."""
-
-    def integers(value: int) -> torch.Tensor:
-        return torch.full((rows, length), value, dtype=torch.int64)
-
+    full = partial(torch.full, (rows, length))
     return Batch(
-        input_ids=integers(pad_token_id),
-        maskable=torch.zeros(rows, length, dtype=torch.bool),
-        position_ids=integers(0),
-        document_ids=integers(-1),
-        sample_ids=integers(-1),
-        epochs=integers(0),
-        extra_weight=torch.ones(rows, length),
+        input_ids=full(pad_token_id),
+        maskable=full(False),
+        position_ids=full(0),
+        document_ids=full(-1),
+        sample_ids=full(-1),
+        epochs=full(0),
+        extra_weight=full(1.0),
     )
 
 

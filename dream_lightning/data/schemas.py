@@ -104,9 +104,16 @@ def read_examples(
         present = [name for name in chosen.references if name in rows[0].values and name != response_column]
         reference_column = present[0] if present else None
     columns = Columns(prompt_column, response_column, reference_column)
-    examples = [_example(row, chosen, columns, task) for row in rows]
-    _check_ids(examples)
-    return examples
+    examples: dict[str, Example] = {}
+    for row in rows:
+        example = _example(row, chosen, columns, task)
+        if example.id in examples:
+            raise UserError(
+                f"{row.origin} has the id {example.id!r}, and so has {examples[example.id].origin}: make ids unique, "
+                "or remove that column and rows are numbered"
+            )
+        examples[example.id] = example
+    return list(examples.values())
 
 
 def question(text: str) -> list[Message]:
@@ -216,14 +223,3 @@ def _example(row: Row, schema: Schema, columns: Columns, task: str | None) -> Ex
         task=own_task if isinstance(own_task, str) and own_task else task,
         record=row.values,
     )
-
-
-def _check_ids(examples: list[Example]) -> None:
-    seen: dict[str, str] = {}
-    for example in examples:
-        if example.id in seen:
-            raise UserError(
-                f"{example.origin} has the id {example.id!r}, and so has {seen[example.id]}: make ids unique, or "
-                "remove that column and rows are numbered"
-            )
-        seen[example.id] = example.origin

@@ -30,11 +30,7 @@ class Row(NamedTuple):
         return f"{self.file}, row {self.number}"
 
     def value(self, column: str) -> Any:
-        """The value of a column.
-
-        Raises:
-            UserError: there is no such column.
-        """
+        """The value of a column; UserError if there is no such column."""
         if column not in self.values:
             raise UserError(
                 f"{self.origin} has no column {column!r}, it has {', '.join(self.values)}: set schema, prompt_column, "
@@ -43,11 +39,7 @@ class Row(NamedTuple):
         return self.values[column]
 
     def text(self, column: str, *, or_integer: bool = False) -> str:
-        """The text of a column.
-
-        Raises:
-            UserError: there is no such column, or it does not hold text (or an integer, if allowed).
-        """
+        """The text of a column, or an integer as text if allowed; UserError for anything else."""
         value = self.value(column)
         if or_integer and type(value) is int:
             return str(value)

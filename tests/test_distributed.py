@@ -7,6 +7,7 @@ of it that trains all cases of a launch and leaves what it saw.
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -72,7 +73,7 @@ def nothing_masked_on_rank_1(model):
 
     def noise(batch: Batch, **options):
         masked_out = batch.maskable & (batch.document_ids // 2 % 2 == 0)
-        return DreamModule.noise(model, Batch(**{**vars(batch), "maskable": masked_out}), **options)
+        return DreamModule.noise(model, replace(batch, maskable=masked_out), **options)
 
     model.noise = noise
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -296,7 +297,7 @@ def test_nothing_masked_in_a_whole_step_trains_on(sums, tmp_path):
     """A row of t near 0 has no masks: loss 0, gradients 0, no NaN."""
     model = module()
     model.noise = lambda batch, **options: DreamModule.noise(
-        model, Batch(**{**vars(batch), "maskable": torch.zeros_like(batch.maskable)}), **options
+        model, replace(batch, maskable=torch.zeros_like(batch.maskable)), **options
     )
     recorder = run(sums, tmp_path, model=model, max_steps=2)
     assert recorder.losses == [0, 0]

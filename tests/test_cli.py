@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import inspect
 import os
 import re
 import shutil
@@ -165,6 +166,10 @@ def test_validate_prints_every_score_once(command, tmp_path):
     printed = command("validate", *SMALL, *SILENT, f"--trainer.default_root_dir={tmp_path}")[0]
     assert [printed.count(name) for name in ("val/nll", "val/accuracy", "val/unparsed")] == [1, 1, 1]
     assert "DataLoader" not in printed
+
+
+def test_lightning_still_reads_checkpoints_in_the_method_that_we_replace():
+    assert "ckpt_path" in inspect.getsource(LightningCLI._parse_ckpt_path)
 
 
 def raise_wrapped():

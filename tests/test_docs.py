@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from material import write_jsonl
 from test_module import data, module, trainer
 
 from dream_lightning import DreamModule
+from dream_lightning.batch import Example
 from dream_lightning.cli import COMMANDS, TRAINER_COMMANDS, run, shipped_configs
+from dream_lightning.data.schemas import SCHEMAS, read_examples
+from dream_lightning.tasks import grade_response
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.stem != "history")]
@@ -42,6 +46,18 @@ def test_the_objective_in_readme_trains(tmp_path):
         fit.fit(module(kind), data("bundled", tmp_path, first_n=8, validation_source="bundled"))
         losses.append(float(fit.callback_metrics["train/loss"]))
     assert losses[0] != losses[1]
+
+
+def test_the_task_and_the_schema_in_docs_work(tmp_path, monkeypatch):
+    run_block("# my_tasks.py", tmp_path)
+    asked = Example("q", ({"role": "user", "content": "3?"},), None, "", None, "row 1", "parity", {"number": 3})
+    assert [grade_response(text, asked).correct for text in ("It is odd.", "Even", "")] == [True, False, False]
+
+    monkeypatch.setitem(SCHEMAS, "quiz", None)  # removed at the end
+    run_block("# my_schemas.py", tmp_path)
+    rows = write_jsonl(tmp_path / "quiz.jsonl", [{"stem": "1+1?", "choices": ["A 1", "B 2"], "why": "add", "key": "B"}])
+    (read,) = read_examples(rows, reference_column="key")
+    assert (read.prompt[0]["content"], read.thinking, read.reference) == ("1+1?\nA 1\nB 2", "add", "B")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -108,12 +108,10 @@ def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str
     checkpoint = _read_checkpoint(Path(ckpt_path))
     if "lora" not in checkpoint:
         raise UserError(f"{ckpt_path} holds no adapters, all its weights were trained: export the official folder")
-    state = _state(checkpoint)
-    with torch.device("meta"):
-        model = DreamModel(_config(checkpoint, ckpt_path, pretrained))
-        add_lora(model, LoraParams(**checkpoint["lora"]))
+    state = adapter_state(_state(checkpoint))
     with new_folder(folder, size=sum(tensor.nbytes for tensor in state.values())) as partial:
-        save_peft_folder(model, partial, str(pretrained or checkpoint["base"]["name"]), state)
+        base_name = str(pretrained or checkpoint["base"]["name"])
+        save_peft_folder(partial, state, LoraParams(**checkpoint["lora"]), base_name)
     return Path(folder)
 
 
@@ -256,7 +254,7 @@ def _merged(checkpoint: dict[str, Any], state: dict[str, torch.Tensor], pretrain
     check_base(base["hash"], base_hash(weight_files(folder)), saved_base=base["name"], loaded_base=pretrained)
     model = DreamModel.from_pretrained(folder)
     add_lora(model, LoraParams(**checkpoint["lora"]))
-    load_adapter_state(model, adapter_state(model, state))
+    load_adapter_state(model, adapter_state(state))
     merge_lora(model)
     return model
 

@@ -3,19 +3,18 @@
 from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.adapters import LoraParams, add_lora, base_hash, load_4bit, load_float8
+from dream_lightning.adapters import LoraParams, Quantize, add_lora, base_hash, load_quantized
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
 from dream_lightning.training.sharding import read_shards
 
-Quantize = Literal["nf4", "nf4_float8", "float8"]
 _SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}  # of a new model, required
 # The fields of DreamConfig that make it another network.
 _NETWORK = (
@@ -89,14 +88,10 @@ def quantized_model(pretrained: str, kind: Quantize, device: torch.device) -> Dr
     """A checkpoint whose layers are quantized on the device, tensor by tensor.
 
     Raises:
-        UserError: as `DreamModel.from_pretrained`, `load_4bit` and `load_float8`.
+        UserError: as `DreamModel.from_pretrained` and `load_quantized`.
     """
     model = empty_model(pretrained)
-    files = weight_files(local_folder(pretrained))
-    if kind == "float8":
-        load_float8(model, files, device=device)
-    else:
-        load_4bit(model, files, device=device, float8_products=kind == "nf4_float8")
+    load_quantized(model, weight_files(local_folder(pretrained)), kind=kind, device=device)
     return model
 
 
@@ -125,6 +120,22 @@ def adapt(
     """Add adapters; returns name and content hash of their base. `device` as in `add_lora`."""
     add_lora(model, lora, generator=torch.Generator().manual_seed(seed), device=device)
     return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
+
+
+def accumulate_in_place(model: DreamModel, enable: bool) -> bool:
+    """Let trained linear layers accumulate their weight gradients in place, or leave that to autograd again.
+
+    Returns:
+        Whether they accumulate in place; never without the folder kernels/.
+    """
+    if not find_spec("dream_lightning.kernels"):
+        return False
+    from dream_lightning.kernels import gradient_accumulation
+
+    gradient_accumulation.accumulate_by_autograd(model)
+    if enable:
+        gradient_accumulation.accumulate_in_place(model)
+    return enable
 
 
 def install_kernels(model: DreamModel, *, training: bool) -> None:

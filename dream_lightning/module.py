@@ -13,12 +13,10 @@ from transformers import get_scheduler
 
 from dream_lightning.adapters import (
     LoraParams,
-    accumulate_by_autograd,
-    accumulate_in_products,
+    Quantize,
     check_adapters,
     train_in_float8,
     trainable_summary,
-    zero_gradients,
 )
 from dream_lightning.answering import answer_questions
 from dream_lightning.batch import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
@@ -40,7 +38,7 @@ from dream_lightning.errors import UserError
 from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.model_factory import (
-    Quantize,
+    accumulate_in_place,
     adapt,
     check_kind,
     check_network,
@@ -64,7 +62,7 @@ from dream_lightning.training.fsdp import (
     rescale_progress,
     sum_over_processes,
 )
-from dream_lightning.training.optimizer import PagedAdamW8bit, adamw, decay_groups
+from dream_lightning.training.optimizer import AdamW8bit, adamw, decay_groups, zero_gradients
 from dream_lightning.training.sharding import agree, local, shard, whole
 from dream_lightning.training.step_accumulator import StepAccumulator
 
@@ -85,7 +83,7 @@ class DreamModule(L.LightningModule):
             tokenizer.
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
         dtype: element type of the weights. All weights trained: float32, computing in bfloat16 with
-            `trainer.precision=bf16-mixed`, or bfloat16 with `dream_lightning.training.optimizer.PagedAdamW8bit`.
+            `trainer.precision=bf16-mixed`, or bfloat16 with `dream_lightning.training.optimizer.AdamW8bit`.
         lora: train low-rank adapters beside frozen weights, and keep only them in checkpoints.
         quantize: hold the frozen weights of the layers in 4 bits (`nf4`, with double quantisation: smallest), the same
             with products in 8-bit floats (`nf4_float8`: faster on Hopper and later GPUs, with `compile_layers`), or in
@@ -184,18 +182,16 @@ class DreamModule(L.LightningModule):
         self.base: dict[str, str] | None = None  # under adapters: name, content hash and kind of what they belong to
         self._saved_optimizer: str | None = None  # of the checkpoint that training goes on from
         self._saved_step: int | None = None  # of the checkpoint that is scored outside of training
-        self._in_products = False  # see _set_accumulation
+        self._in_place = False  # see _set_accumulation
         self.val_nll, self.val_answers = MeanLoss(), AnswerAccuracy()
         self.val_speed = TokensPerForward()
 
     def setup(self, stage: str) -> None:
         """Refuse what is not tested together, before anything is loaded."""
-        dora = self.lora is not None and self.lora.dora
         refuse_untested(
             self.trainer,
             adapted=self.lora is not None,
             quantized=self.quantize is not None,
-            dora=dora,
             compiled_answers=self.sampling.compile,
         )
         if self.sharded:  # what is gathered in inference mode could not be trained on afterwards
@@ -239,7 +235,7 @@ class DreamModule(L.LightningModule):
         if self.sharded:
             self._shard(device)
         self.model.train()
-        rank_zero_info(str(trainable_summary(self.model)))
+        rank_zero_info(trainable_summary(self.model))
 
     def _shard(self, device: torch.device) -> None:
         if self.pretrained is None:
@@ -381,21 +377,19 @@ class DreamModule(L.LightningModule):
         self._set_accumulation()
 
     def _set_accumulation(self) -> None:
-        """Sum the gradients of bfloat16 weights where they are made, unless autograd's hooks wait for them."""
-        accumulate_by_autograd(self.model)  # a run before this one may have broken off
+        """Accumulate the gradients of bfloat16 weights in place, unless DDP or FSDP need autograd's hooks."""
         full = self.lora is None and self.weights_dtype == torch.bfloat16
         alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
-        self._in_products = full and alone and self.trainer.accumulate_grad_batches > 1
-        if self._in_products:
-            accumulate_in_products(self.model)
+        enable = full and alone and self.trainer.accumulate_grad_batches > 1
+        self._in_place = accumulate_in_place(self.model, enable)
 
     def on_train_end(self) -> None:
         """Leave a model that trains in any loop."""
-        accumulate_by_autograd(self.model)
+        accumulate_in_place(self.model, False)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Begin a step's sum of gradients."""
-        if self._in_products:
+        if self._in_place:
             zero_gradients(_parameters(optimizer))
         else:
             optimizer.zero_grad()
@@ -464,10 +458,10 @@ class DreamModule(L.LightningModule):
         """The optimiser over all trainable parameters, and its schedule, stepped every optimiser step."""
         trainable = [p for p in self.parameters() if p.requires_grad]
         optimizer = self.optimizer(decay_groups(trainable))
-        if any(p.dtype == torch.bfloat16 for p in trainable) and not isinstance(optimizer, PagedAdamW8bit):
+        if any(p.dtype == torch.bfloat16 for p in trainable) and not isinstance(optimizer, AdamW8bit):
             raise UserError(
                 f"model.optimizer is {type(optimizer).__name__} and bfloat16 weights train, which loses small "
-                "updates: set model.optimizer to dream_lightning.training.optimizer.PagedAdamW8bit, or model.dtype to "
+                "updates: set model.optimizer to dream_lightning.training.optimizer.AdamW8bit, or model.dtype to "
                 "float32"
             )
         if self.lr_scheduler is not None:

@@ -19,7 +19,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from dream_lightning import DreamModel, SamplingParams
-from dream_lightning.adapters import held_in_bfloat16
+from dream_lightning.adapters import dequantized
 from dream_lightning.cli import readable_errors
 from dream_lightning.diffusion.denoiser import align
 from dream_lightning.model_factory import quantized_model
@@ -228,7 +228,7 @@ def nf4_steps(bench: Bench, pretrained: str, compile_mode: str | None) -> None:
     model = quantized_model(pretrained, "nf4", torch.device("cuda")).eval()
     ids, params = bench.ids(1), bench.params(steps=bench.new_tokens // 8)
     cached = bench.params(block_length=bench.block, cache="dual", tokens_per_step=1)
-    for name, context in (("nf4", nullcontext()), ("nf4 held in bf16", held_in_bfloat16(model))):
+    for name, context in (("nf4", nullcontext()), ("nf4 dequantized", dequantized(model))):
         with context:
             fast = CompiledDenoiser(model, mode=compile_mode)
             if name == "nf4":

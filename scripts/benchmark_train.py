@@ -120,9 +120,9 @@ def fused_adamw(groups):
 
 def adamw_8bit(groups):
     """The optimiser of full fine-tuning on one GPU."""
-    from dream_lightning.training.optimizer import PagedAdamW8bit
+    from dream_lightning.training.optimizer import AdamW8bit
 
-    return PagedAdamW8bit(groups, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01)
+    return AdamW8bit(groups, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01)
 
 
 def options_of(case: Case) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import modeling_rope_utils
 
-from dream_lightning.adapters.quantization import load_4bit
+from dream_lightning.adapters.quantized_linear import NF4Linear, load_quantized
 from dream_lightning.batch import Batch
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
@@ -40,6 +40,18 @@ def authors_model(folder: str, config: dict[str, Any]) -> torch.nn.Module:
     return modeling.DreamModel(configuration.DreamConfig(**config))
 
 
+def bitsandbytes_layer(layer: NF4Linear) -> torch.nn.Module:
+    """The same layer as bitsandbytes makes it."""
+    import bitsandbytes as bnb
+
+    sizes = (layer.in_features, layer.out_features)
+    plain = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+    weight = layer.dequantized_weight()
+    plain.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, module=plain).to(weight.device)
+    plain.bias = layer.bias
+    return plain
+
+
 def reference_model(work: str, pretrained: str, targets: Any, authors_code: str | None) -> torch.nn.Module:
     """Loaded, adapted, on the GPU, ready to train."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +65,11 @@ def reference_model(work: str, pretrained: str, targets: Any, authors_code: str 
         model = authors_model(authors_code, config) if authors_code else DreamModel(DreamConfig.from_pretrained(folder))
     files = weight_files(folder)
     if work in ("qlora", "qlora_float8"):
-        load_4bit(model, files, device=device)
+        load_quantized(model, files, kind="nf4", device=device)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, NF4Linear):
+                model.set_submodule(name, bitsandbytes_layer(layer))
+        model.is_loaded_in_4bit = True  # where PEFT looks
     else:
         for file in sorted(set(files.values())):
             tensors = load_file(file, device=device)
@@ -63,8 +79,6 @@ def reference_model(work: str, pretrained: str, targets: Any, authors_code: str 
             rotary = [m for m in model.modules() if type(m).__name__ == "DreamRotaryEmbedding"]
             for module in rotary:
                 module.__init__(config=model.config)
-    for module in model.modules():  # bitsandbytes' own layers, without what load_4bit adds
-        module.__dict__.pop("forward", None)
     if not work.startswith("full"):
         model.requires_grad_(False)
         names = (

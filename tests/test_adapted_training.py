@@ -125,7 +125,7 @@ def one_backward_under_ddp(base, meeting, quantize):
     assert all(p.grad is not None for p in trained)
 
 
-BIG = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+BIG = "model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 def test_other_checkpoints_are_refused(base, tmp_path):
@@ -137,7 +137,7 @@ def test_other_checkpoints_are_refused(base, tmp_path):
         fit(DreamModule(base), tmp_path, 2, ckpt_path=tmp_path / "one.ckpt")
 
 
-def test_a_base_held_differently_is_said(base, tmp_path):
+def test_a_base_quantized_differently_is_said(base, tmp_path):
     fit(module(base), tmp_path, steps=1).save_checkpoint(tmp_path / "one.ckpt")
     with pytest.warns(UserWarning, match="model.quantize none, now it is float8"):
         fit(module(base, "float8"), tmp_path, 2, ckpt_path=tmp_path / "one.ckpt")

@@ -69,14 +69,9 @@ MAY_BE_PRIVATE = ("kernels/", "training/", "model_factory.py")
 
 # What today's tree still breaks; the list shrinks to nothing.
 KNOWN: set[str] = {
-    "adapters/__init__.py imports dream_lightning.kernels.gradient_accumulation",
-    "adapters/float8.py uses torch._scaled_mm",
-    "adapters/float8_training.py imports dream_lightning.kernels.gradient_accumulation",
-    "adapters/quantization.py imports bitsandbytes",
     "answering.py imports dream_lightning.model",
     "cli.py imports dream_lightning.plan.config",
     "cli.py imports dream_lightning.plan.report",
-    "kernels/gradient_accumulation.py imports dream_lightning.adapters.float8",
     "module.py uses self.trainer.fit_loop._load_combined_loader_states",
     "module.py uses torch._foreach_mul_",
     "plan/advice.py imports dream_lightning.adapters",

@@ -18,7 +18,7 @@ from dream_lightning import export as module
 from dream_lightning.adapters import LoraParams, add_lora, merge_lora
 from dream_lightning.export import AUTHORS_CODE, export_checkpoint, export_model, model_from_checkpoint
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
-from dream_lightning.training.optimizer import PagedAdamW8bit
+from dream_lightning.training.optimizer import AdamW8bit
 
 SIZES = {
     "vocab_size": 320,
@@ -67,7 +67,7 @@ def adamw(groups):
 
 
 def paged_adamw(groups):
-    return PagedAdamW8bit(groups, lr=1e-2)
+    return AdamW8bit(groups, lr=1e-2)
 
 
 @pytest.fixture

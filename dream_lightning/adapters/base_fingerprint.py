@@ -1,4 +1,4 @@
-"""What adapters belong to: a base of the same contents, and a model that computes with them alike."""
+"""Which base adapters were trained on: a content hash, and the checks when a checkpoint is loaded."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ _BLOCK, _SAMPLES = 4096, 16  # bytes of one sample and samples of one tensor, in
 
 
 def base_hash(files: dict[str, Path]) -> str:
-    """Content hash of a checkpoint, 64 hexadecimal digits; seconds for 15 GB, because most bytes are not read.
+    """Content hash of a checkpoint, 64 hexadecimal digits; takes seconds for 15 GB, as most bytes are not read.
 
     SHA-256 over every tensor's name, dtype and shape, and over 16 samples of 4 KiB spread evenly over its bytes (all
-    bytes of tensors up to 64 KiB). So it does not depend on how the tensors are spread over files. It tells apart
-    checkpoints that were trained, merged or cast differently, where changes are everywhere; it is no protection
-    against someone who changes single weights on purpose.
+    bytes of tensors up to 64 KiB), so it does not depend on the sharding into files. It distinguishes checkpoints that
+    were trained, merged or cast differently, where changes are everywhere; it does not protect against someone who
+    changes single weights on purpose.
 
     Args:
         files: tensor name → safetensors file.
@@ -27,7 +27,8 @@ def base_hash(files: dict[str, Path]) -> str:
     headers = {file: _header(file) for file in set(files.values())}
     digest = hashlib.sha256()
     for name in sorted(files):
-        entry, data_start = headers[files[name]][0][name], headers[files[name]][1]
+        header, data_start = headers[files[name]]
+        entry = header[name]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
         start, end = (data_start + offset for offset in entry["data_offsets"])
         with open(files[name], "rb", buffering=0) as file:
@@ -45,8 +46,8 @@ def check_base(saved_hash: str, loaded_hash: str, *, saved_base: str, loaded_bas
     """Refuse adapters that were trained on another base.
 
     Args:
-        saved_hash: `base_hash` of the base under which the adapters were trained.
-        loaded_hash: that of the base at hand.
+        saved_hash: `base_hash` of the base of the adapters.
+        loaded_hash: `base_hash` of the loaded base.
         saved_base, loaded_base: their folders or hub ids, for the message.
 
     Raises:
@@ -60,41 +61,41 @@ def check_base(saved_hash: str, loaded_hash: str, *, saved_base: str, loaded_bas
 
 
 def check_adapters(checkpoint: dict[str, Any], params: LoraParams | None, base: dict[str, str] | None) -> None:
-    """Refuse a checkpoint with other adapters than the model's, or of another base; looks at no tensor.
+    """Refuse a checkpoint whose adapters or base are not the model's; reads no tensor.
 
     Args:
         checkpoint: of a DreamModule; one with adapters holds `lora`, their LoraParams, and `base`.
-        params: the model's adapters, None if all its weights train.
-        base: name and hash of the model's base, as `building.adapt` gives them, and `quantize`, how it is held.
+        params: the model's adapters; None if all weights train.
+        base: `name`, content `hash` and `quantize` of the model's base.
 
     Warns:
-        The bases are held differently: nothing is wrong with that, but their rounding differs.
+        The base is quantized differently, so its rounding differs.
 
     Raises:
-        UserError: with adapters where the model has none, or the other way round, or other ones; the contents of the
-            bases differ.
+        UserError: only one of the two has adapters, the adapters differ, or the contents of the bases differ.
     """
-    if (params is None) != ("lora" not in checkpoint):
+    saved = checkpoint.get("lora")
+    if (params is None) != (saved is None):
         raise UserError(
-            f"the checkpoint was saved {'with' if 'lora' in checkpoint else 'without'} adapters and model.lora is "
-            f"{params}: use the configuration of the run that saved it"
+            f"the checkpoint was saved {'without' if saved is None else 'with'} adapters and model.lora is {params}: "
+            "use the configuration of the run that saved it"
         )
     if params is None:
         return
-    saved = checkpoint["base"]
-    check_base(saved["hash"], base["hash"], saved_base=saved["name"], loaded_base=base["name"])
-    if not params.computes_as(LoraParams(**checkpoint["lora"])):
-        raise UserError(f"the checkpoint's adapters are {checkpoint['lora']}, model.lora is {asdict(params)}")
-    if saved["quantize"] != base["quantize"]:
+    saved_base = checkpoint["base"]
+    check_base(saved_base["hash"], base["hash"], saved_base=saved_base["name"], loaded_base=base["name"])
+    if len({(p.rank, p.alpha, *p.target_names) for p in (params, LoraParams(**saved))}) > 1:
+        raise UserError(f"the checkpoint's adapters are {saved}, model.lora is {asdict(params)}")
+    if saved_base["quantize"] != base["quantize"]:
         warnings.warn(
-            f"the adapters were trained beside a base with model.quantize {saved['quantize']}, now it is "
+            f"the adapters were trained on a base with model.quantize {saved_base['quantize']}, now it is "
             f"{base['quantize']}: losses and answers change a little",
             stacklevel=2,
         )
 
 
 def _header(file: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file and the place of its first data byte."""
+    """The JSON header of a safetensors file and the offset of its first data byte."""
     with open(file, "rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         return json.loads(opened.read(size)), 8 + size

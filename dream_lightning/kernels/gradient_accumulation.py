@@ -1,46 +1,55 @@
-"""The gradient of a weight, added to the sum over a step's micro-batches by the product that makes it.
+"""Weight gradients accumulated in place: the matrix product that computes one adds it to the sum of the step.
 
-Autograd would write every gradient, read it and the sum again, and write the sum: 46 GB a micro-batch for 7 B bfloat16
+Autograd writes every gradient, reads it and the sum again, and writes the sum: 46 GB a micro-batch for 7 B bfloat16
 weights, 15 ms on an H100. In one product the sum is read and written once, and rounded once instead of twice.
 """
 
-import types
-from collections.abc import Iterable
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dream_lightning.adapters.float8 import linear_layers
 
+class AccumulatingLinear(nn.Linear):
+    """A trained layer that adds its weight gradient in place to `weight.grad`; autograd gets none.
 
-def accumulate_in_products(model: nn.Module) -> None:
-    """Let every linear layer but the head add up its weight's gradient in place, until `accumulate_by_autograd`.
-
-    These gradients are then there all the time, and a sum begins with `zero_gradients`. The weights' hooks are not
-    called, so this is not for DDP and FSDP. Call it where the model will stay.
+    Args:
+        linear: the layer to replace; its parameters are shared. If it has a `multiply(x, weight, bias)` of its own (a
+            `Float8TrainingLinear`), that one is used.
     """
-    for _, linear in linear_layers(model):
-        linear.weight.grad = torch.zeros_like(linear.weight)
-        # As a buffer it is an input of compiled code, which layers share.
-        linear.register_buffer("gradient_sum", linear.weight.grad, persistent=False)
-        if "forward" not in vars(linear):  # that of `float8_training` knows what to do
-            linear.forward = types.MethodType(_forward, linear)
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.multiply = getattr(linear, "multiply", F.linear)
+        self.replaced = [linear]  # in a list, or it would be a submodule
+        self.weight.grad = torch.zeros_like(self.weight)
+        # A buffer is an input of compiled code, so that layers share one graph.
+        self.register_buffer("gradient_sum", self.weight.grad, persistent=False)
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
+        multiply = self.multiply if self.training else F.linear
+        if not (self.training and torch.is_grad_enabled()):
+            return multiply(x, self.weight, self.bias)
+        x = x.to(self.weight.dtype)
+        out = multiply(x, self.weight.detach(), self.bias)
+        return _AddWeightGradient.apply(out, x.detach(), self.gradient_sum)
 
 
-def accumulate_by_autograd(model: nn.Module) -> None:
-    """Take back `accumulate_in_products`, and forget the sums."""
-    for _, linear in linear_layers(model):
-        if "gradient_sum" in linear._buffers:
-            linear.weight.grad = None
-            del linear.gradient_sum
-            if linear.forward.__func__ is _forward:
-                del linear.forward
+class _AddWeightGradient(torch.autograd.Function):
+    """The identity of out [..., out_features]; the backward pass adds gᵀ x to `total`."""
 
+    @staticmethod
+    def forward(ctx, out: Tensor, x: Tensor, total: Tensor) -> Tensor:
+        ctx.save_for_backward(x, total)
+        return out.view_as(out)
 
-def zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Begin a new sum; also between a forward and its backward pass, which do not look at the old one."""
-    # `data` has a version of its own: what autograd holds for the backward pass has not changed in its eyes.
-    torch._foreach_zero_([p.grad.data for p in parameters if p.grad is not None])
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, total = ctx.saved_tensors
+        add_product(total, gradient.flatten(0, -2), x.flatten(0, -2))
+        return gradient, None, None
 
 
 @torch.library.custom_op("dream_lightning::add_product", mutates_args=("total",))
@@ -54,24 +63,22 @@ def _(total: Tensor, gradient: Tensor, x: Tensor) -> None:
     pass
 
 
-class _Product(torch.autograd.Function):
-    """x Wᵀ + b; the gradient of W goes into `total`, and autograd gets none."""
+def accumulate_in_place(model: nn.Module) -> None:
+    """Replace every trained linear layer except the head by an `AccumulatingLinear`, until `accumulate_by_autograd`.
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, total)
-        ctx.has_bias = bias is not None
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, total = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
-        add_product(total, rows, x.flatten(0, -2))
-        return gradient @ weight, None, rows.sum(0) if ctx.has_bias else None, None
+    Gradients of these weights always exist, and a step begins with
+    `training.optimizer.zero_gradients`. Hooks of the weights are not
+    called, so this is not for DDP and FSDP. Call it when the model is on its device.
+    """
+    head = model.get_output_embeddings()
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and linear is not head and linear.weight.requires_grad:
+            model.set_submodule(name, AccumulatingLinear(linear))
 
 
-def _forward(self: nn.Linear, x: Tensor) -> Tensor:
-    if not (self.training and torch.is_grad_enabled()):
-        return type(self).forward(self, x)
-    return _Product.apply(x.to(self.weight.dtype), self.weight, self.bias, self.gradient_sum)
+def accumulate_by_autograd(model: nn.Module) -> None:
+    """Undo `accumulate_in_place` and drop the sums."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, AccumulatingLinear):
+            linear.weight.grad = None
+            model.set_submodule(name, linear.replaced[0].train(linear.training))

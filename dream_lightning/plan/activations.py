@@ -14,7 +14,7 @@ def layer_keeps(s: Setting) -> dict[str, int]:
     """Bytes a token that one decoder layer keeps when it is not recomputed.
 
     With compiled layers at most: the compiler may choose to keep less. Attention is counted as its kernels for a GPU
-    keep it, without an L² term. DoRA's and dropout's extra is not counted.
+    keep it, without an L² term.
     """
     c = s.config
     hidden, inner, key_value = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim
@@ -41,17 +41,11 @@ def _inputs(s: Setting) -> int:
     """Bytes a token of the inputs that trained layers, or adapters, need for their gradients.
 
     q, k, v share one, gate and up another; o_proj reads the attention output, which is kept anyway. Autocast
-    casts a float32 input for each reader anew, and so does PEFT's own form of adapters.
+    casts a float32 input for each reader anew.
     """
     hidden, inner = s.config.hidden_size, s.config.intermediate_size
-    of_peft = s.lora is not None and (s.lora.dropout > 0 or s.lora.dora)
     targets = ALL_TARGETS if s.lora is None else s.lora.target_names
-    if of_peft and s.mixed:
-        read = list(targets)
-    elif s.casts:
-        read = [t for t in targets if t != "o_proj"]
-    else:
-        read = {_SHARED.get(t, t) for t in targets} - {"o_proj"}
+    read = [t for t in targets if t != "o_proj"] if s.casts else {_SHARED.get(t, t) for t in targets} - {"o_proj"}
     return s.compute * sum(inner if name == "down_proj" else hidden for name in read)
 
 

@@ -10,7 +10,7 @@ import torch
 from dream_lightning.adapters import LoraParams
 from dream_lightning.plan.memory import Plan, make_plan
 from dream_lightning.plan.setting import Setting
-from dream_lightning.training.optimizer import PagedAdamW8bit
+from dream_lightning.training.optimizer import AdamW8bit
 
 _SHORTEST = 1024  # tokens; shorter rows hold hardly a thought
 _GPUS = (2, 4, 8, 16, 32, 64)
@@ -73,7 +73,7 @@ def _fewer_bits(s: Setting) -> Iterator[tuple[str, Setting]]:
         return
     if s.lora is None and s.dtype == torch.float32 and find_spec("bitsandbytes"):
         options = "--config configs/single_gpu_full.yaml (bfloat16 weights with exact updates, 8-bit moments)"
-        yield options, replace(s, dtype=torch.bfloat16, mixed=True, optimizer=PagedAdamW8bit)
+        yield options, replace(s, dtype=torch.bfloat16, mixed=True, optimizer=AdamW8bit)
     options = "--config configs/single_gpu_qlora.yaml (trains adapters on a 4-bit base)"
     yield (
         options,

@@ -35,7 +35,6 @@ def setting_from(options: Namespace) -> Setting:
     if sharded:
         refuse_divided(
             quantized=model.quantize is not None,
-            dora=lora is not None and lora.dora,
             compiled_answers=model.sampling.compile,
         )
     if model.new_model is not None:

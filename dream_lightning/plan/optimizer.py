@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dream_lightning.errors import UserError
-from dream_lightning.training.optimizer import BLOCK, PAGED, PagedAdamW8bit, decay_groups, in_8_bits
+from dream_lightning.training.optimizer import BLOCK, AdamW8bit, decay_groups, in_8_bits
+
+_PAGED = 100_000  # elements from which bitsandbytes pages moments
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ def optimizer_memory(
     shapes = [nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
     optimizer = make(decay_groups(shapes))
     bases = type(optimizer).__mro__
-    if isinstance(optimizer, PagedAdamW8bit):  # and 16-bit tails
+    if isinstance(optimizer, AdamW8bit):  # and 16 low-order bits
         tails = sum(2 * p.numel() for p in shapes if p.dtype == torch.bfloat16)
-        eight_bit = _eight_bit(shapes, moments=2, small=lambda p: not in_8_bits(p), pages=True)
+        eight_bit = _eight_bit(shapes, moments=2, small=lambda p: not in_8_bits(p), pages=False)
         return replace(eight_bit, states=eight_bit.states + tails)
     if any(base.__module__.startswith("bitsandbytes.") for base in bases):  # its kernels need real memory
         moments = 2 if any(base.__name__ == "Optimizer2State" for base in bases) else 1
@@ -72,7 +74,7 @@ def _eight_bit(
     states = paged = 0
     for p in parameters:
         codes, scales = (4 * p.numel(), 0) if small(p) else (p.numel(), 4 * -(-p.numel() // BLOCK))
-        in_pages = pages and p.numel() >= PAGED
+        in_pages = pages and p.numel() >= _PAGED
         paged += moments * codes * in_pages
         states += moments * (codes * (not in_pages) + scales)
     return OptimizerMemory(states, paged, 0)

@@ -160,7 +160,7 @@ _INSTEAD = {
 }
 
 
-def refuse_divided(*, quantized: bool, dora: bool, compiled_answers: bool) -> None:
+def refuse_divided(*, quantized: bool, compiled_answers: bool) -> None:
     """Refuse what divided weights cannot do.
 
     Raises:
@@ -168,15 +168,11 @@ def refuse_divided(*, quantized: bool, dora: bool, compiled_answers: bool) -> No
     """
     if quantized:
         raise UserError("trainer.strategy is fsdp2, but quantised weights are not divided: set trainer.strategy=ddp")
-    if dora:
-        raise UserError("trainer.strategy is fsdp2, but lora.dora needs whole weights: set trainer.strategy=ddp")
     if compiled_answers:  # sampling refuses it too, once everything is loaded
         raise UserError("trainer.strategy is fsdp2, but graphs gather no weights: set model.sampling.compile=false")
 
 
-def refuse_untested(
-    trainer: L.Trainer, *, adapted: bool, quantized: bool, dora: bool, compiled_answers: bool = False
-) -> None:
+def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, compiled_answers: bool = False) -> None:
     """Stop a run before anything is loaded whose strategy, precision and kind of training were not tested together.
 
     Raises:
@@ -190,7 +186,7 @@ def refuse_untested(
         instead = _INSTEAD.get(name, "use one device, or set trainer.strategy to ddp or fsdp2 on several")
         raise UserError(f"trainer.strategy is {name}, which is not tested here: {instead}")
     if sharded:
-        refuse_divided(quantized=quantized, dora=dora, compiled_answers=compiled_answers)
+        refuse_divided(quantized=quantized, compiled_answers=compiled_answers)
     if adapted and precision == "bf16-true":
         raise UserError("trainer.precision bf16-true would round the adapters: set it to bf16-mixed")
     tested = ("32-true", "bf16-mixed") if sharded else ("32-true", "bf16-mixed", "bf16-true")

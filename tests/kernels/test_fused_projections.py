@@ -17,11 +17,10 @@ from dream_lightning.kernels.fused_projections import fuse_weights_, fused_proje
 from dream_lightning.model import DreamModel
 from dream_lightning.model.modeling import DreamMLP
 from dream_lightning.sampling import SamplingParams, diffusion_generate
-from dream_lightning.training import optimizer as optimizers
+from dream_lightning.training.optimizer import AdamW8bit
 
 FEW, MANY = 1024, 1025  # tokens for which gate and up are fused, and are not
 Q_K_V, GATE_UP = ("self_attn", ["q_proj", "k_proj", "v_proj"]), ("mlp", ["gate_proj", "up_proj"])
-AdamW8bit = getattr(optimizers, "AdamW8bit", None) or optimizers.PagedAdamW8bit
 
 
 @pytest.fixture

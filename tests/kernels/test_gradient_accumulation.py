@@ -1,4 +1,4 @@
-"""Gradients of bfloat16 weights, summed where they are made."""
+"""Gradients of bfloat16 weights accumulated in place."""
 
 import copy
 
@@ -8,15 +8,34 @@ import torch
 from material import quiet_trainer
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule
-from dream_lightning.adapters import accumulate_by_autograd, accumulate_in_products, train_in_float8, zero_gradients
-from dream_lightning.training.optimizer import PagedAdamW8bit
+from dream_lightning.adapters import train_in_float8
+from dream_lightning.kernels.gradient_accumulation import (
+    AccumulatingLinear,
+    accumulate_by_autograd,
+    accumulate_in_place,
+)
+from dream_lightning.training.optimizer import AdamW8bit, zero_gradients
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def model(dtype=torch.bfloat16, **sizes):
+def model(*, float8=False):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
     ids = {"mask_token_id": 1, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 0}
-    return DreamModel(DreamConfig(vocab_size=64, num_key_value_heads=2, **sizes, **ids)).to(dtype).train()
+    dream = DreamModel(DreamConfig(vocab_size=64, num_key_value_heads=2, **SIZES, **ids)).bfloat16().train()
+    if float8:
+        train_in_float8(dream, torch.device("cpu"))
+    return dream
+
+
+def accumulating(**options):
+    dream = model(**options)
+    accumulate_in_place(dream)
+    return dream
+
+
+def accumulates(dream) -> bool:
+    return any(isinstance(module, AccumulatingLinear) for module in dream.modules())
 
 
 def micro_batches(number=4):
@@ -35,11 +54,11 @@ def distance(some, exact):
 
 
 def exact_sums(dream, batches):
-    """Of every linear weight: Σ gᵀ x in float64, from what the layers saw."""
+    """Of every linear weight: Σ gᵀ x in float64, from the inputs and output gradients of the layers."""
     sums = {}
 
     def listen(name, linear):
-        def heard(module, inputs, output):
+        def record(module, inputs, output):
             x = inputs[0].detach().flatten(0, -2).double()
 
             def add(g):
@@ -47,7 +66,7 @@ def exact_sums(dream, batches):
 
             output.register_hook(add)
 
-        return linear.register_forward_hook(heard)
+        return linear.register_forward_hook(record)
 
     hooks = [listen(f"{n}.weight", m) for n, m in dream.model.named_modules(prefix="model") if n.endswith("proj")]
     summed(dream, batches)
@@ -58,34 +77,38 @@ def exact_sums(dream, batches):
 
 @pytest.mark.parametrize("way", ["plain", "compiled", "checkpointed", "float8"])
 def test_sums_are_those_of_autograd_and_nearer_to_the_exact_ones(way):
-    plain = model()
-    if way == "float8":
-        train_in_float8(plain, torch.device("cpu"))
-    ours = copy.deepcopy(plain) if way != "float8" else model()
-    if way == "float8":
-        train_in_float8(ours, torch.device("cpu"))
-    accumulate_in_products(ours)
+    plain, ours = model(float8=way == "float8"), accumulating(float8=way == "float8")
     if way == "compiled":
         for layer in ours.model.layers:
-            layer.compile(backend="aot_eager")
+            layer.compile(backend="aot_eager", fullgraph=True)
     if way == "checkpointed":
         ours.gradient_checkpointing_enable({"use_reentrant": False})
     batches = micro_batches(6)
-    by_autograd, by_products = summed(plain, batches), summed(ours, batches)
-    assert by_products.keys() == by_autograd.keys()
+    by_autograd, in_place = summed(plain, batches), summed(ours, batches)
+    assert in_place.keys() == by_autograd.keys()
     exact = exact_sums(plain, batches)
-    theirs, mine = distance(by_autograd, exact), distance(by_products, exact)
+    theirs, mine = distance(by_autograd, exact), distance(in_place, exact)
     assert len(exact) == 14 and max(mine.values()) < 2**-8
     assert all(mine[name] < theirs[name] for name in exact)
     others = {name: g for name, g in by_autograd.items() if name not in exact}
-    assert max(distance(by_products, others).values()) < 0.02
+    assert max(distance(in_place, others).values()) < 0.02
+    torch._dynamo.reset()
+
+
+def test_compiled_layers_share_one_graph():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    ours = accumulating()
+    for layer in ours.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    summed(ours, micro_batches(1))
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 
 def test_a_sum_begins_at_zero_also_between_forward_and_backward():
-    """Lightning zeroes there."""
-    dream, (ids, *_) = model(), micro_batches(1)
-    accumulate_in_products(dream)
+    """Lightning calls zero_grad there."""
+    dream, (ids, *_) = accumulating(), micro_batches(1)
     first = summed(dream, [ids])
     loss = dream(ids).logits.float().square().mean()
     zero_gradients(dream.parameters())
@@ -93,46 +116,48 @@ def test_a_sum_begins_at_zero_also_between_forward_and_backward():
     assert all(torch.equal(p.grad, first[n]) for n, p in dream.named_parameters() if p.grad is not None)
 
 
-def test_evaluation_and_files_know_nothing_of_it():
-    plain, ours, (ids, *_) = model(), model(), micro_batches(1)
-    accumulate_in_products(ours)
+@pytest.mark.parametrize("float8", [False, True])
+def test_parameters_evaluation_and_files_stay_as_they_are(float8):
+    plain, ours, (ids, *_) = model(float8=float8), model(float8=float8), micro_batches(1)
+    before = {name: id(p) for name, p in ours.named_parameters()}
+    accumulate_in_place(ours)
+    assert {name: id(p) for name, p in ours.named_parameters()} == before
+    assert type(ours.lm_head) is torch.nn.Linear
     assert ours.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(plain.eval()(ids).logits, ours.eval()(ids).logits)
     with torch.no_grad():
         assert torch.equal(plain.train()(ids).logits, ours.train()(ids).logits)
 
 
-def test_afterwards_it_trains_in_any_loop():
-    dream, (ids, *_) = model(), micro_batches(1)
-    expected = summed(copy.deepcopy(dream), [ids])
-    accumulate_in_products(dream)
+@pytest.mark.parametrize("float8", [False, True])
+def test_afterwards_it_trains_in_any_loop(float8):
+    dream, (ids, *_) = model(float8=float8), micro_batches(1)
+    kinds, expected = [type(m) for m in dream.modules()], summed(copy.deepcopy(dream), [ids])
+    accumulate_in_place(dream)
     summed(dream, [ids])
     accumulate_by_autograd(dream)
-    assert not any("forward" in vars(m) or "gradient_sum" in m._buffers for m in dream.modules())
+    assert [type(m) for m in dream.modules()] == kinds
     dream.zero_grad()
     assert all(torch.equal(g, expected[n]) for n, g in summed(dream, [ids]).items())
 
 
 class Seen(L.Callback):
-    """The gradients of every step, and whether a layer made its sum itself."""
+    """The gradients of every step, and whether layers accumulated them in place."""
 
     def __init__(self):
-        self.gradients, self.in_products = [], set()
+        self.gradients, self.in_place = [], set()
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
-        self.in_products.add(hasattr(pl_module.model.model.layers[0].mlp.up_proj, "gradient_sum"))
+        self.in_place.add(accumulates(pl_module.model))
 
 
 @pytest.fixture
 def fit(sums, tmp_path):
-    pytest.importorskip("bitsandbytes")
-
     def run(accumulate, batch_size, dtype="bfloat16"):
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
         module = DreamModule(
-            new_model=sizes, tokenizer="bytes", dtype=dtype, optimizer=lambda groups: PagedAdamW8bit(groups, lr=1e-3)
+            new_model=SIZES, tokenizer="bytes", dtype=dtype, optimizer=lambda groups: AdamW8bit(groups, lr=1e-3)
         )
         rows = S1KDataModule(
             str(sums), tokenizer=module.tokenizer, batch_size=batch_size, cache_dir=str(tmp_path / "cache")
@@ -153,22 +178,21 @@ def fit(sums, tmp_path):
 
 def test_in_a_fit_four_micro_batches_are_one_batch(fit):
     (four, module), (one, _) = fit(4, 2), fit(1, 8)
-    assert four.in_products == {True} and one.in_products == {False}
+    assert four.in_place == {True} and one.in_place == {False}
     for ours, theirs in zip(four.gradients, one.gradients, strict=True):
         assert max(distance(ours, theirs).values()) < 0.02
-    assert not hasattr(module.model.model.layers[0].mlp.up_proj, "gradient_sum")
+    assert not accumulates(module.model)
 
 
 def test_float32_weights_are_left_to_autograd(fit):
     seen, _ = fit(2, 2, dtype="float32")
-    assert seen.in_products == {False}
+    assert seen.in_place == {False}
 
 
-@pytest.mark.parametrize(("strategy", "in_products"), [("auto", True), ("ddp", False), ("fsdp2", False)])
-def test_weights_with_hooks_are_left_to_autograd(strategy, in_products):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    module = DreamModule(new_model=sizes, tokenizer="bytes", dtype="bfloat16")
+@pytest.mark.parametrize(("strategy", "in_place"), [("auto", True), ("ddp", False), ("fsdp2", False)])
+def test_weights_with_hooks_are_left_to_autograd(strategy, in_place):
+    module = DreamModule(new_model=SIZES, tokenizer="bytes", dtype="bfloat16")
     module.model = model()
     module.trainer = quiet_trainer(strategy=strategy, devices=1, accumulate_grad_batches=2)
     module._set_accumulation()
-    assert hasattr(module.model.model.layers[0].mlp.up_proj, "gradient_sum") == in_products
+    assert accumulates(module.model) == in_place

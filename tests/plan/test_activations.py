@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from dream_lightning.adapters import LoraParams, add_lora
-from dream_lightning.adapters.dequantization import dequantize
-from dream_lightning.adapters.float8 import to_float8
+from dream_lightning.adapters.float8_linear import to_float8
+from dream_lightning.adapters.quantized_linear import dequantize
 from dream_lightning.diffusion.head import token_nll
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.modeling import rotary_angles
@@ -96,13 +96,13 @@ def test_a_layer_keeps_what_the_plan_says(dtype, mixed, lora):
 def test_a_four_bit_layer_keeps_no_more(tmp_path):
     """Its weights are saved as they are, packed, and its inputs not at all."""
     pytest.importorskip("bitsandbytes")
-    from dream_lightning.adapters import load_4bit
+    from dream_lightning.adapters import load_quantized
     from dream_lightning.model.loading import weight_files
 
     DreamModel(CONFIG).to(torch.bfloat16).save_pretrained(tmp_path)
     with torch.device("meta"):
         model = DreamModel(CONFIG)
-    load_4bit(model, weight_files(tmp_path))
+    load_quantized(model, weight_files(tmp_path), kind="nf4")
     lora = LoraParams(rank=4, targets=["q_proj", "v_proj"])
     add_lora(model, lora)
     s = setting(torch.bfloat16, True, lora, four_bit=True)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dream_lightning.adapters import LoraParams, load_4bit
+from dream_lightning.adapters import LoraParams, load_quantized
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
 from dream_lightning.plan import Setting, count_parameters, make_plan
 from dream_lightning.plan.advice import changes, faster
 from dream_lightning.plan.setting import NF4
-from dream_lightning.training.optimizer import PagedAdamW8bit
+from dream_lightning.training.optimizer import AdamW8bit
 
 Q_V, ALL = LoraParams(targets=["q_proj", "v_proj"]), LoraParams(targets="all-linear")
 QLORA = Setting(
@@ -24,9 +24,9 @@ def paged_adamw_8bit(groups):
     return pytest.importorskip("bitsandbytes").optim.PagedAdamW8bit(groups)
 
 
-def own_paged_adamw_8bit(groups):
+def own_adamw_8bit(groups):
     pytest.importorskip("bitsandbytes")
-    return PagedAdamW8bit(groups)
+    return AdamW8bit(groups)
 
 
 KEPT = {"checkpointed": False, "compiled": True, "accumulation": 8}
@@ -39,7 +39,7 @@ KEPT = {"checkpointed": False, "compiled": True, "accumulation": 8}
         (KEPT | {"lora": ALL, "four_bit": False}, 39.2),
         (KEPT | {"lora": ALL}, 30.2),
         (KEPT | {"rows": 1, "checkpointed": 25}, 6.55),
-        (KEPT | {"lora": None, "four_bit": False, "rows": 2, "optimizer": own_paged_adamw_8bit}, 56.6),
+        (KEPT | {"lora": None, "four_bit": False, "rows": 2, "optimizer": own_adamw_8bit}, 56.6),
         ({"lora": ALL, "rows": 1, "length": 32768, "compiled": True}, 20.9),
         ({"rows": 1, "length": 8192, "compiled": True, "accumulation": 8}, 8.26),
         ({"lora": ALL, "four_bit": False, "rows": 1, "length": 8192, "compiled": True, "accumulation": 8}, 18.7),
@@ -84,24 +84,19 @@ def test_bytes_of_packed_weights(tmp_path):
     DreamModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
     with torch.device("meta"):
         model = DreamModel(config)
-    load_4bit(model, weight_files(tmp_path))
-    weight = model.model.layers[0].mlp.up_proj.weight
-    state = weight.quant_state
-    real = sum(t.nbytes for t in (weight.data, state.absmax, state.state2.absmax))
-    assert real == weight.quant_state.shape.numel() * NF4
+    load_quantized(model, weight_files(tmp_path), kind="nf4")
+    layer = model.model.layers[0].mlp.up_proj
+    real = sum(t.nbytes for t in (layer.weight, layer.scale_codes, layer.superscales))
+    assert real == layer.in_features * layer.out_features * NF4
     held = sum(p.nbytes for p in model.parameters())  # packed, without scales
-    linear = sum(q.shape.numel() for p in model.parameters() if (q := getattr(p, "quant_state", None)))
+    linear = sum(2 * p.numel() for p in model.parameters() if p.dtype == torch.uint8)
     planned = count_parameters(replace(QLORA, config=config, lora=None)).weights
     assert planned == held + linear * (NF4 - 0.5)
 
 
-def test_paged_states_need_room_while_the_optimizer_steps():
-    pytest.importorskip("bitsandbytes")
-    plan = make_plan(replace(FULL, dtype=torch.bfloat16, optimizer=PagedAdamW8bit))
-    total = plan.parameters.total
-    assert plan.optimizer.paged == pytest.approx(2 * total, rel=1e-3)  # moments of a byte each
-    assert plan.optimizer.states == pytest.approx(2.03 * total, rel=1e-2)  # tails of 16 bits, scales
-    assert plan.needed_gib > (2 + 2 + 4) * total / 2**30 > plan.peak_gib
+def test_states_of_adamw_8bit():
+    plan = make_plan(replace(FULL, dtype=torch.bfloat16, optimizer=AdamW8bit))
+    assert plan.optimizer.states == pytest.approx(4.03 * plan.parameters.total, rel=1e-2)  # and low-order bits, scales
 
 
 def test_float32_masters_take_16_bytes_a_parameter_and_the_copies_that_autocast_caches():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_lightning.plan.optimizer import optimizer_memory
-from dream_lightning.training.optimizer import PagedAdamW8bit
+from dream_lightning.training.optimizer import AdamW8bit
 
 SHAPES = [(320, 350), (64, 80), (70,), (6000,)]
 
@@ -16,7 +16,7 @@ def eight_bit(name):
 
 def package_s_own(groups):
     pytest.importorskip("bitsandbytes")
-    return PagedAdamW8bit(groups, lr=1e-3)
+    return AdamW8bit(groups, lr=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -47,14 +47,13 @@ def run(strategy, precision="32-true", clip_by=None, clip_at=1.0, accumulate=1):
 )
 def test_untested_strategies_are_refused(strategy, instead):
     with pytest.raises(ValueError, match=instead):
-        refuse_untested(run(strategy), adapted=False, quantized=False, dora=False)
+        refuse_untested(run(strategy), adapted=False, quantized=False)
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
         ((FSDP2Strategy,), {"quantized": True}, "quantised weights .* trainer.strategy=ddp"),
-        ((FSDP2Strategy,), {"dora": True}, "lora.dora needs whole weights"),
         ((FSDP2Strategy,), {"compiled_answers": True}, "set model.sampling.compile=false"),
         ((FSDP2Strategy, "bf16-true"), {}, "precision is bf16-true, .* 32-true or bf16-mixed"),
         ((SingleDeviceStrategy, "bf16-true"), {"adapted": True}, "round the adapters: set it to bf16-mixed"),
@@ -67,14 +66,14 @@ def test_untested_strategies_are_refused(strategy, instead):
 )
 def test_mixed_choices_that_do_not_work_are_refused(options, kind, words):
     with pytest.raises(ValueError, match=words):
-        refuse_untested(run(*options), **({"adapted": False, "quantized": False, "dora": False} | kind))
+        refuse_untested(run(*options), **({"adapted": False, "quantized": False} | kind))
 
 
 def test_what_is_tested_is_let_through():
     for strategy in ("auto", "ddp", "fsdp2"):
         for precision in ("32-true", "bf16-mixed"):
             real = L.Trainer(accelerator="cpu", devices=1, strategy=strategy, precision=precision, logger=False)
-            refuse_untested(real, adapted=True, quantized=strategy != "fsdp2", dora=False)
+            refuse_untested(real, adapted=True, quantized=strategy != "fsdp2")
 
 
 def test_optimisers_that_do_not_know_divided_weights_are_refused(monkeypatch):

@@ -1,6 +1,5 @@
 """AdamW with 8-bit moments over exact float32 master weights in bfloat16 parameters."""
 
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -16,15 +15,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dream_lightning import DreamModule, S1KDataModule
 from dream_lightning.training import optimizer as optim
 
-pytest.importorskip("bitsandbytes")
 LR, STEPS, SIZE = 2e-6, 50, 8192
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
 @contextmanager
 def fake_processes(number):
-    """A mesh of so many processes, of which this is the first and the others are not there."""
+    """A mesh of so many processes, of which this is the first and the others do not exist."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
     try:
         yield init_device_mesh("cpu", (number,))
@@ -55,11 +52,11 @@ def float32_training(size=SIZE, make=None, **options):
 
 
 def master(optimizer, parameter):
-    return optim.join(parameter.detach().view(-1), optimizer.state[parameter]["tail"].view(-1))
+    return optim.join(parameter.detach().view(-1), optimizer.state[parameter]["low_bits"].view(-1))
 
 
 class TestHalves:
-    """float32 as bfloat16 and a tail."""
+    """float32 as bfloat16 and low-order bits."""
 
     numbers = torch.cat(
         [
@@ -69,9 +66,9 @@ class TestHalves:
     )
 
     def halves(self, numbers):
-        weight, tail = torch.empty(len(numbers), dtype=torch.bfloat16), torch.empty(len(numbers), dtype=torch.int16)
-        optim.split(numbers.clone(), weight, tail)
-        return weight, tail
+        weight, low_bits = (torch.empty(len(numbers), dtype=d) for d in (torch.bfloat16, torch.int16))
+        optim.split(numbers.clone(), weight, low_bits)
+        return weight, low_bits
 
     def test_together_they_are_the_number(self):
         both = optim.join(*self.halves(self.numbers))
@@ -85,17 +82,22 @@ class TestHalves:
         assert torch.equal(error[finite], least[finite])
         assert torch.equal(weight[~finite].float(), torchs[~finite].float())
 
-    def test_a_bfloat16_number_has_the_tail_of_a_new_state(self):
-        _, tail = self.halves(weights().float())
-        assert (tail == optim._NO_TAIL).all()
+    def test_a_bfloat16_number_has_the_low_bits_of_a_new_state(self):
+        _, low_bits = self.halves(weights().float())
+        assert (low_bits == optim._NO_LOW_BITS).all()
 
 
 class TestMoments:
     """8-bit codes of their nearest levels."""
 
     @pytest.mark.parametrize("signed", [True, False])
+    def test_levels_are_those_of_bitsandbytes(self, signed):
+        theirs = pytest.importorskip("bitsandbytes").functional.create_dynamic_map(signed)
+        assert torch.equal(optim.dynamic_levels(signed=signed), theirs)
+
+    @pytest.mark.parametrize("signed", [True, False])
     def test_every_number_gets_its_nearest_level(self, signed):
-        both = optim.PagedAdamW8bit([torch.nn.Parameter(weights())])._levels_on(torch.device("cpu"))[not signed]
+        both = optim.AdamW8bit([torch.nn.Parameter(weights())])._levels_on(torch.device("cpu"))[not signed]
         levels = both[0]
         assert len(levels) == 256 and (levels.diff() > 0).all() and levels[-1] == 1
         numbers = (
@@ -121,7 +123,7 @@ def test_small_updates_are_lost_by_bfloat16_alone_and_kept_here():
     assert torch.equal(lost[far], weights()[far])
 
     kept = torch.nn.Parameter(weights())
-    optimizer = optim.PagedAdamW8bit([kept], lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = optim.AdamW8bit([kept], lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
     train(kept, optimizer)
     ours = master(optimizer, kept)
     eight_bit, exact = float32_training(), float32_training(make=torch.optim.AdamW)
@@ -129,13 +131,13 @@ def test_small_updates_are_lost_by_bfloat16_alone_and_kept_here():
     assert (ours - eight_bit).abs().mean() < 0.002 * moved  # two ways to round the same arithmetic
     assert (ours - exact).abs().mean() < 1.01 * (eight_bit - exact).abs().mean() < 0.01 * moved
     assert (exact - weights().float())[far].mean() < -0.4 * LR * STEPS  # gradients of mean 0.5 push downwards
-    assert 0.1 < (kept != weights())[far].float().mean() < 0.9  # whose tail ran over so far
+    assert 0.1 < (kept != weights())[far].float().mean() < 0.9  # whose low-order bits have run over so far
 
 
 def test_weight_decay_too_small_for_bfloat16_is_kept():
     """Without a gradient a step multiplies by 1 − 2e-8, which not even float32 sees every time; 1 − 2e-6 it does."""
     parameter = torch.nn.Parameter(weights())
-    optimizer = optim.PagedAdamW8bit([parameter], lr=LR, weight_decay=1.0)
+    optimizer = optim.AdamW8bit([parameter], lr=LR, weight_decay=1.0)
     train(parameter, optimizer, gradient_scale=0.0)
     ratio = master(optimizer, parameter).double() / weights().double()
     assert torch.equal(parameter[:10], weights()[:10])
@@ -145,7 +147,7 @@ def test_weight_decay_too_small_for_bfloat16_is_kept():
 @pytest.mark.parametrize("size", [300_001, 1000], ids=["fills no blocks", "small"])
 def test_moments_that_stay_in_float32_give_exact_adamw(size):
     parameter = torch.nn.Parameter(weights(size))
-    optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
+    optimizer = optim.AdamW8bit([parameter], lr=LR)
     train(parameter, optimizer, steps=5)
     assert optimizer.state[parameter]["moment1"].dtype == torch.float32
     exact = float32_training(size, torch.optim.AdamW, steps=5)
@@ -159,7 +161,7 @@ def test_moments_that_stay_in_float32_give_exact_adamw(size):
 def test_the_compiled_update_is_the_plain_one(shape, dtype, device, monkeypatch):
     size = torch.Size(shape).numel()
     here, there = (torch.nn.Parameter(weights(size).view(shape).to(d, dtype)) for d in ("cpu", device))
-    plain, compiled = optim.PagedAdamW8bit([here], lr=LR), optim.PagedAdamW8bit([there], lr=LR)
+    plain, compiled = optim.AdamW8bit([here], lr=LR), optim.AdamW8bit([there], lr=LR)
     train(here, plain, steps=5)
     monkeypatch.setattr(optim, "adamw_update", optim._compiled_update)
     train(there, compiled, steps=5)
@@ -176,7 +178,7 @@ def compilations(shapes) -> int:
     torch._dynamo.reset()
     counter = CompileCounter()
     parameters = [torch.nn.Parameter(weights(torch.Size(s).numel()).view(s)) for s in shapes]
-    optimizer = optim.PagedAdamW8bit(optim.decay_groups(parameters))
+    optimizer = optim.AdamW8bit(optim.decay_groups(parameters))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "adamw_update", torch.compile(optim.adamw_update, dynamic=True, backend=counter))
         for _ in range(3):
@@ -198,11 +200,9 @@ def test_on_a_gpu_an_update_is_one_kernel_and_takes_no_memory(shape):
     torch._dynamo.reset()
     metrics.reset()
     parameter = torch.nn.Parameter(weights(torch.Size(shape).numel()).view(shape).cuda())
-    optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
+    optimizer = optim.AdamW8bit([parameter], lr=LR)
     train(parameter, optimizer, steps=2)
     assert metrics.generated_kernel_count == 1
-    moment = optimizer.state[parameter]["moment1"]
-    assert (moment.data_ptr() in optimizer._pages) == optim.in_8_bits(parameter)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     optimizer.step()
@@ -211,21 +211,21 @@ def test_on_a_gpu_an_update_is_one_kernel_and_takes_no_memory(shape):
 
 def test_float32_parameters_are_updated_as_they_are():
     parameter = torch.nn.Parameter(weights().float())
-    optimizer = optim.PagedAdamW8bit([parameter], lr=LR)
+    optimizer = optim.AdamW8bit([parameter], lr=LR)
     train(parameter, optimizer)
     halves = torch.nn.Parameter(weights())
-    other = optim.PagedAdamW8bit([halves], lr=LR)
+    other = optim.AdamW8bit([halves], lr=LR)
     train(halves, other)
     assert torch.equal(parameter.detach(), master(other, halves))
-    assert "tail" not in optimizer.state[parameter]
+    assert "low_bits" not in optimizer.state[parameter]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(tmp_path, device):
+def test_saved_and_loaded_it_resumes_to_the_bit(tmp_path, device):
     def start():
-        big, small = (torch.nn.Parameter(weights(n).to(device)) for n in (204_800, 100))  # paged where there is a GPU
+        big, small = (torch.nn.Parameter(weights(n).to(device)) for n in (204_800, 100))
         unused = torch.nn.Parameter(weights(10))
-        return big, small, optim.PagedAdamW8bit([{"params": [unused, big]}, {"params": [small]}], lr=LR)
+        return big, small, optim.AdamW8bit([{"params": [unused, big]}, {"params": [small]}], lr=LR)
 
     def steps(big, small, optimizer, first):
         for p in (big, small):
@@ -247,8 +247,6 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(tmp_path, device):
     resumed.load_state_dict(saved["optimizer"])
     again = resumed.state_dict()["state"]  # before a step: nothing may be lost
     assert {i: s["step"] for i, s in again.items()} == {1: 5, 2: 5}
-    if device == "cuda":
-        assert all(o.state[p]["moment1"].data_ptr() in o._pages for o, p in ((optimizer, big), (resumed, big_again)))
     steps(big_again, small_again, resumed, 5)
     for p, q in ((big, big_again), (small, small_again)):
         assert torch.equal(master(optimizer, p), master(resumed, q))
@@ -258,13 +256,13 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(tmp_path, device):
 
 @pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
 def test_states_of_another_element_type_are_refused(saved):
-    """Into float32 the tails would go nowhere, into bfloat16 the lower halves would be lost in silence."""
+    """Into float32 the low-order bits would go nowhere, into bfloat16 they would be lost silently."""
     other = {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[saved]
     first, second = (torch.nn.Parameter(weights().to(dtype)) for dtype in (saved, other))
-    optimizer = optim.PagedAdamW8bit([first])
+    optimizer = optim.AdamW8bit([first])
     train(first, optimizer, steps=1)
-    with pytest.raises(ValueError, match=r"tail.*model\.dtype of the run that saved them"):
-        optim.PagedAdamW8bit([second]).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"low_bits.*model\.dtype of the run that saved them"):
+        optim.AdamW8bit([second]).load_state_dict(optimizer.state_dict())
 
 
 def module(optimizer=None):
@@ -272,7 +270,7 @@ def module(optimizer=None):
         new_model={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2},
         tokenizer="bytes",
         dtype="bfloat16",
-        optimizer=optimizer or (lambda groups: optim.PagedAdamW8bit(groups, lr=1e-4)),
+        optimizer=optimizer or (lambda groups: optim.AdamW8bit(groups, lr=1e-4)),
         lr_schedule="constant_with_warmup",
         warmup_fraction=0.0,
     )
@@ -305,30 +303,24 @@ def test_a_resumed_run_is_the_same_to_the_bit(sums, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [({"lr": -1.0}, "lr is -1.0"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": 0.0}, "eps 0.0")],
+    ("dtype", "options", "words"),
+    [
+        (torch.bfloat16, {"lr": -1.0}, "lr is -1.0"),
+        (torch.bfloat16, {"betas": (0.9, 1.0)}, "betas"),
+        (torch.bfloat16, {"eps": 0.0}, "eps 0.0"),
+        (torch.float16, {}, r"float16, wanted bfloat16 or float32"),
+    ],
 )
-def test_impossible_settings_are_refused(options, words):
+def test_impossible_settings_are_refused(dtype, options, words):
     with pytest.raises(ValueError, match=words):
-        optim.PagedAdamW8bit([torch.nn.Parameter(weights())], **options)
+        optim.AdamW8bit([torch.nn.Parameter(weights().to(dtype))], **options)
 
 
-def test_other_element_types_are_refused():
-    with pytest.raises(ValueError, match=r"float16, wanted bfloat16 or float32"):
-        optim.PagedAdamW8bit([torch.nn.Parameter(weights().half())])
-
-
-def test_divided_weights_are_refused():
-    with fake_processes(2) as mesh, pytest.raises(ValueError, match=r"divided.*torch\.optim\.AdamW"):
-        optim.PagedAdamW8bit([torch.nn.Parameter(distribute_tensor(weights(), mesh, [Shard(0)], src_data_rank=None))])
-
-
-def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match="pip install bitsandbytes"):
-        optim.PagedAdamW8bit([torch.nn.Parameter(weights())])
+def test_sharded_weights_are_refused():
+    with fake_processes(2) as mesh, pytest.raises(ValueError, match=r"sharded.*torch\.optim\.AdamW"):
+        optim.AdamW8bit([torch.nn.Parameter(distribute_tensor(weights(), mesh, [Shard(0)], src_data_rank=None))])
 
 
 def test_bfloat16_weights_with_an_optimiser_that_loses_updates_are_refused(sums, tmp_path):
-    with pytest.raises(ValueError, match=r"AdamW.*PagedAdamW8bit"):
+    with pytest.raises(ValueError, match=r"is AdamW and.*AdamW8bit"):
         fit(module(lambda groups: torch.optim.AdamW(groups, lr=1e-4)), tmp_path, sums, 1)

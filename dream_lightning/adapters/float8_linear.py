@@ -1,0 +1,125 @@
+"""Linear layers that multiply in 8-bit floats, at twice the rate of bfloat16 on Hopper and later GPUs.
+
+A float8 number (e4m3) has 4 significant bits. Weights carry one scale per row, activations and gradients one scale per
+token, so an outlier spoils only its own row. Rounding changes a product by about 4 % of its norm, at random; nf4 rounds
+the weights alone by 9 %.
+
+torchao's float8 is not used: its frozen weight has no backward pass to the input, which LoRA needs, and its training
+layer computes the weight gradient itself, so that the gradient cannot be accumulated in place.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import ScalingType
+
+from dream_lightning.errors import UserError
+
+LARGEST = 448.0  # of e4m3
+
+
+def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize [M, K] → float8 [M, K] and float32 scales [M, 1]; the largest element of a row becomes 448."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def float8_matmul(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:
+    """(a · scale_a)(b · scale_b)ᵀ: float8 [M, K], float32 [M, 1], float8 [N, K], float32 [N, 1] → bfloat16 [M, N].
+
+    The CPU computes in float32, for tests.
+    """
+    if not a.is_cuda:
+        return ((a.float() @ b.float().t()) * scale_a * scale_b.t()).to(torch.bfloat16)
+    row = ScalingType.RowWise
+    return F.scaled_mm(a, b.t(), scale_a, row, scale_b.t(), row, output_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def linear_by_rows(x: Tensor, multiply: Callable[[Tensor], Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[..., in] → [..., out] in `dtype`; `multiply` maps rows [M, in] to x Wᵀ [M, out], both bfloat16."""
+    with torch.autocast(x.device.type, enabled=False):
+        out = multiply(x.to(torch.bfloat16).flatten(0, -2))
+        out = out if bias is None else out + bias.to(out.dtype)
+    return out.unflatten(0, x.shape[:-1]).to(dtype)
+
+
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Names and modules of all plain linear layers except the head."""
+    head = model.get_output_embeddings()
+    return [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+
+
+def check_float8(model: nn.Module, device: torch.device) -> None:
+    """Refuse a model whose layers cannot be multiplied in float8 on this device.
+
+    Raises:
+        UserError: a GPU without float8; a layer's sizes are no multiples of 16.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has no 8-bit floats (Ada, Hopper and later have): leave "
+            "model.float8_products out, and set model.quantize to nf4 or leave it out"
+        )
+    for name, linear in linear_layers(model):
+        if linear.in_features % 16 or linear.out_features % 16:
+            raise UserError(
+                f"{name} is {linear.out_features} × {linear.in_features}: float8 products need multiples of 16; "
+                "leave model.quantize and model.float8_products out"
+            )
+
+
+class Float8TrainingLinear(nn.Linear):
+    """A trained layer with two of its three products in float8: x Wᵀ and g W.
+
+    The weight gradient gᵀ x stays in bfloat16. Weights, optimizer and evaluation are those of the plain layer.
+
+    Args:
+        linear: the layer to replace; its parameters are shared.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out] in the dtype of the plain layer's output."""
+        multiply = self.multiply if self.training else F.linear
+        return multiply(x, self.weight, self.bias)
+
+    @staticmethod
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute as `F.linear`, in float8."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return linear_by_rows(x, lambda rows: _TrainedProduct.apply(rows, weight.to(torch.bfloat16)), bias, dtype)
+
+
+class _TrainedProduct(torch.autograd.Function):
+    """x Wᵀ for bfloat16 x [M, in] and W [out, in]; W is quantized for each product and not kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return float8_matmul(*to_float8(x), *to_float8(weight))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        columns, scales = to_float8(weight.t())
+        of_weight = gradient.t() @ x if ctx.needs_input_grad[1] else None
+        return float8_matmul(*to_float8(gradient), columns.contiguous(), scales), of_weight
+
+
+def train_in_float8(model: nn.Module, device: torch.device) -> None:
+    """Replace every plain linear layer except the head by a `Float8TrainingLinear` of the same parameters.
+
+    Raises:
+        UserError: as `check_float8`.
+    """
+    check_float8(model, device)
+    for name, linear in linear_layers(model):
+        model.set_submodule(name, Float8TrainingLinear(linear))

@@ -66,9 +66,8 @@ def _(total: Tensor, gradient: Tensor, x: Tensor) -> None:
 def accumulate_in_place(model: nn.Module) -> None:
     """Replace every trained linear layer except the head by an `AccumulatingLinear`, until `accumulate_by_autograd`.
 
-    Gradients of these weights always exist, and a step begins with
-    `training.optimizer.zero_gradients`. Hooks of the weights are not
-    called, so this is not for DDP and FSDP. Call it when the model is on its device.
+    Gradients of these weights always exist, and a step begins with `training.optimizer.zero_gradients`. Hooks of the
+    weights are not called, so this is not for DDP and FSDP. Call it when the model is on its device.
     """
     head = model.get_output_embeddings()
     for name, linear in list(model.named_modules()):

@@ -142,13 +142,15 @@ def install_kernels(model: DreamModel, *, training: bool) -> None:
     """Use the kernels for packed rows on a CUDA GPU; without the folder kernels/ torch's own attention stays.
 
     Args:
-        training: also let cuDNN plan for many lengths; in the whole process, so call this before the first attention.
+        training: also let cuDNN plan for many lengths and the compiler recompute what is cheap; in the whole process,
+            so call this before the first attention.
     """
     if torch.cuda.is_available() and find_spec("dream_lightning.kernels"):
-        from dream_lightning.kernels import packed_attention
+        from dream_lightning.kernels import activation_budget, packed_attention
 
         if training:
             packed_attention.enable_dynamic_cudnn_plans()
+            activation_budget.install()
         packed_attention.install(model)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -55,16 +56,12 @@ class PredictionFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part = self._locked(self._part_of(0))
         for part in self._parts():
-            file = self._part if part == self._part_of(0) else self._locked(part)
-            file.truncate(0 if overwrite else part.read_bytes().rfind(b"\n") + 1)
-            if file is not self._part:
-                file.close()
+            with nullcontext(self._part) if part == self._part_of(0) else self._locked(part) as file:
+                file.truncate(0 if overwrite else part.read_bytes().rfind(b"\n") + 1)
         if overwrite:
             self.path.unlink(missing_ok=True)
-        if self.path.exists() and self.path.stat().st_size:
-            self.check(settings)
         answered = self._read()
-        if not answered:
+        if not answered and not (self.path.exists() and self.path.stat().st_size):
             self._settings_path.unlink(missing_ok=True)  # of a run that ended before its first answer
             return set()
         self.check(settings)
@@ -91,7 +88,7 @@ class PredictionFile:
             )
 
     def write_settings(self, settings: dict[str, Any]) -> None:
-        """Save what the answers depend on, before the first one."""
+        """Save what the answers depend on. Comes before the first answer."""
         with atomic_write(self._settings_path) as partial:
             partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

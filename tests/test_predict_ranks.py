@@ -14,7 +14,7 @@ from meeting import MeetingPoint
 from dream_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
-COUNT = 300
+COUNT = 120
 
 
 def arguments(folder: Path, source: Path, *more: str) -> list[str]:
@@ -42,13 +42,9 @@ def on_one(monkeypatch, *options) -> None:
 
 
 def on_two(meeting: MeetingPoint, *options) -> subprocess.Popen:
+    command = arguments(*options, "--trainer.devices=2", "--trainer.strategy=ddp")
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "dream_lightning",
-            *arguments(*options, "--trainer.devices=2", "--trainer.strategy=ddp"),
-        ],
+        [sys.executable, "-m", "dream_lightning", *command],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | meeting.environment,
         stdout=subprocess.DEVNULL,
@@ -67,7 +63,7 @@ def test_two_ranks_killed_and_resumed_on_one_and_on_two_write_the_file_of_one(tm
     source = write_jsonl(tmp_path / "questions.jsonl", questions)
 
     folder = tmp_path / "killed" / "tiny"
-    kill = f"{{class_path: self_kill.KillAllInPrediction, init_args: {{batches: 10, folder: {folder}}}}}"
+    kill = f"{{class_path: self_kill.KillAllInPrediction, init_args: {{batches: 4, folder: {folder}}}}}"
     points = MeetingPoint(), MeetingPoint()
     killed = on_two(points[0], tmp_path / "killed", source, f"--trainer.callbacks+={kill}")
     assert killed.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()

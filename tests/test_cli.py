@@ -1,12 +1,10 @@
 """The program as users run it."""
 
-import csv
 import gc
 import inspect
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
@@ -231,42 +229,6 @@ def test_a_wheel_holds_every_module_config_and_the_program(tmp_path):
     assert {f"dream_lightning/configs/{name}.yaml" for name in shipped_configs()} <= names
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     assert "dream-lightning = dream_lightning.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
-
-
-def losses(folder: Path) -> dict[int, str]:
-    """step → logged loss, from every metrics file in the folder."""
-    found = {}
-    for file in sorted(folder.rglob("metrics.csv")):
-        with file.open() as lines:
-            found |= {int(row["step"]): row["train/loss"] for row in csv.DictReader(lines) if row["train/loss"]}
-    return found
-
-
-def fit(folder: Path, *arguments: str) -> list[str]:
-    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: %s, flush_logs_every_n_steps: 1}}"
-    return [
-        *("fit", *SMALL),
-        f"--trainer.logger={logger % folder}",
-        *(f"--{saver}.dirpath={folder / 'checkpoints'}" for saver in ("checkpoint", "autosave")),
-        *("--autosave.every_n_train_steps=3", "--trainer.max_steps=60", "--trainer.log_every_n_steps=1"),
-        *("--trainer.val_check_interval=20", "--trainer.enable_progress_bar=false"),
-        *arguments,
-    ]
-
-
-def test_kill_and_resume_give_the_same_losses(command, tmp_path):
-    """Killed in the middle of an epoch, then started again with `--ckpt_path last`."""
-    kill = "--trainer.callbacks+={class_path: self_kill.KillAtStep, init_args: {step: 26}}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    process = [sys.executable, "-m", "dream_lightning", *fit(tmp_path / "killed", kill)]
-    killed = subprocess.run(process, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert max(losses(tmp_path / "killed")) == 25
-
-    command(*fit(tmp_path / "whole"))
-    command(*fit(tmp_path / "killed", "--ckpt_path=last"))
-    expected = losses(tmp_path / "whole")
-    assert len(expected) == 60 and losses(tmp_path / "killed") == expected
 
 
 @pytest.mark.parametrize("config", ["fsdp_lora", "ddp_qlora"])

@@ -122,21 +122,3 @@ def test_a_multi_gpu_check_that_is_stopped_leaves_no_training_behind(script, tmp
         check.fit(tmp_path / "run", [], until=1)
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text()), 0)
-
-
-@pytest.mark.parametrize("resume", [True, False])
-def test_a_multi_gpu_check_saves_only_to_resume(script, tmp_path, monkeypatch, capsys, resume):
-    check, runs = script("check_multi_gpu"), []
-
-    def fit(probe, arguments, *, until):
-        runs.append(arguments)
-        start = {"seconds": 0.0, "step": 5 * ("--ckpt_path=last" in arguments), "gpu_gib": 1.0, "host_gib": 1.0}
-        lines = [start] + [start | {"step": i, "seconds": i, "tokens": 9, "loss": 1.0} for i in range(start["step"], 9)]
-        return {"lines": {line["step"]: line for line in lines}, "start": start}
-
-    monkeypatch.setattr(check, "fit", fit)
-    monkeypatch.setattr(check.signal, "signal", lambda *_: None)  # pytest keeps its own handler
-    check.main("configs/fsdp_full.yaml", "", str(tmp_path), resume=resume, alone=False)
-    assert len(runs) == 1 + resume
-    assert ("--autosave.every_n_train_steps=5" in runs[0]) == resume
-    assert ("saving after step 5" in capsys.readouterr().out) == resume

@@ -106,14 +106,18 @@ class S1KDataModule(L.LightningDataModule):
         super().__init__()
         if packing and batch_cutoff:
             raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
-        from_one = {"batch_size": batch_size, "first_n": first_n, "validation_draws": validation_draws}
-        from_one |= {"max_length": max_length, "eos_fill_to": eos_fill_to}
-        from_zero = {"validation_questions": validation_questions, "num_workers": num_workers}
-        from_zero |= {f"extra_weight of {text!r}": weight for text, weight in (extra_weight or {}).items()}
-        for least, options in ((1, from_one), (0, from_zero)):
-            for name, value in options.items():
-                if value is not None and not value >= least:  # written so that NaN is refused
-                    raise UserError(f"{name} is {value}, wanted at least {least}")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("first_n", first_n, 1),
+            ("validation_draws", validation_draws, 1),
+            ("validation_questions", validation_questions, 0),
+            ("max_length", max_length, 1),
+            ("eos_fill_to", eos_fill_to, 1),
+            ("num_workers", num_workers, 0),
+            *((f"extra_weight of {text!r}", weight, 0) for text, weight in (extra_weight or {}).items()),
+        ):
+            if value is not None and not value >= least:  # written so that NaN is refused
+                raise UserError(f"{name} is {value}, wanted at least {least}")
         if task is not None:
             import_task(task)
         self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.atomic import atomic_write
 from dream_lightning.batch import Document, Example
-from dream_lightning.data.tokenization import Encoded, encode
+from dream_lightning.data.prompt_format import Style
+from dream_lightning.data.tokenization import Encoded, Overflow, encode
 from dream_lightning.errors import UserError
 
 _FORMAT = 2  # part of the hash: raise it when encode() gives other documents for the same input
@@ -103,25 +104,40 @@ def tokenize(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    style: Style = "chat",
+    system_prompt: str | None = None,
+    thinking: bool = True,
+    max_length: int | None = None,
+    overflow: Overflow = "truncate_trace",
+    eos_fill_to: int | None = None,
+    extra_weight: dict[str, float] | None = None,
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
-    **options: Any,
 ) -> TokenizedSet:
     """Documents of all examples.
 
     Args:
         examples: of one set, in the order of their documents.
         tokenizer: with its chat template.
+        style, system_prompt, thinking, max_length, overflow, eos_fill_to, extra_weight: see `tokenization.encode`.
         num_proc: processes; None takes 1 below 500 examples, up to 8 from there.
         cache_dir: a second call with the same examples, tokenizer and options reads the result from here; None keeps
             it in memory. Several processes may fill it at once.
-        options: of `tokenization.encode`.
 
     Raises:
         UserError: there are no examples, `encode` raises, every document is dropped, or the disk is full.
     """
     if not examples:
         raise UserError("no examples to tokenize: check the source, the filters and the split")
+    options = {
+        "style": style,
+        "system_prompt": system_prompt,
+        "thinking": thinking,
+        "max_length": max_length,
+        "overflow": overflow,
+        "eos_fill_to": eos_fill_to,
+        "extra_weight": extra_weight,
+    }
     folder = None
     if cache_dir is not None:
         folder = Path(cache_dir).expanduser() / f"documents-{_content_hash(examples, tokenizer, options)}"
@@ -130,9 +146,8 @@ def tokenize(
     documents = TokenizedSet.of(_encode_all(examples, partial(encode, tokenizer=tokenizer, **options), num_proc))
     if not len(documents):
         raise UserError(
-            f"all {len(examples)} documents are longer than max_length {options['max_length']} (the shortest has "
-            f"{documents.full_length.min():,} tokens) and overflow is {options['overflow']}: raise max_length, or "
-            "truncate"
+            f"all {len(examples)} documents are longer than max_length {max_length} (the shortest has "
+            f"{documents.full_length.min():,} tokens) and overflow is {overflow}: raise max_length, or truncate"
         )
     if folder is None:
         return documents

@@ -1,4 +1,4 @@
-"""What must hold for any input."""
+"""Properties of corruption, weights, losses, the head and the shift."""
 
 import pytest
 import torch
@@ -36,17 +36,21 @@ def test_share_of_masks_is_t():
     torch.testing.assert_close(noised.is_masked.float().mean(1), t, rtol=0, atol=0.015)
 
 
-def test_corrupt_refuses_missing_noise_and_wrong_shapes(rows):
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"u": None}, r"torch\.Generator"),
+        ({"maskable": torch.ones(6, 50)}, "maskable is"),
+        ({"u": torch.zeros(6, 1)}, "u has shape"),  # would mask whole rows
+        ({"u": torch.zeros(50)}, "u has shape"),  # would mask the same columns in all rows
+        ({"t": torch.ones(5)}, "t has shape"),
+    ],
+)
+def test_missing_noise_and_wrong_shapes_are_refused(rows, wrong, words):
     x_0, maskable, _ = rows
-    with pytest.raises(ValueError, match=r"torch\.Generator"):
-        corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(6))
-    with pytest.raises(ValueError, match="maskable is"):
-        corrupt(x_0, maskable.long(), mask_token_id=MASK, t=torch.ones(6), u=torch.zeros(6, 50))
-    for u in (torch.zeros(6, 1), torch.zeros(50)):  # would mask whole rows, or all rows at the same document_ids
-        with pytest.raises(ValueError, match="u has shape"):
-            corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(6), u=u)
-    with pytest.raises(ValueError, match="t has shape"):
-        corrupt(x_0, maskable, mask_token_id=MASK, t=torch.ones(5), u=torch.zeros(6, 50))
+    inputs = {"x_0": x_0, "maskable": maskable, "t": torch.ones(6), "u": torch.zeros(6, 50)} | wrong
+    with pytest.raises(ValueError, match=words):
+        corrupt(**inputs, mask_token_id=MASK)
 
 
 def test_complements_mask_every_response_token_once(rows):
@@ -64,7 +68,7 @@ def test_complements_mask_every_response_token_once(rows):
 
 
 def test_final_eos_run_is_one_unit_in_packed_rows():
-    """Two documents in a row, each ending in three eos; an eos inside the answer stays on its own."""
+    """Two documents in a row, each ending in three eos; an eos inside the answer is masked on its own."""
     x_0 = torch.tensor([[1, 2, EOS, 3, EOS, EOS, EOS, 4, 5, EOS, EOS, EOS, 7, 7]])
     document_ids = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1, -1]])
     maskable = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0]]).bool()
@@ -141,7 +145,7 @@ def test_chunked_head_equals_the_plain_one():
 
 
 class Echo:
-    """A denoiser whose hidden state at position i is i, to see which output predicts which token."""
+    """A denoiser whose hidden state at position i is i, to show which output predicts which token."""
 
     lm_head = nn.Identity()
 

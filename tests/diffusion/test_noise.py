@@ -15,7 +15,7 @@ def test_is_a_function_of_its_keys():
 
 
 def test_equals_the_same_hash_in_unbounded_integers():
-    """Python's integers do not wrap: SplitMix64's finaliser written out modulo 2^64."""
+    """SplitMix64's finalizer in Python's integers, modulo 2^64."""
     modulus = 2**64
 
     def mix(z):
@@ -51,7 +51,7 @@ def test_stratified_t_covers_every_window():
 
 
 def test_t_is_uniform_over_epochs():
-    """Any single place sees all of (0, 1) as the epochs go by."""
+    """Over the epochs the t of any one sample is uniform."""
     epochs = torch.arange(4000)
     for t in (
         stratified_t(0, epochs, torch.full_like(epochs, 17), t_min=1e-3),

@@ -24,7 +24,7 @@ def model(shared):
 
 @pytest.fixture(scope="module", params=["loss.", "loss.eos_as_one."])
 def case(request, golden, model):
-    """Our noised batch and token losses beside the authors'."""
+    """Our noised batch and token losses for one of the authors' cases."""
     prefix = request.param
     noised = corrupt(
         golden["loss.x_0"],
@@ -64,7 +64,6 @@ def test_weights_and_losses(case, golden, weighting, p):
 
 
 def test_loss_from_logits(golden, model):
-    """`masked_nll_loss`, which others call with logits of their own, gives the same numbers."""
     x_0, is_masked = golden["loss.x_0"], golden["loss.is_masked"].bool()
     with torch.no_grad():
         out = logits(model, golden["loss.x_t"], is_masked)

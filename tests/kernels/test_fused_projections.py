@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ from torch._dynamo.testing import CompileCounter
 from dream_lightning.adapters import LoraParams, add_lora
 from dream_lightning.kernels.cuda_graphs import CompiledDenoiser
 from dream_lightning.kernels.fused_projections import fuse_weights_, fused_projections
-from dream_lightning.model import DreamModel
+from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.modeling import DreamMLP
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.training.optimizer import AdamW8bit
 
 FEW, MANY = 1024, 1025  # tokens for which gate and up are fused, and are not
-Q_K_V, GATE_UP = ("self_attn", ["q_proj", "k_proj", "v_proj"]), ("mlp", ["gate_proj", "up_proj"])
+Q_K_V, GATE_UP = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]
 
 
 @pytest.fixture
@@ -35,9 +34,8 @@ def ids(prompts):
 
 def share_storage(model, group):
     """Whether the weights of the group share one storage, for each layer of the model."""
-    owner, names = group
     return [
-        len({getattr(getattr(layer, owner), n).weight.untyped_storage().data_ptr() for n in names}) == 1
+        len({layer.get_submodule(name).weight.untyped_storage().data_ptr() for name in group}) == 1
         for layer in model.model.layers
     ]
 
@@ -66,18 +64,6 @@ def test_hidden_states_are_the_same_and_products_are_fewer(model, ids, monkeypat
     assert calls(FEW) == []
     assert calls(MANY) == ["gate_proj"] * 2 + ["up_proj"] * 2
     assert calls() == separate and len(separate) == 14
-
-
-@torch.no_grad()
-def test_in_place_changes_of_weights_are_seen(model, ids):
-    fuse_weights_(model.model)
-    before = model.model(ids)
-    for p in model.parameters():
-        p.mul_(1.1).add_(0.01)
-    with fused_projections(model.model, FEW):
-        fused = model.model(ids)
-    torch.testing.assert_close(fused, model.model(ids), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(fused, before)
 
 
 @pytest.mark.parametrize(
@@ -185,11 +171,12 @@ def test_compiled_layers_share_one_compilation(model, ids):
 
 def test_weights_that_would_lose_their_alignment_are_not_moved():
     """Compiled code for a GPU assumes multiples of 16 bytes."""
-    groups = {owner: SimpleNamespace(**{n: nn.Linear(3, 5) for n in names}) for owner, names in (Q_K_V, GATE_UP)}
-    weights = [p for group in groups.values() for linear in vars(group).values() for p in linear.parameters()]
-    before = [p.data_ptr() for p in weights]
-    fuse_weights_(SimpleNamespace(layers=[SimpleNamespace(**groups)]))
-    assert [p.data_ptr() for p in weights] == before
+    tokens = {"mask_token_id": 1, "pad_token_id": 2}
+    sizes = {"hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = DreamModel(DreamConfig(vocab_size=8, num_key_value_heads=1, **tokens, **sizes)).bfloat16()
+    before = [p.data_ptr() for p in model.parameters()]
+    fuse_weights_(model.model)
+    assert [p.data_ptr() for p in model.parameters()] == before
 
 
 def test_weights_that_were_moved_are_fused_again(model, ids):
@@ -205,18 +192,23 @@ def test_weights_that_were_moved_are_fused_again(model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True])
 def test_residuals_added_in_the_product_are_the_same(model, ids, compiled):
-    last, half = model.model(ids), model.model(ids, span=(4, 9))
+    """After in-place changes of the weights, too."""
+    fuse_weights_(model.model)
     if compiled:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     try:
-        with fused_projections(model.model, FEW):
-            for _ in range(2):  # the residual stream changes in-place, the embeddings must not
-                torch.testing.assert_close(model.model(ids), last, rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(model.model(ids, span=(4, 9)), half, rtol=1e-5, atol=1e-5)
+        for _ in range(2):
+            last, half = model.model(ids), model.model(ids, span=(4, 9))
+            with fused_projections(model.model, FEW):
+                for _ in range(2):  # the residual stream changes in-place, the embeddings must not
+                    torch.testing.assert_close(model.model(ids), last, rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(model.model(ids, span=(4, 9)), half, rtol=1e-5, atol=1e-5)
+                with torch.autocast("cpu", torch.bfloat16):
+                    ours = model.model(ids)
             with torch.autocast("cpu", torch.bfloat16):
-                ours = model.model(ids)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(ours, model.model(ids))
+                torch.testing.assert_close(ours, model.model(ids), rtol=1e-2, atol=1e-2)
+            for p in model.parameters():
+                p.mul_(1.1).add_(0.01)
     finally:
         torch._dynamo.reset()

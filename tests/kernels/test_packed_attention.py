@@ -164,7 +164,7 @@ class FakeCUDA:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """`gpu(capability, dynamic_plans=True)` emulates one; what is sent there goes to the meta device."""
+    """`gpu(capability, dynamic_plans=…)` emulates one; what is sent there goes to the meta device."""
 
     def emulate(capability, *, dynamic_plans):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -214,39 +214,37 @@ def test_what_the_kernels_cannot_compute_becomes_a_mask(gpu, monkeypatch, dtype,
     assert make_packed_attention(None, x, training=True, head_dim=head_dim) is None
 
 
-@pytest.mark.parametrize(("dynamic_plans", "training", "kept"), [(True, True, False), (False, True, True)])
-def test_training_disables_cudnn_where_the_compiler_would_fail(gpu, dynamic_plans, training, kept):
-    gpu(HOPPER, dynamic_plans=dynamic_plans)
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    attention = make_packed_attention(mask, FakeCUDA((1, 4)), training=training, head_dim=128)
-    assert isinstance(attention, MaskedAttention)
-    assert torch.backends.cuda.cudnn_sdp_enabled() == kept
-    assert prefers_cudnn(torch.device("cuda")) == kept
-
-
 @pytest.mark.parametrize(
-    ("capability", "dtype", "repeats"),
-    [(HOPPER, torch.bfloat16, False), (HOPPER, torch.float32, True), (AMPERE, torch.bfloat16, True)],
+    ("capability", "dtype", "dynamic_plans", "training", "cudnn", "repeats"),
+    [
+        (HOPPER, torch.bfloat16, True, False, True, False),
+        (HOPPER, torch.bfloat16, True, True, False, True),  # where torch's compiler would fail
+        (HOPPER, torch.bfloat16, False, True, True, False),
+        (HOPPER, torch.float32, False, False, True, True),
+        (AMPERE, torch.bfloat16, False, False, False, True),
+    ],
 )
-def test_keys_are_repeated_for_every_kernel_but_cudnn(gpu, capability, dtype, repeats):
-    gpu(capability, dynamic_plans=True)
+def test_a_mask_uses_cudnn_or_repeats_keys(gpu, capability, dtype, dynamic_plans, training, cudnn, repeats):
+    gpu(capability, dynamic_plans=dynamic_plans)
     mask = torch.ones(1, 4, dtype=torch.bool)
-    assert MaskedAttention(mask, FakeCUDA((1, 4), dtype)).repeat_kv == repeats
+    attention = make_packed_attention(mask, FakeCUDA((1, 4), dtype), training=training, head_dim=128)
+    assert isinstance(attention, MaskedAttention) and attention.repeat_kv == repeats
+    assert prefers_cudnn(torch.device("cuda")) == cudnn
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
-def test_the_environment_has_precedence(monkeypatch, given, expected):
+def test_only_an_unset_environment_is_changed_and_not_by_importing():
     name = "TORCH_CUDNN_SDPA_AVOID_RECOMPILE"
-    monkeypatch.delenv(name) if given is None else monkeypatch.setenv(name, given)
-    packed_attention.enable_dynamic_cudnn_plans()
-    assert os.environ[name] == expected
-
-
-def test_importing_changes_no_environment():
-    code = "import os; import dream_lightning.kernels.packed_attention"
-    env = {k: v for k, v in os.environ.items() if k != "TORCH_CUDNN_SDPA_AVOID_RECOMPILE"}
-    check = "; assert 'TORCH_CUDNN_SDPA_AVOID_RECOMPILE' not in os.environ"
-    subprocess.run([sys.executable, "-c", code + check], env=env, check=True)
+    code = f"""if True:
+        import os
+        from dream_lightning.kernels.packed_attention import enable_dynamic_cudnn_plans
+        assert {name!r} not in os.environ
+        enable_dynamic_cudnn_plans()
+        assert os.environ[{name!r}] == "1"
+        os.environ[{name!r}] = "0"
+        enable_dynamic_cudnn_plans()
+        assert os.environ[{name!r}] == "0" """
+    env = {k: v for k, v in os.environ.items() if k != name}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The formula of training's cost beside torch's own count of what ran."""
+"""The formula of training's cost against torch's FLOP counter."""
 
 import pytest
 import torch

@@ -157,67 +157,64 @@ def test_impossible_configs_are_refused(change, words):
         DreamConfig(**{**SIZES, **change})
 
 
-class TestBrokenFolders:
-    """Every way a checkpoint folder can be wrong has a message that says which."""
+def lose_a_shard(folder):
+    sorted(folder.glob("*.safetensors"))[1].unlink()
 
-    @pytest.fixture
-    def folder(self, model, tmp_path):
-        model.save_pretrained(tmp_path, max_shard_size="40KB")
-        return tmp_path
 
-    def test_missing_shard(self, folder):
-        shard = sorted(folder.glob("*.safetensors"))[1]
-        shard.unlink()
-        with pytest.raises(ValueError, match=f"lacks 1 of its .*{shard.name}"):
-            DreamModel.from_pretrained(folder)
+def truncate_a_shard(folder):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
 
-    def test_torn_shard(self, folder):
-        shard = sorted(folder.glob("*.safetensors"))[0]
-        shard.write_bytes(shard.read_bytes()[:-100])
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
-            DreamModel.from_pretrained(folder)
 
-    def test_other_vocabulary(self, folder):
-        config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 128}
-        (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=r"lm_head.weight is \[96, 48\], wanted \[128, 48\]"):
-            DreamModel.from_pretrained(folder)
+def change_the_vocabulary(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 128}
+    (folder / "config.json").write_text(json.dumps(config))
 
-    def test_missing_and_unexpected_tensors(self, model, folder, tmp_path):
-        for file in folder.glob("*.safetensors*"):
-            file.unlink()
-        state = {k.replace("model.norm", "model.last_norm"): v for k, v in model.state_dict().items()}
-        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"missing: model.norm.weight; 1 tensors are unexpected: model.last_norm"):
-            DreamModel.from_pretrained(folder)
 
-    def test_no_weights_and_no_config(self, folder):
-        for file in folder.glob("*.safetensors*"):
-            file.unlink()
-        with pytest.raises(ValueError, match="holds no weights"):
-            DreamModel.from_pretrained(folder)
-        (folder / "config.json").unlink()
-        with pytest.raises(ValueError, match=r"no config\.json"):
-            DreamModel.from_pretrained(folder)
+def lose_the_weights(folder):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
 
-    def test_no_such_folder(self, monkeypatch):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        with pytest.raises(ValueError, match="neither a folder here nor a hub id"):
-            DreamModel.from_pretrained("nobody/no-such-model")
 
-    def test_another_architecture(self, tmp_path):
-        (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
-        with pytest.raises(ValueError, match="says model_type 'llama', wanted 'Dream'"):
-            DreamModel.from_pretrained(tmp_path)
+def rename_a_tensor(folder):
+    state = DreamModel.from_pretrained(folder).state_dict()
+    lose_the_weights(folder)
+    state = {k.replace("model.norm", "model.last_norm"): v for k, v in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def test_a_torn_configuration(self, tmp_path):
-        (tmp_path / "config.json").write_text('{"model_type": "Dr')
-        with pytest.raises(ValueError, match=r"no config\.json can be read"):
-            DreamModel.from_pretrained(tmp_path)
+
+def write_config(text):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lose_a_shard, r"lacks 1 of its .*model-00002-of"),
+        (truncate_a_shard, "not a whole safetensors file"),
+        (change_the_vocabulary, r"lm_head.weight is \[96, 48\], wanted \[128, 48\]"),
+        (rename_a_tensor, r"missing: model.norm.weight; 1 tensors are unexpected: model.last_norm"),
+        (lose_the_weights, "holds no weights"),
+        (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
+        (write_config('{"model_type": "llama", "hidden_size": 64}'), "says model_type 'llama', wanted 'Dream'"),
+        (write_config('{"model_type": "Dr'), r"no config\.json can be read"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(model, tmp_path, damage, words):
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        DreamModel.from_pretrained(tmp_path)
+
+
+def test_an_unknown_hub_id_is_refused(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="neither a folder here nor a hub id"):
+        DreamModel.from_pretrained("nobody/no-such-model")
 
 
 @pytest.mark.parametrize("padding", [None, 3])
-def test_some_columns_alone(deep, prompts, padding):
+def test_a_span_equals_the_same_columns_of_all(deep, prompts, padding):
     ids, mask = prompts(2, 12), None
     if padding:
         mask = (torch.arange(12) >= padding).expand(2, 12).clone()

@@ -56,14 +56,8 @@ def test_all_s1k_rows_have_the_authors_ids(dream, golden, shared):
 
 
 def test_special_ids(dream, golden):
-    special = golden["special"]
-    assert (dream.mask_token_id, dream.eos_token_id, dream.pad_token_id, dream.bos_token_id, len(dream)) == (
-        special["mask"],
-        special["eos"],
-        special["pad"],
-        special["bos"],
-        special["length"],
-    )
+    ids = {name: getattr(dream, f"{name}_token_id") for name in ("mask", "eos", "pad", "bos")}
+    assert ids | {"length": len(dream)} == {name: golden["special"][name] for name in (*ids, "length")}
 
 
 @pytest.mark.parametrize("name", ["bytes", "dream"])
@@ -79,7 +73,7 @@ def test_saved_and_loaded_again_it_is_the_same(name, tmp_path, request):
     assert after.decode(after.encode(text), skip_special_tokens=True) == "<think>é 1+1\n\n</think> "
 
 
-def test_bytes_is_small_and_has_dreams_tokens():
+def test_the_bytes_tokenizer_has_dreams_special_tokens():
     tokenizer = load_tokenizer("bytes")
     assert len(tokenizer) == 263
     assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"

@@ -122,13 +122,17 @@ def adapt(
     return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
 
 
+def _has_kernels() -> bool:
+    return find_spec("dream_lightning.kernels") is not None
+
+
 def accumulate_in_place(model: DreamModel, enable: bool) -> bool:
     """Let trained linear layers accumulate their weight gradients in place, or leave that to autograd again.
 
     Returns:
         Whether they accumulate in place; never without the folder kernels/.
     """
-    if not find_spec("dream_lightning.kernels"):
+    if not _has_kernels():
         return False
     from dream_lightning.kernels import gradient_accumulation
 
@@ -142,15 +146,13 @@ def install_kernels(model: DreamModel, *, training: bool) -> None:
     """Use the kernels for packed rows on a CUDA GPU; without the folder kernels/ torch's own attention stays.
 
     Args:
-        training: also let cuDNN plan for many lengths and the compiler recompute what is cheap; in the whole process,
-            so call this before the first attention.
+        training: also let cuDNN plan for many lengths; in the whole process, so call this before the first attention.
     """
-    if torch.cuda.is_available() and find_spec("dream_lightning.kernels"):
-        from dream_lightning.kernels import activation_budget, packed_attention
+    if torch.cuda.is_available() and _has_kernels():
+        from dream_lightning.kernels import packed_attention
 
         if training:
             packed_attention.enable_dynamic_cudnn_plans()
-            activation_budget.install()
         packed_attention.install(model)
 
 
@@ -167,11 +169,15 @@ def start_compilers(device: torch.device) -> None:
 
 
 def compile_layers(model: DreamModel, **options: Any) -> None:
-    """Compile each decoder layer at its first call, for rows of all lengths. Sets recompile limits of the process.
+    """Compile each decoder layer at its first call, for rows of all lengths. Sets torch's options in the whole process.
 
     Args:
         options: of torch.compile.
     """
+    if torch.cuda.is_available() and _has_kernels():
+        from dream_lightning.kernels import activation_budget
+
+        activation_budget.install()
     # One graph for each combination of gradients or none, padding or none, one row or several: a fit with validation
     # and answers comes near torch's limit of 8, beyond which layers would run uncompiled with only a warning.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 1024, 4096

@@ -1,5 +1,6 @@
 """The commands of `dream-lightning` that load a model or data to look at them, or to export it."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from dream_lightning.batch import Example, Message
 from dream_lightning.data import read_examples, tokenize
 from dream_lightning.data.prompt_format import encode_prompt
 from dream_lightning.data.report import report
+from dream_lightning.data.tokenization import encode
 from dream_lightning.diffusion import corrupt
 from dream_lightning.errors import UserError
 from dream_lightning.export import AUTHORS_CODE, base_of, export_adapter, export_checkpoint, model_from_checkpoint
@@ -58,9 +60,12 @@ def open_model(
     return network.to(device, torch.bfloat16 if device.startswith("cuda") else None).eval(), tokenizer
 
 
-def _parse(parser: ArgumentParser, arguments: list[str], *functions: Any, skip: set[str] = frozenset()) -> list[Any]:
-    """The parsed options, then the keyword arguments of each function among them."""
-    names = [parser.add_function_arguments(f, as_positional=False, skip=set(skip)) for f in functions]
+def _parse(parser: ArgumentParser, arguments: list[str], *functions: Callable[..., Any]) -> list[Any]:
+    """The parsed options, then those that are the keyword arguments of each function."""
+    names = []
+    for function in functions:
+        skip = {"example", "tokenizer"} if function is encode else set()
+        names.append(parser.add_function_arguments(function, as_positional=False, skip=skip))
     options = parser.instantiate(parser.parse_args(arguments))
     return [options, *({name: options[name] for name in group} for group in names)]
 
@@ -101,10 +106,8 @@ def show_denoising(parser: ArgumentParser, arguments: list[str]) -> None:
 def data_report(parser: ArgumentParser, arguments: list[str]) -> None:
     """Lengths of a data set in tokens, and what a length limit does to it."""
     parser.add_argument("--tokenizer", type=str, required=True, help="folder or hub id, or bytes")
-    options, reading, tokenizing = _parse(
-        parser, arguments, read_examples, tokenize, skip={"examples", "tokenizer", "cache_dir"}
-    )
-    documents = tokenize(read_examples(**reading), load_tokenizer(options.tokenizer), **tokenizing)
+    options, reading, encoding = _parse(parser, arguments, read_examples, encode)
+    documents = tokenize(read_examples(**reading), load_tokenizer(options.tokenizer), **encoding)
     print(report(documents, max_length=options.max_length, overflow=options.overflow))
 
 
@@ -114,13 +117,13 @@ def show(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--row", type=int, default=1, help="number of the record, from 1")
     parser.add_argument("--t", type=float, default=0.5, help="probability of a mask in the response, 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of the mask")
-    options, reading, tokenizing = _parse(
-        parser, arguments, read_examples, tokenize, skip={"examples", "tokenizer", "cache_dir", "num_proc"}
-    )
+    options, reading, encoding = _parse(parser, arguments, read_examples, encode)
     examples, row, tokenizer = read_examples(**reading), options.row, load_tokenizer(options.tokenizer)
     if not 1 <= row <= len(examples):
         raise UserError(f"row is {row}, {options.source} has 1 to {len(examples)}")
-    document = tokenize(examples[row - 1 : row], tokenizer, **tokenizing)[0]
+    document = encode(examples[row - 1], tokenizer, **encoding).document
+    if document is None:
+        raise UserError(f"row {row} is longer than max_length {options.max_length} and dropped: raise max_length")
     x_0 = torch.tensor([document.prompt_ids + document.response_ids])  # [1, L]
     maskable = torch.arange(x_0.shape[1])[None] >= len(document.prompt_ids)  # [1, L]
     generator, t = torch.Generator().manual_seed(options.seed), torch.tensor([options.t])

@@ -28,7 +28,7 @@ def check_kind(
 ) -> None:
     """Raise UserError for options that exclude each other."""
     if quantize is not None and not lora:
-        raise UserError(f"quantize is {quantize}, but quantised weights do not train: set model.lora too")
+        raise UserError(f"quantize is {quantize}, but quantized weights do not train: set model.lora too")
     if float8_products and lora:
         raise UserError(
             "float8_products is for weights that train, and with adapters they are frozen: set model.quantize to "

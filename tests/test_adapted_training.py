@@ -160,7 +160,7 @@ def test_export_merges_into_the_bfloat16_base(base, tmp_path):
 
 def test_what_cannot_work_is_refused(base, tmp_path):
     for quantize in ("nf4", "nf4_float8"):
-        with pytest.raises(ValueError, match=f"quantize is {quantize}, but quantised weights do not train"):
+        with pytest.raises(ValueError, match=f"quantize is {quantize}, but quantized weights do not train"):
             DreamModule(base, quantize=quantize)
     model = module(base)
     trainer = L.Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False)

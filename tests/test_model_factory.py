@@ -1,11 +1,14 @@
 """From options to a network, and the kernels as an option."""
 
+import pkgutil
+
 import pytest
 import torch
+from torch._inductor import async_compile
 
 from dream_lightning import load_tokenizer
 from dream_lightning.model import attention
-from dream_lightning.model_factory import install_kernels, random_model
+from dream_lightning.model_factory import install_kernels, random_model, start_compilers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -20,6 +23,31 @@ def test_packed_attention_is_installed_on_a_gpu_only(monkeypatch, cuda):
     plain = random_model(SIZES, load_tokenizer("bytes"))
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(ids, mask).logits, plain(ids, mask).logits)  # on the CPU the same
+
+
+def test_compiler_workers_start_for_a_gpu_only(monkeypatch):
+    started = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append(True))
+    start_compilers(torch.device("cpu"))
+    assert not started
+    start_compilers(torch.device("cuda", 1))
+    assert started
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.nn:Module._compiled_call_impl",
+        "torch._dynamo:config.recompile_limit",
+        "torch._dynamo:config.accumulated_recompile_limit",
+        "torch._dynamo:maybe_mark_dynamic",
+        "torch._inductor.async_compile:maybe_warm_pool",
+        "torch:_scaled_dot_product_cudnn_attention",
+        "torch:ops.aten._scaled_dot_product_cudnn_attention_backward",
+    ],
+)
+def test_torch_has_the_private_interface(name):
+    pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Properties of corruption, weights, losses, the head and the shift."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -26,14 +28,6 @@ def test_only_maskable_positions_change(rows):
     assert not (noised.is_masked & ~maskable).any()
     assert (noised.x_t[noised.is_masked] == MASK).all()
     assert torch.equal(noised.x_t[~noised.is_masked], x_0[~noised.is_masked])
-
-
-def test_share_of_masks_is_t():
-    x_0 = torch.zeros(4, 20_000, dtype=torch.int64)
-    t = torch.tensor([0.05, 0.3, 0.8, 1.0])
-    generator = torch.Generator().manual_seed(1)
-    noised = corrupt(x_0, torch.ones_like(x_0, dtype=torch.bool), mask_token_id=MASK, t=t, generator=generator)
-    torch.testing.assert_close(noised.is_masked.float().mean(1), t, rtol=0, atol=0.015)
 
 
 @pytest.mark.parametrize(
@@ -131,17 +125,19 @@ def test_a_chunk_holds_as_many_logits_as_512_rows_of_dream_7b(vocabulary, rows):
     assert chunk_of(vocabulary) == rows
 
 
-def test_chunked_head_equals_the_plain_one():
+@pytest.mark.parametrize("trains", [True, False])
+def test_chunked_head_equals_the_plain_one(trains):
     torch.manual_seed(0)
-    head, plain_head = nn.Linear(8, 33), nn.Linear(8, 33)
-    plain_head.load_state_dict(head.state_dict())
+    head = nn.Linear(8, 33, bias=False).requires_grad_(trains)
+    plain_head = copy.deepcopy(head)
     h = torch.randn(50, 8, requires_grad=True)
     g = h.detach().clone().requires_grad_()
     targets, weight = torch.randint(0, 33, (50,)), torch.rand(50)
     (token_nll(h, head, targets, chunk=7) * weight).sum().backward()
     (nn.functional.cross_entropy(plain_head(g), targets, reduction="none") * weight).sum().backward()
     torch.testing.assert_close(h.grad, g.grad)
-    torch.testing.assert_close(head.weight.grad, plain_head.weight.grad)
+    if trains:
+        torch.testing.assert_close(head.weight.grad, plain_head.weight.grad)
 
 
 class Echo:

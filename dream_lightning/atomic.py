@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written under another name, brought to the disk, then renamed."""
+"""Atomic writes: a file or a folder appears under its name complete, or not at all."""
 
 import errno
 import os
@@ -10,77 +10,97 @@ from pathlib import Path
 
 from dream_lightning.errors import UserError
 
-PARTIAL = ".partial"  # the suffix of what is being written; no reader takes it for a result
+PARTIAL = ".partial"  # suffix of an unfinished write; no reader takes it for a result
+_DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 @contextmanager
 def atomic_write(path: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
-    """A path in the same folder to write a file or a folder to, which replaces `path` when the block ends.
+    """Yield a path in the same folder to write a file or a folder to; it replaces `path` when the block ends.
 
-    A kill, a full disk or a power failure leaves what was at `path` before.
+    After a kill, a full disk or a power failure, the earlier content of `path` is still there.
 
     Args:
         path: the final name.
-        needed_bytes: how much will be written, compared with the free space first; 0 = not known.
+        needed_bytes: size of what will be written, compared with the free space first; 0 means unknown.
 
     Raises:
-        UserError: the disk is full, or becomes full, or must not be written.
+        UserError: the disk is full or must not be written.
     """
     path = Path(path).expanduser().absolute()
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if needed_bytes > (free := shutil.disk_usage(path.parent).free):
-            raise OSError(errno.ENOSPC, f"{needed_bytes / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
+        free = shutil.disk_usage(path.parent).free
+        if needed_bytes > free:
+            raise OSError(errno.ENOSPC, f"it needs {needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
         yield partial
-        _sync(partial)
+        for written in (partial, *partial.rglob("*")):
+            _sync(written)
         replace(partial, path)
     except Exception as error:
-        if not disk_refuses(error):
-            raise
-        raise UserError(
-            f"{path} was not written: {error}. What was there before is untouched. Make room, or name a folder on "
-            "another disk"
-        ) from error
+        if disk_refuses(error):
+            raise not_written(path, error) from error
+        raise
     finally:
         remove(partial)
 
 
 def replace(partial: Path, path: Path) -> None:
-    """Give a complete file or folder its final name; a folder of that name goes only after the new one is there."""
-    old = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    """Rename a complete file or folder to `path`.
+
+    A folder cannot replace another in one step. The old one is first renamed to `NAME-replaced`, so after a kill one of
+    the two is complete, and it is removed last.
+    """
+    replaced = path.with_stem(f"{path.stem}-replaced")
     if path.is_dir():
-        path.rename(old)
+        remove(replaced)
+        path.rename(replaced)
+    is_folder = partial.is_dir()
     os.replace(partial, path)
-    remove(old)
-    _sync_folder(path.parent)
+    _sync(path.parent)
+    if is_folder:
+        remove(replaced)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; nothing happens where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Remove a file or a folder if it exists. A folder is renamed first: a kill leaves no half under its name."""
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    if path.suffix != PARTIAL:
+        path = path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_partials(folder: str | Path) -> list[Path]:
+    """Remove what killed writes left in a folder; returns what there was."""
+    partials = sorted(Path(folder).glob(f"*{PARTIAL}"))
+    for partial in partials:
+        remove(partial)
+    return partials
 
 
 def disk_refuses(error: BaseException) -> bool:
-    """Whether an error means that a disk is full or may not be written. Libraries in Rust say so in words alone."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    """Whether an error or one of its causes means that a disk is full or read-only."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    return any(getattr(e, "errno", None) in codes or any(f"(os error {c})" in str(e) for c in codes) for e in chain)
+    # Libraries in Rust (safetensors, tokenizers) report the code in the text only.
+    texts = [f"(os error {code})" for code in _DISK_CODES]
+    return any(getattr(e, "errno", None) in _DISK_CODES or any(text in str(e) for text in texts) for e in chain)
+
+
+def not_written(path: Path, reason: object) -> UserError:
+    """The error for a path that could not be written."""
+    return UserError(
+        f"{path} was not written: {reason}. Its earlier content, if any, is unchanged. Make room, or name a folder on "
+        "another disk"
+    )
 
 
 def _sync(path: Path) -> None:
-    for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -13,14 +13,9 @@ from dream_lightning.adapters import LoraParams, Quantize, add_lora, base_hash, 
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
-from dream_lightning.training.sharding import read_shards
+from dream_lightning.training.fsdp import read_shards
 
 _SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}  # of a new model, required
-# The fields of DreamConfig that make it another network.
-_NETWORK = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "rms_norm_eps", "rope_theta", "mask_token_id", "eos_token_id"),
-)
 
 
 def check_kind(
@@ -36,16 +31,6 @@ def check_kind(
         )
     if lora and pretrained is None:
         raise UserError("model.lora needs model.pretrained: a new random model is no base for adapters")
-
-
-def check_network(saved: dict[str, int | float], config: DreamConfig) -> None:
-    """Raise UserError for a checkpoint whose sizes, constants or token ids are not those of the configuration."""
-    ours = config.to_dict()
-    if others := [f"{n} {saved[n]}, here {ours[n]}" for n in _NETWORK if saved[n] != ours[n]]:
-        raise UserError(
-            f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that saved "
-            "it, or start a new run without ckpt_path"
-        )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> None:

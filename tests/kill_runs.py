@@ -63,7 +63,9 @@ def train(folder: Path, devices: int = 1, steps: int = STEPS, callbacks: tuple[L
         check_val_every_n_epoch=None,
         callbacks=[
             *callbacks,
-            ModelCheckpoint(folder, filename="best-{step}", monitor="val/nll", enable_version_counter=False),
+            ModelCheckpoint(
+                folder, filename="{step}", every_n_train_steps=50, save_top_k=-1, enable_version_counter=False
+            ),
             Autosave(folder, every_n_train_steps=1, save_top_k=0, save_last=True),
         ],
         plugins=[SafeCheckpointIO()],
@@ -134,7 +136,7 @@ def killed_in_save(folder: Path, save: int, size: int) -> None:
 
     def count(what: str) -> None:
         nonlocal left
-        if what == "open last.ckpt.partial":
+        if what.startswith("open last.ckpt.") and what.endswith(".partial"):
             if left == 0:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
             left -= 1

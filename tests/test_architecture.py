@@ -72,8 +72,6 @@ KNOWN: set[str] = {
     "answering.py imports dream_lightning.model",
     "cli.py imports dream_lightning.plan.config",
     "cli.py imports dream_lightning.plan.report",
-    "module.py uses self.trainer.fit_loop._load_combined_loader_states",
-    "module.py uses torch._foreach_mul_",
     "plan/advice.py imports dream_lightning.adapters",
     "plan/advice.py imports dream_lightning.training.optimizer",
     "plan/config.py imports dream_lightning.adapters",

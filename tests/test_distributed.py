@@ -22,8 +22,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.adapters import LoraParams
 from dream_lightning.batch import Batch
+from dream_lightning.training.fsdp import local, whole
 from dream_lightning.training.sharded_checkpoint import read_rest
-from dream_lightning.training.sharding import local, whole
 
 ENVIRONMENT = {}  # of this process of a launch
 LAUNCHES = {"one": 1, "two": 2, "back": 1}  # processes

@@ -14,8 +14,7 @@ from dream_lightning.batch import Example, PromptBatch
 from dream_lightning.kernels import cuda_graphs as compiled
 from dream_lightning.model.modeling import DreamDecoderLayer
 from dream_lightning.sampling import CompiledDenoiser, diffusion_generate
-from dream_lightning.training.fsdp import FSDP2Strategy
-from dream_lightning.training.sharding import shard
+from dream_lightning.training.fsdp import FSDP2Strategy, shard
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "initializer_range": 0.4, "max_position_embeddings": 128}

@@ -83,7 +83,7 @@ class Follows(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.gpu.micro_batch = trainer.global_step * ACCUMULATE + batch_idx % ACCUMULATE + 1
         if self.gpu.micro_batch == 1:
-            for x in [*pl_module.parameters(), *vars(pl_module.sums).values()]:
+            for x in [*pl_module.parameters(), *vars(pl_module.totals).values()]:
                 self.gpu.take(x)
 
     def on_train_epoch_end(self, trainer, pl_module):
@@ -105,16 +105,16 @@ def gpu(monkeypatch):
         sent.where = tuple(plays.take(x.clone()) for x in noised.where)
         return sent
 
-    class OnItsWay:  # not noted: a GPU's comes without waiting
+    class AsyncCopy:  # not noted: that of a GPU does not synchronize
         def __init__(self, number):
             self.value = torch.zeros(())
 
-        def arrived(self):
+        def done(self):
             return True
 
     monkeypatch.setattr(Batch, "to", send)
     monkeypatch.setattr(NoisedBatch, "to", send_noised)
-    monkeypatch.setattr(progress, "_OnItsWay", OnItsWay)
+    monkeypatch.setattr(progress, "_AsyncCopy", AsyncCopy)
     return plays
 
 

@@ -12,6 +12,12 @@ from dream_lightning.errors import UserError
 Normalizer = Literal["maskable", "masked", "micro_batch"]
 
 
+def check_focal(alpha: float, gamma: float) -> None:
+    """Raise UserError for a focal reweighting out of its range."""
+    if alpha <= 0 or gamma < 0:
+        raise UserError(f"focal_alpha is {alpha} and focal_gamma {gamma}: wanted above 0, and at least 0 (0 is none)")
+
+
 def masked_nll_loss(logits: Tensor, targets: Tensor, weight: Tensor, **options: Any) -> LossTerms:
     """Weighted cross-entropy of the masked tokens, not yet divided.
 

@@ -12,7 +12,7 @@ from dream_lightning.model import DreamConfig, load_tokenizer
 from dream_lightning.model.loading import local_folder
 from dream_lightning.model_factory import check_kind, new_config
 from dream_lightning.plan.setting import Setting
-from dream_lightning.training.fsdp import refuse_divided
+from dream_lightning.training.fsdp import refuse_sharded
 
 
 def setting_from(options: Namespace) -> Setting:
@@ -33,10 +33,7 @@ def setting_from(options: Namespace) -> Setting:
     lora, sharded = _instantiate(LoraParams | None, model.lora), _is_sharded(trainer.strategy)
     check_kind(model.pretrained, lora=lora, quantize=model.quantize, float8_products=model.float8_products)
     if sharded:
-        refuse_divided(
-            quantized=model.quantize is not None,
-            compiled_answers=model.sampling.compile,
-        )
+        refuse_sharded(quantized=model.quantize is not None, compiled_answers=model.sampling.compile)
     if model.new_model is not None:
         config = new_config(model.new_model, load_tokenizer(model.tokenizer))
     else:

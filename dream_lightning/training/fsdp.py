@@ -1,6 +1,6 @@
-"""How a run is spread over processes: the sharded strategy, and what is refused because it is not tested."""
+"""Several processes: the FSDP2 strategy, sharding and reading shards, DDP, and what is refused as untested."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -9,30 +9,30 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    StrategyRegistry,
-)
-from torch import Tensor
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
+from safetensors import safe_open
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dream_lightning.errors import UserError
+from dream_lightning.model import DreamModel
 from dream_lightning.training.sharded_checkpoint import is_sharded, read_into, read_rest, write
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Weights, gradients and optimiser states divided over all processes; `trainer.strategy=fsdp2`.
+    """Weights, gradients and optimizer states sharded over all processes; `trainer.strategy=fsdp2`.
 
-    A checkpoint is a folder (see `sharded`) that any number of processes goes on from. Frozen weights, an
-    adapter's base, are not in it.
+    A checkpoint is a folder (see `sharded_checkpoint`) from which any number of processes resumes. It does not hold
+    frozen weights.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(1, 1, process_group_backend=process_group_backend, timeout=timeout)
 
     def setup_environment(self) -> None:
-        """One axis over all processes of all nodes."""
+        """Make one mesh dimension of all processes of all nodes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Sum gradients over processes at a step's last micro-batch only, where adapters train.
+        """Reduce the gradients of adapters at a step's last micro-batch only.
 
-        Until then they are kept whole; of all weights they would take too much (31 GB for a 7B in float32).
+        Unreduced gradients are not sharded: those of all weights would take 31 GB for a 7B in float32.
         """
         adapted = not all(parameter.requires_grad for parameter in self.model.parameters())
         self.model.set_requires_gradient_sync(not adapted)
@@ -59,51 +59,51 @@ class FSDP2Strategy(ModelParallelStrategy):
             self.model.set_requires_gradient_sync(True)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Take the module's optimiser.
+        """Create the module's optimizer.
 
         Raises:
-            UserError: one that was not tested on divided weights.
+            UserError: it is not tested on sharded weights.
         """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
                 raise UserError(
-                    f"model.optimizer is {type(optimizer).__name__}, which is not tested on divided weights "
-                    "(trainer.strategy fsdp2): set it to torch.optim.AdamW, whose states are divided too"
+                    f"model.optimizer is {type(optimizer).__name__}, which is not tested on sharded weights "
+                    "(trainer.strategy fsdp2): set it to torch.optim.AdamW, whose states are sharded too"
                 )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This process's parts of what trains."""
+        """This process's shards of what trains."""
         return get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=True, ignore_frozen_params=True))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write the folder.
 
         Raises:
-            UserError: it could not be written.
+            UserError: the disk is full or read-only.
         """
         rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
         state = {"state_dict": checkpoint["state_dict"]}
         state |= {f"optimizer_{i}": s for i, s in enumerate(checkpoint.get("optimizer_states", []))}
         path = Path(self.broadcast(str(filepath)))
-        write(state, rest, path, is_first=self.is_global_zero, agree=self.broadcast)
+        write(state, rest, path, is_rank_zero=self.is_global_zero, broadcast=self.broadcast)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Put the folder's weights and optimiser states into place; the rest is returned. Always `weights_only`.
+        """Load the folder's weights and optimizer states and return the rest. Always `weights_only`.
 
         Raises:
-            UserError: a single file, or another model's or optimiser's checkpoint.
+            UserError: a single file, or the checkpoint of another model or optimizer.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         if not is_sharded(path):
             raise UserError(
-                f"{path} is not a sharded checkpoint, and trainer.strategy is fsdp2: go on with the strategy that "
-                "saved it (auto on one device, ddp on several), or export it and name the folder in model.pretrained"
+                f"{path} is not a sharded checkpoint, and trainer.strategy is fsdp2: use the strategy that saved it "
+                "(auto on one device, ddp on several), or export it and name the folder in model.pretrained"
             )
         rest = read_rest(path)
         self.lightning_module.check_checkpoint(rest)
         if self.optimizers and "lr_schedulers" not in rest:
-            raise UserError(f"{path} holds weights only (save_weights_only): training cannot go on from it")
+            raise UserError(f"{path} holds weights only (save_weights_only): training cannot resume from it")
         weights = {"state_dict": get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))}
         read_into(weights, path)
         self.model.load_state_dict(weights["state_dict"], strict=False)
@@ -114,93 +114,183 @@ class FSDP2Strategy(ModelParallelStrategy):
         return rest
 
 
-def rescale_progress(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Let a checkpoint's progress in its epoch count micro-batches of this run, which may cut a step otherwise.
+StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2 over all processes", override=True)
 
-    With another number of processes, a step of as many rows takes another number of micro-batches; Lightning counts
-    these.
+_INSTEAD = {
+    "ModelParallelStrategy": "set trainer.strategy=fsdp2, which shards over all processes and saves atomically",
+    "FSDPStrategy": "set trainer.strategy=fsdp2, its successor",
+    "DeepSpeedStrategy": "set trainer.strategy=fsdp2, which shards weights and optimizer as ZeRO 3 does",
+}
 
-    Args:
-        checkpoint: changed in place.
-        accumulate: micro-batches of a step now.
+
+def refuse_sharded(*, quantized: bool, compiled_answers: bool) -> None:
+    """Refuse what sharded weights cannot do.
+
+    Raises:
+        UserError: what was got, and what to use instead.
     """
-    before = checkpoint.get("accumulate_grad_batches", accumulate)
-    if before == accumulate:
-        return
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
-        for name, count in counts.items():
-            counts[name] = -(-count // before) * accumulate  # the last step of an epoch may be a short one
+    if quantized:
+        raise UserError("trainer.strategy is fsdp2, but quantized weights are not sharded: set trainer.strategy=ddp")
+    if compiled_answers:
+        raise UserError("trainer.strategy is fsdp2, but graphs need whole weights: set model.sampling.compile=false")
 
 
-def sum_over_processes(tensor: Tensor, world_size: int) -> Tensor:
-    """The sum of all processes' tensors, in place. Lightning's own way has a barrier, where each waits for its GPU."""
-    if world_size > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
+def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, compiled_answers: bool = False) -> None:
+    """Refuse a combination of strategy, precision and kind of training that is not tested, before anything is loaded.
+
+    Raises:
+        UserError: what was got, and what to use instead.
+    """
+    strategy, name, precision = trainer.strategy, type(trainer.strategy).__name__, str(trainer.precision)
+    sharded = isinstance(strategy, FSDP2Strategy)
+    if sharded:
+        refuse_sharded(quantized=quantized, compiled_answers=compiled_answers)
+    tested = ("32-true", "bf16-mixed") if sharded else ("32-true", "bf16-mixed", "bf16-true")
+    clip_by = getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)
+    clip_at, accumulate = trainer.gradient_clip_val or 0, trainer.accumulate_grad_batches
+    refusals = [
+        (
+            # exact types: DeepSpeedStrategy is a DDPStrategy
+            not sharded and type(strategy) not in (SingleDeviceStrategy, DDPStrategy),
+            f"trainer.strategy is {name}, which is not tested here: "
+            + _INSTEAD.get(name, "use one device, or set trainer.strategy to ddp or fsdp2 on several"),
+        ),
+        (
+            adapted and precision == "bf16-true",
+            "trainer.precision bf16-true would round the adapters: set it to bf16-mixed",
+        ),
+        (
+            precision not in tested,
+            f"trainer.precision is {precision}, not tested with {name}: set it to {' or '.join(tested)}",
+        ),
+        (
+            clip_by not in (None, "norm"),
+            f"trainer.gradient_clip_algorithm is {clip_by}, wanted norm, or none at all",
+        ),
+        (
+            not clip_at >= 0,
+            f"trainer.gradient_clip_val is {clip_at}, wanted a norm above 0, such as 1.0, or null",
+        ),
+        (
+            accumulate < 1,
+            f"trainer.accumulate_grad_batches is {accumulate}, wanted at least 1: the micro-batches of a step",
+        ),
+    ]
+    for refused, message in refusals:
+        if refused:
+            raise UserError(message)
 
 
-def ignore_frozen_in_ddp(module: torch.nn.Module) -> None:
-    """Keep DDP from sending frozen weights and buffers: every process has read them from the same files.
+def ignore_frozen_in_ddp(module: nn.Module) -> None:
+    """Keep DDP from broadcasting frozen weights and buffers: every process reads them from the same files.
 
-    It would send them all at the start, and buffers again at every step: the scales of 4-bit layers, and of 8-bit ones
-    half the weights, in a type that process groups may not know.
+    DDP would broadcast them all at the start, and buffers again at every step: the scales of 4-bit layers, and half the
+    weights of 8-bit layers, in a dtype that process groups may not support.
     """
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen + buffers)
 
 
-StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2 over all processes", override=True)
-
-_INSTEAD = {
-    "ModelParallelStrategy": "set trainer.strategy=fsdp2, which is it over all processes with checkpoints that last",
-    "FSDPStrategy": "set trainer.strategy=fsdp2, its successor",
-    "DeepSpeedStrategy": "set trainer.strategy=fsdp2, which divides weights and optimiser as ZeRO 3 does",
-}
+def sum_over_processes(tensor: Tensor, world_size: int) -> Tensor:
+    """The sum of all processes' tensors, in place. Lightning's own has a barrier, which synchronizes with the GPU."""
+    if world_size > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
-def refuse_divided(*, quantized: bool, compiled_answers: bool) -> None:
-    """Refuse what divided weights cannot do.
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give every process the weights of rank 0, if they were initialized at random; call it before `shard`."""
+    for parameter in model.parameters():
+        torch.distributed.broadcast(parameter.detach(), src=0)
 
-    Raises:
-        UserError: what was got, and what to use instead.
+
+def shard(
+    model: DreamModel, root: nn.Module, *, mesh: DeviceMesh, compute_dtype: torch.dtype | None, steps: Iterable[str]
+) -> None:
+    """Shard every weight over the processes of a one-dimensional mesh, by rows.
+
+    The embeddings, each decoder layer, and the rest (last norm and head) with `root` are gathered as units. A whole
+    step of training or validation is one forward of `root`, so the head is gathered once a step however often it runs:
+    in chunks, at every denoising step, or never if one process has nothing masked. Every process therefore makes the
+    same collectives as long as it calls `model.model` equally often. Frozen embeddings and head are gathered once and
+    kept, because no computation would hide their communication.
+
+    Args:
+        model: whole, or on the meta device (see `read_shards`); its layers may be compiled already.
+        root: the module that holds `model` and calls it, such as a LightningModule.
+        mesh: the data-parallel processes.
+        compute_dtype: dtype of gathered weights, such as bfloat16 over float32 masters; None keeps the weights' own.
+            Gradients are reduced in float32.
+        steps: names of the methods of `root` that call the model.
     """
-    if quantized:
-        raise UserError("trainer.strategy is fsdp2, but quantised weights are not divided: set trainer.strategy=ddp")
-    if compiled_answers:  # sampling refuses it too, once everything is loaded
-        raise UserError("trainer.strategy is fsdp2, but graphs gather no weights: set model.sampling.compile=false")
+    # Inputs are not cast: the token weights of a batch must stay float32.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    ends = (model.model.embed_tokens, model.model.norm, model.lm_head)
+    kept = not any(parameter.requires_grad for end in ends for parameter in end.parameters())
+    fully_shard(model.model.embed_tokens, mesh=mesh, mp_policy=policy, reshard_after_forward=not kept)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        if layer._compiled_call_impl is not None:
+            layer.register_forward_pre_hook(_same_input_when_recomputed)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    for unit in (model.model.embed_tokens, root):
+        unit.set_reshard_after_backward(not kept, recurse=False)
+    for step in steps:
+        register_fsdp_forward_method(root, step)
 
 
-def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, compiled_answers: bool = False) -> None:
-    """Stop a run before anything is loaded whose strategy, precision and kind of training were not tested together.
+@torch._dynamo.disable
+def _same_input_when_recomputed(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Give a compiled layer the same kind of input in the forward pass and in its recomputation.
 
-    Raises:
-        UserError: what was got, and what to use instead; a trainer's number that makes no sense and that Lightning
-            lets through.
+    FSDP2 passes an input that needs a gradient on as a view without the mark for a dynamic length, but not in
+    recomputation. Each layer would be compiled twice, the first time for the length of the first row.
     """
-    strategy, precision = trainer.strategy, str(trainer.precision)
-    name = type(strategy).__name__
-    sharded = isinstance(strategy, FSDP2Strategy)
-    if not sharded and type(strategy) not in (SingleDeviceStrategy, DDPStrategy):  # DeepSpeedStrategy is a DDPStrategy
-        instead = _INSTEAD.get(name, "use one device, or set trainer.strategy to ddp or fsdp2 on several")
-        raise UserError(f"trainer.strategy is {name}, which is not tested here: {instead}")
-    if sharded:
-        refuse_divided(quantized=quantized, compiled_answers=compiled_answers)
-    if adapted and precision == "bf16-true":
-        raise UserError("trainer.precision bf16-true would round the adapters: set it to bf16-mixed")
-    tested = ("32-true", "bf16-mixed") if sharded else ("32-true", "bf16-mixed", "bf16-true")
-    if precision not in tested:
-        raise UserError(f"trainer.precision is {precision}, not tested with {name}: set it to {' or '.join(tested)}")
-    algorithm = getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)
-    if algorithm not in (None, "norm"):
-        raise UserError(f"trainer.gradient_clip_algorithm is {algorithm}, wanted norm, or none at all")
-    if not (trainer.gradient_clip_val or 0) >= 0:  # it would turn the gradients round
-        raise UserError(
-            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}, wanted a norm above 0, such as 1.0, or null"
-        )
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(
-            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, wanted at least 1: the "
-            "micro-batches of a step"
-        )
+    if not layer.training:
+        return None
+    x = inputs[0].view_as(inputs[0])
+    torch._dynamo.maybe_mark_dynamic(x, 1)
+    return (x, *inputs[1:])
+
+
+def read_shards(
+    model: DreamModel, files: dict[str, Path], *, device: torch.device, official_name: Callable[[str], str]
+) -> None:
+    """Fill the weights of a sharded model that are on the meta device; each process reads only its own rows.
+
+    Besides the result a process holds one shard of one tensor (0.5 GiB for the head of the 7B on two processes).
+
+    Args:
+        files: tensor name → safetensors file, as `loading.weight_files` finds them.
+        device: where the weights go.
+        official_name: maps the name of a parameter, which adapters change, to that in the files.
+    """
+    empty = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
+    state = {name: _own_rows(p, files, official_name(name), device) for name, p in empty.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def _own_rows(parameter: DTensor, files: dict[str, Path], name: str, device: torch.device) -> DTensor:
+    mesh, count = parameter.device_mesh, parameter.shape[0]
+    share = -(-count // mesh.size())  # as FSDP2 shards: the last processes get fewer rows or none
+    start = min(mesh.get_local_rank() * share, count)
+    stop = min(start + share, count)
+    rows = torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device=device)
+    if stop > start:
+        # Opened for each tensor, because pages of a mapped file count as this process's memory until it is closed.
+        with safe_open(files[name], framework="pt") as file:
+            rows = file.get_slice(name)[start:stop].to(device, parameter.dtype, copy=True)
+    return DTensor.from_local(
+        rows, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard, sharing its memory; a plain tensor unmodified."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes, which must all call this; a plain tensor unmodified."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

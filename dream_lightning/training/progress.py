@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
-# scalar → name and format in the bar; whole names and all digits are with the logger
+# scalar → name and format in the bar; the logger gets whole names and all digits
 _SHOWN = {
     "train/loss": ("loss", ".4g"),
     "val/nll": ("val_nll", ".4g"),
@@ -21,47 +21,39 @@ _SHOWN = {
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with short names, what matters most on the left: a narrow terminal cuts off the right.
+    """Lightning's bar with short names, the most important on the left: a narrow terminal cuts off the right.
 
-    | in the bar | scalar                    |
-    |------------|---------------------------|
-    | `loss`     | `train/loss`              |
-    | `val_nll`  | `val/nll`                 |
-    | `val_acc`  | `val/accuracy`            |
-    | `tok/s`    | `train/tokens_per_second` |
-    | `mfu`      | `train/mfu`               |
-    | `GiB`      | `train/peak_memory_gib`   |
-    | `useful`   | `train/useful_share`      |
-    | `wait`     | `train/data_wait_share`   |
+    It shows `loss`, `val_nll`, `val_acc`, `tok/s`, `mfu`, `GiB`, `useful` and `wait`: `train/loss`, `val/nll`,
+    `val/accuracy` and the scalars of `Throughput`.
 
-    A GPU is never waited for: the loss is that of the last optimiser step whose loss has arrived on the host, which is
-    most often one micro-batch behind. Other scalars that a module logs with `prog_bar=True` Lightning reads after every
-    micro-batch; if they are tensors of a GPU, each time it waits until the GPU has done all its work.
+    It never synchronizes with the GPU. The loss is copied asynchronously, so it is most often one micro-batch old.
+    Other scalars that a module logs with `prog_bar=True` are read by Lightning after every micro-batch; tensors of a
+    GPU make it synchronize each time.
     """
 
-    fetches_loss = True  # DreamModule asks its trainer's bar
-    _step = -1  # optimiser step whose loss was asked for last
+    fetches_loss = True  # DreamModule then logs the loss without showing it
+    _step = -1  # optimizer step of the last copy
     _loss: float | None = None
-    _coming: "_OnItsWay | None" = None
+    _copy: "_AsyncCopy | None" = None
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Ask for the loss of a new step, take what has arrived, move on."""
+        """Start copying the loss of a new step; show the last one that has arrived."""
         self._take()
-        if self._coming is None and self._step != trainer.global_step:
+        if self._copy is None and self._step != trainer.global_step:
             loss = trainer.callback_metrics.get("train/loss")
-            self._coming = None if loss is None else _OnItsWay(loss)
+            self._copy = None if loss is None else _AsyncCopy(loss)
             self._step = trainer.global_step
             self._take()
         super().on_train_batch_end(trainer, *arguments)
 
     def _take(self) -> None:
-        if self._coming is not None and self._coming.arrived():
-            self._loss, self._coming = float(self._coming.value), None
+        if self._copy is not None and self._copy.done():
+            self._loss, self._copy = float(self._copy.value), None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the last loss."""
+        """Show the epoch's last loss."""
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
-            self._loss, self._coming = float(loss), None
+            self._loss, self._copy = float(loss), None
         super().on_train_epoch_end(trainer, pl_module)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
@@ -71,15 +63,15 @@ class ProgressBar(TQDMProgressBar):
         return shown | {key: value for key, value in found.items() if key not in _SHOWN}
 
 
-class _OnItsWay:
-    """A number on its way from a device to the host."""
+class _AsyncCopy:
+    """A number that is being copied from its device to the host."""
 
     def __init__(self, number: Tensor) -> None:
-        self.value = number.to("cpu", non_blocking=number.is_cuda)  # a GPU's goes into pinned memory
-        self._sent = torch.cuda.Event() if number.is_cuda else None
-        if self._sent is not None:
-            self._sent.record()
+        self.value = number.to("cpu", non_blocking=number.is_cuda)  # into pinned memory
+        self._event = torch.cuda.Event() if number.is_cuda else None
+        if self._event is not None:
+            self._event.record()
 
-    def arrived(self) -> bool:
+    def done(self) -> bool:
         """Whether `value` may be read."""
-        return self._sent is None or self._sent.query()
+        return self._event is None or self._event.query()

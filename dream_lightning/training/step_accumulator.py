@@ -1,15 +1,21 @@
-"""What training adds up on the device, so that the process waits for it only where something is logged."""
+"""Running totals of training on the device, so that the process synchronizes with the GPU only where it logs."""
+
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dream_lightning.batch import Batch, LossTerms, NoisedBatch
+from dream_lightning.training.fsdp import local, sum_over_processes
 
 QUARTILES = 4
+# Gradients are summed over an optimizer step and divided by its token count once, at its end. Until then they carry
+# this factor, a power of two (so exact), which keeps them near one.
+_GRADIENT_SCALE = 2.0**-10
 
 
 class StepAccumulator:
-    """The running sums of one process: of an optimiser step, of the token losses by t, of the work done."""
+    """Totals of one process: of an optimizer step, of the token losses by t, and of the work done."""
 
     def __init__(self, device: torch.device) -> None:
         self._step = torch.zeros(4, device=device)
@@ -18,7 +24,7 @@ class StepAccumulator:
 
     @torch.no_grad()
     def add(self, batch: Batch, noised: NoisedBatch, nll: Tensor, terms: LossTerms) -> None:
-        """One micro-batch, its token losses [M] and what the objective made of them."""
+        """Add one micro-batch, its token losses [M] and its terms of the objective."""
         self._step += torch.stack([terms.sum, terms.count, noised.is_masked.sum(), batch.maskable.sum()])
         quartile = (noised.t[noised.where] * QUARTILES).long().clamp(max=QUARTILES - 1)  # [M]
         self._quartiles[0].index_add_(0, quartile, nll)
@@ -28,17 +34,34 @@ class StepAccumulator:
         self._work[:2] += torch.stack([real.sum(), ((2 * batch.position_ids + 1) * real).sum()])
         self._work[2] += nll.numel()
 
-    def take_step(self) -> Tensor:
-        """[4]: loss sum, loss count, masked, maskable tokens since this was asked last."""
+    def take_step(self, world_size: int) -> Tensor:
+        """[4]: loss sum, loss count, masked and maskable tokens of all processes since the last call."""
         taken, self._step = self._step, torch.zeros_like(self._step)
-        return taken
+        return sum_over_processes(taken, world_size)
 
-    def take_quartiles(self) -> Tensor:
-        """[2, 4]: nll sum and tokens by quarter of t, since this was asked last."""
+    def take_quartiles(self, world_size: int) -> Tensor:
+        """[4] mean nll by quarter of t since the last call, over all processes; NaN without tokens."""
         taken, self._quartiles = self._quartiles, torch.zeros_like(self._quartiles)
-        return taken
+        nll, tokens = sum_over_processes(taken, world_size)
+        return nll / tokens
 
     def work(self) -> tuple[int, int, int]:
-        """Tokens, pairs of attending positions and predictions since training started; makes the device wait."""
+        """Tokens, attending pairs of positions and predictions since training started; synchronizes with the GPU."""
         tokens, pairs, predictions = self._work.tolist()
         return tokens, pairs, predictions
+
+
+def scaled_loss(loss_sum: Tensor, accumulate: int) -> Tensor:
+    """The micro-batch's loss sum to call backward on; Lightning divides it by `accumulate`, which this undoes."""
+    return loss_sum * (_GRADIENT_SCALE * accumulate)
+
+
+def divide_gradients(parameters: Iterable[nn.Parameter], count: Tensor, world_size: int) -> None:
+    """Divide the summed gradients of `scaled_loss` by the step's count, in place.
+
+    Strategies average gradients over processes; the objective needs their sum.
+    """
+    factor = world_size / (_GRADIENT_SCALE * count.clamp(min=1))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local(parameter.grad).mul_(factor)

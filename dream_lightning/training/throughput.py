@@ -1,4 +1,4 @@
-"""How fast training runs and what it waits for."""
+"""Speed of training, MFU, padding, data waits and memory."""
 
 import time
 from typing import Any
@@ -10,21 +10,19 @@ from dream_lightning.batch import Batch
 
 
 class Throughput(L.Callback):
-    """Log the speed of training every `log_every_n_steps`, over the optimiser steps since the last time.
+    """Log the speed of training every `log_every_n_steps`, over the optimizer steps since the last time.
 
     | scalar                    | meaning                                                                           |
     |---------------------------|-----------------------------------------------------------------------------------|
-    | `train/tokens_per_second` | real (non-padding) tokens of all ranks over wall time                             |
+    | `train/tokens_per_second` | real (non-padding) tokens of all ranks over wall time without validation          |
     | `train/useful_share`      | real tokens over positions: 1 is no padding                                       |
     | `train/mfu`               | useful FLOP/s over those of a large matrix product, measured when training starts |
     | `train/data_wait_share`   | part of wall time in which the process waited for its next batch                  |
     | `train/peak_memory_gib`   | most GPU memory allocated by any rank since training started                      |
 
-    Wall time is all but validation. MFU needs a module with `training_flops` and `matmul_ceiling` (`DreamModule`), the
-    waiting a loader that measures it (`S1KDataModule`'s); a scalar that cannot be known is not logged. A GPU may still
-    have work queued while the process waits, so it is idle for lack of data for at most that share.
-
-    The process waits for its GPU only to log, and where a validation begins.
+    MFU needs a module with `training_flops` and `matmul_ceiling` (`DreamModule`), the data wait a loader that measures
+    it (`S1KDataModule`'s); a scalar that is not known is not logged. The process synchronizes with its GPU only to log
+    and where a validation starts.
     """
 
     def __init__(self) -> None:
@@ -33,7 +31,7 @@ class Throughput(L.Callback):
         self._ceiling = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the ceiling and start the clock."""
+        """Measure the FLOP/s of a large matrix product and start the clock."""
         if hasattr(pl_module, "matmul_ceiling"):
             self._ceiling = pl_module.matmul_ceiling()
         if pl_module.device.type == "cuda":
@@ -41,30 +39,30 @@ class Throughput(L.Callback):
         self._start(trainer, flops=0)  # the module counts from 0 too
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock, once the device has done what training gave it."""
-        self._tokens = int(self._tokens)
+        """Stop the clock when the GPU has finished its training work."""
+        self._tokens = int(self._tokens)  # synchronizes
         self._seconds += time.perf_counter() - self._since
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on."""
+        """Start the clock again."""
         self._since = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count, and log when Lightning logs."""
-        self._tokens += (batch.document_ids >= 0).sum()  # a tensor: no synchronisation until it is logged
+        self._tokens += (batch.document_ids >= 0).sum()  # a tensor: does not synchronize
         self._positions += batch.document_ids.numel()
-        step = trainer.global_step  # already counts this one; stands still while micro-batches accumulate
+        step = trainer.global_step  # constant while micro-batches accumulate
         if trainer.log_every_n_steps and step > self._logged_at and step % trainer.log_every_n_steps == 0:
             flops = pl_module.training_flops() if self._ceiling else 0
             for name, value in self._scalars(trainer, pl_module, flops).items():
-                # A tensor of the host: Lightning reads what a bar shows after every micro-batch.
+                # A tensor on the host: Lightning reads what a bar shows after every micro-batch.
                 pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=True)
             self._start(trainer, flops)
 
     def _scalars(self, trainer: L.Trainer, pl_module: L.LightningModule, flops: int) -> dict[str, float]:
-        tokens = float(self._tokens)  # first, because it waits: what was counted is done then
+        tokens = float(self._tokens)  # synchronizes, so read it before the clock
         seconds = self._seconds + time.perf_counter() - self._since
         done, waited = flops - self._flops, _waited(trainer) - self._waited
         mine = [tokens, self._positions, done, self._ceiling * seconds, waited, seconds]

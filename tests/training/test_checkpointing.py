@@ -1,175 +1,128 @@
-"""Checkpoint files that are whole or not there."""
+"""Checkpoint files: written without a copy in memory, named errors, and what does not fit the model is refused."""
 
-import resource
-import signal
 import tracemalloc
-from contextlib import contextmanager
 from functools import partial
-from itertools import count
 
 import lightning as L
 import pytest
 import torch
-from kill_points import killed_before
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from material import SIZES
+from test_atomic import files_up_to
+from test_module import data, module, trainer
 
-from dream_lightning.training import checkpointing as saving
-from dream_lightning.training.checkpointing import SafeCheckpointIO, remove_partials
+from dream_lightning import DreamModule
+from dream_lightning.training import Autosave
+from dream_lightning.training.checkpointing import SafeCheckpointIO, rescale_progress, tensor_bytes
 
-OLD, NEW = {"step": 1, "weight": torch.ones(4)}, {"step": 2, "weight": torch.ones(1_000_000)}
-
-
-@contextmanager
-def files_up_to(size: int):
-    """As on a disk with this much room: writing beyond it fails with an OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+STATE = {"step": 1, "weight": torch.ones(1_000_000)}
 
 
 @pytest.fixture
 def path(tmp_path):
-    SafeCheckpointIO().save_checkpoint(OLD, tmp_path / "checkpoints" / "last.ckpt")
+    SafeCheckpointIO().save_checkpoint(STATE, tmp_path / "checkpoints" / "last.ckpt")
     return tmp_path / "checkpoints" / "last.ckpt"
 
 
-def step(path):
-    return torch.load(path, weights_only=True)["step"]
-
-
-def test_it_replaces_the_file_and_leaves_nothing_else(path):
-    assert step(path) == 1
-    SafeCheckpointIO().save_checkpoint(NEW, path)
-    assert step(path) == 2
-    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
-
-
-def test_a_full_disk_is_an_error_and_the_previous_file_stays(path):
-    with files_up_to(1_000_000), pytest.raises(ValueError) as error:
-        SafeCheckpointIO().save_checkpoint(NEW, path)
-    text = str(error.value)
-    assert "last.ckpt was not saved: File too large. It needs about 4 MiB, and " in text
-    assert "the one before it is still there" in text and "--ckpt_path last" in text
-    assert step(path) == 1
-    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
-
-
-def test_the_first_save_of_a_run_may_fail_too(tmp_path):
-    with files_up_to(1_000_000), pytest.raises(ValueError, match="earlier checkpoints are untouched"):
-        SafeCheckpointIO().save_checkpoint(NEW, tmp_path / "step=2.ckpt")
-    assert not any(tmp_path.iterdir())
-
-
-def test_other_errors_are_not_taken_for_a_full_disk(path):
-    def explode(*_):
-        raise RuntimeError("something else")
-
-    class Exploding:
-        __reduce__ = explode
-
-    with pytest.raises(RuntimeError, match="something else"):
-        SafeCheckpointIO().save_checkpoint({"x": Exploding()}, path)
-    assert step(path) == 1 and len(list(path.parent.iterdir())) == 1
-
-
-def test_it_is_on_the_disk_before_it_takes_the_name(path, monkeypatch):
-    """A power cut after the renaming must not find an empty file under the good name."""
-    events = []
-    for name in ("fsync", "replace"):
-        call = getattr(saving.os, name)
-        monkeypatch.setattr(saving.os, name, lambda *a, call=call, name=name: (events.append(name), call(*a))[1])
-    SafeCheckpointIO().save_checkpoint(NEW, path)
-    assert events == ["fsync", "replace", "fsync"]
-
-
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(path):
-    for moment in count():
-        killed = killed_before(moment, path.parent, lambda: SafeCheckpointIO().save_checkpoint(NEW, path))
-        assert step(path) == (1 if moment < 2 else 2)  # opened, renamed
-        remove_partials(path.parent)
-        assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
-        if not killed:
-            break
-    assert moment >= 2
-
-
 def test_it_is_written_without_a_copy_in_memory(path):
-    """Lightning's own way holds the whole file in memory, twice."""
+    """Lightning's own writer builds the whole file in memory, twice."""
     peaks = []
     for io in (SafeCheckpointIO(), TorchCheckpointIO()):
         tracemalloc.start()
-        io.save_checkpoint(NEW, path)
+        io.save_checkpoint(STATE, path)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[0] < 100_000 and peaks[1] > 4_000_000
 
 
-def test_what_cannot_be_read_is_an_error_for_users(path, tmp_path):
-    """Such as the folder of a sharded run, with the strategy of one device."""
+def test_what_cannot_be_read_is_a_user_error(path, tmp_path):
     read = partial(SafeCheckpointIO().load_checkpoint, weights_only=True)
     assert read(path)["step"] == 1
-    with pytest.raises(ValueError, match="is a folder, as trainer"):
+    with pytest.raises(ValueError, match="is a folder, a sharded checkpoint"):
         read(path.parent)
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "none.ckpt")
     for content in (path.read_bytes()[:300], b"", b"text"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is not whole, or no checkpoint"):
+        with pytest.raises(ValueError, match="is incomplete or not a checkpoint"):
             read(path)
 
 
-def test_urls_are_left_to_lightning():
-    SafeCheckpointIO().save_checkpoint(OLD, "memory://runs/last.ckpt")
+def test_urls_use_lightnings_writer():
+    SafeCheckpointIO().save_checkpoint(STATE, "memory://runs/last.ckpt")
     assert SafeCheckpointIO().load_checkpoint("memory://runs/last.ckpt", weights_only=True)["step"] == 1
 
 
-def test_partial_files_are_removed_and_nothing_else(path):
-    (path.parent / "last.ckpt.partial").write_text("torn")
-    (path.parent / ".last.ckpt.partial").mkdir()
-    (path.parent / ".last.ckpt.partial" / "__0_0.distcp").write_text("torn")
-    assert [p.name for p in remove_partials(path.parent)] == [".last.ckpt.partial", "last.ckpt.partial"]
-    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
-    assert remove_partials(path.parent / "not there") == []
+def test_bytes_of_nested_tensors_are_counted():
+    assert tensor_bytes({"a": torch.ones(100), "b": [torch.ones(3).half(), (torch.ones(1), "x")], "c": 3}) == 410
 
 
-def test_tensors_that_share_memory_are_counted_once():
-    weight = torch.ones(100)
-    assert saving.tensor_bytes({"a": weight, "b": [weight, {"c": weight[:10]}], "d": 3}) == 400
-
-
-def test_training_stops_at_a_full_disk_and_goes_on_where_there_is_room(tmp_path, sums):
-    """Through the trainer: the error reaches the user, and --ckpt_path last finds the last whole file."""
-    from test_module import data, module
-
-    from dream_lightning.training import Autosave
-
-    def fit(size, ckpt_path=None):
+def test_training_stops_at_a_full_disk_and_resumes_when_there_is_room(tmp_path, sums):
+    def run(disk=None, ckpt_path=None):
         autosave = Autosave(tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=0, save_last=True)
-        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=6, callbacks=[autosave], plugins=[SafeCheckpointIO()], **options
-        )
         model = module()
-
-        class Fill(L.Callback):
-            def on_train_batch_start(self, trainer, *args):
-                if trainer.global_step == 3 and size:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-        trainer.callbacks.insert(0, Fill())
-        trainer.fit(model, data(sums, tmp_path), ckpt_path=ckpt_path, weights_only=True)
+        fit = trainer(tmp_path, autosave, plugins=[SafeCheckpointIO()])
+        if disk:
+            fit.callbacks.append(disk)
+        fit.fit(model, data(sums, tmp_path), ckpt_path=ckpt_path, weights_only=True)
         return model
 
-    whole = fit(None)
+    class Fills(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 3:
+                self.full = files_up_to(10_000)
+                self.full.__enter__()
+
+        def on_exception(self, trainer, pl_module, exception):
+            self.full.__exit__(None, None, None)
+
+    whole = run()
     (tmp_path / "checkpoints" / "last.ckpt").unlink()
-    with files_up_to(resource.getrlimit(resource.RLIMIT_FSIZE)[0]), pytest.raises(ValueError, match="was not saved"):
-        fit(10_000)
+    with pytest.raises(ValueError, match="was not written"):
+        run(Fills())
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
-    resumed = fit(None, "last")
-    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+    for p, q in zip(whole.parameters(), run(ckpt_path="last").parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"hidden_size": 64}, "hidden_size 32, here 64"), ({"rope_theta": 50.0}, "here 50.0")]
+)
+def test_a_checkpoint_of_another_network_is_refused(change, words):
+    """By the name of what differs, not by the shapes of its tensors, which may agree."""
+    saved, other = module(), DreamModule(new_model=SIZES | change, tokenizer="bytes")
+    saved.configure_model()
+    other.configure_model()
+    checkpoint = {"dream_config": saved.model.config.to_dict()}
+    saved.check_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=words):
+        other.check_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="not saved by a DreamModule"):
+        other.check_checkpoint({"state_dict": {}})
+
+
+@pytest.mark.parametrize("optimizers", [("AdamW", "SGD"), ("SGD", "AdamW")])
+def test_another_optimizer_than_the_checkpoints_is_refused_in_fit_only(sums, tmp_path, optimizers):
+    def using(name):
+        return module(optimizer=lambda groups: getattr(torch.optim, name)(groups, lr=1e-3))
+
+    first, second = optimizers
+    trained = trainer(tmp_path, max_steps=1)
+    trained.fit(using(first), data(sums, tmp_path))
+    trained.save_checkpoint(tmp_path / "one.ckpt")
+    resume = {"ckpt_path": tmp_path / "one.ckpt", "weights_only": True}
+    with pytest.raises(ValueError, match=f"states of {first} and model.optimizer is {second}"):
+        trainer(tmp_path, max_steps=2).fit(using(second), data(sums, tmp_path), **resume)
+    validation, other = trainer(tmp_path, limit_val_batches=1), using(second)
+    assert validation.validate(other, data(sums, tmp_path), verbose=False, **resume)
+    trainer(tmp_path, max_steps=1).fit(other, data(sums, tmp_path))  # a new run, from the weights it has
+
+
+@pytest.mark.parametrize(("before", "now", "ready"), [(4, 4, 12), (4, 8, 24), (8, 2, 4), (8, 4, 8)])
+def test_progress_counts_micro_batches_of_this_run(before, now, ready):
+    """12 micro-batches: 3 steps of 4; of 8, one step and a short last one."""
+    counts = {"ready": 12, "completed": 12}
+    progress = {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
+    checkpoint = {"accumulate_grad_batches": before, "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
+    rescale_progress(checkpoint, now)
+    assert progress["current"] == {"ready": ready, "completed": ready}

@@ -13,35 +13,26 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.batch import Answers, Prediction
 from dream_lightning.training import SampleLogger
-from dream_lightning.training.samples import _markdown
+from dream_lightning.training.samples import history_text, samples_text
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-NEW_TOKENS, STEPS = 24, 12
+NEW_TOKENS = 24
 
 
 def parts(source, tmp_path, callback, logger, **options):
     """Trainer, module and data for four steps with a validation after every second one."""
     L.seed_everything(0, verbose=False)
-    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, steps=STEPS, forbid_mask=True)
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, steps=12, forbid_mask=True)
     module = DreamModule(new_model=SIZES, tokenizer="bytes", sampling=sampling)
-    data = S1KDataModule(
-        str(source),
-        tokenizer=module.tokenizer,
-        cache_dir=str(tmp_path / "cache"),
-        batch_size=2,
-        validation_questions=3,
+    data_options = {"cache_dir": str(tmp_path / "cache"), "batch_size": 2, "validation_questions": 3}
+    data = S1KDataModule(str(source), tokenizer=module.tokenizer, **data_options)
+    off = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    options = {"max_steps": 4, "val_check_interval": 2, "check_val_every_n_epoch": None, **off} | options
+    return (
+        L.Trainer(accelerator="cpu", logger=logger, callbacks=[callback], default_root_dir=tmp_path, **options),
+        module,
+        data,
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=logger,
-        callbacks=[callback],
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **({"max_steps": 4, "val_check_interval": 2, "check_val_every_n_epoch": None} | options),
-    )
-    return trainer, module, data
 
 
 def fit(*arguments, **options):
@@ -56,38 +47,18 @@ def texts(folder, tag):
     return {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(f"{tag}/text_summary")}
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    from material import addition_rows, write_jsonl
-
-    folder = tmp_path_factory.mktemp("run")
-    source = write_jsonl(folder / "sums.jsonl", addition_rows(40))
-    logger = TensorBoardLogger(folder, name=None, version="")
-    fit(source, folder, SampleLogger(count=2, moments=4), logger)
-    return folder
-
-
-def test_samples_are_written_at_every_validation(run_folder):
-    """Not at the sanity check; as many as asked for, though they come in two batches."""
-    samples = texts(run_folder, "val/samples")
-    assert list(samples) == [2, 4]
+def test_samples_and_a_history_are_logged_at_every_validation(sums, tmp_path):
+    """Not in the sanity check; as many as asked for, though they come in two batches."""
+    fit(sums, tmp_path, SampleLogger(count=3), TensorBoardLogger(tmp_path, name=None, version=""))
+    samples, histories = texts(tmp_path, "val/samples"), texts(tmp_path, "val/denoising")
+    assert list(samples) == list(histories) == [2, 4]
     for text in samples.values():
-        table, *responses = text.split("\n\nResponse ")
-        header, _, *rows = table.split("\n")
-        assert header == "|  | question | answer | reference | correct |"
-        assert len(rows) == len(responses) == 2
-        assert all(re.search(r"\d+ \+ \d+ = \?", part) for part in [*rows, *responses])
-
-
-def test_the_history_goes_from_masks_to_text(run_folder):
-    histories = texts(run_folder, "val/denoising")
-    assert list(histories) == [2, 4]
+        heads = re.findall(r"^    (\d)\. (?:wrong|correct): answer .*, reference \d+$", text, flags=re.MULTILINE)
+        assert heads == ["1", "2", "3"] and len(re.findall(r"\d+ \+ \d+ = \?", text)) >= 3
     for text in histories.values():
         lines = text.split("\n")
-        steps = [int(re.match(r"    step +(\d+)/12: ", line)[1]) for line in lines]
-        assert steps == [1, 5, 8, 12]
+        assert [int(re.match(r"    step +(\d+)/12: ", line)[1]) for line in lines] == [1, 3, 4, 6, 7, 9, 10, 12]
         masks = [line.count("▒") for line in lines]
-        # Two of 24 positions a step, on average; the last step leaves none.
         assert NEW_TOKENS - 4 <= masks[0] < NEW_TOKENS
         assert masks == sorted(masks, reverse=True) and masks[-1] == 0
 
@@ -101,30 +72,32 @@ def test_a_checkpoint_is_scored_at_its_own_step(sums, tmp_path):
     scores = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [event.step for event in scores.Scalars("val/nll")] == [4]
     assert list(texts(tmp_path / "logs", "val/samples")) == [4]
-    trainer.fit(module, data)  # anew, with steps of its own
+    trainer.fit(module, data)  # a new run, with steps of its own
     scores.Reload()
     assert {event.step for event in scores.Scalars("val/nll")} == {1, 3, 4}
 
 
-def test_no_questions_no_texts(sums, tmp_path):
-    logger = TensorBoardLogger(tmp_path / "logs", name=None, version="")
-    fit(sums, tmp_path, SampleLogger(), logger, limit_val_batches=0)
-    assert EventAccumulator(str(tmp_path / "logs")).Reload().Tags()["tensors"] == []
+@pytest.mark.parametrize("kind", ["no questions", "csv", "none"])
+def test_without_questions_or_a_logger_of_texts_there_are_none(sums, tmp_path, kind):
+    folder = tmp_path / "logs"
+    loggers = {"no questions": TensorBoardLogger(folder, name=None, version=""), "csv": CSVLogger(folder)}
+    fit(sums, tmp_path, SampleLogger(), loggers.get(kind, False), limit_val_batches=0 if kind == "no questions" else 1)
+    if kind == "csv":
+        assert "val/accuracy" in next(folder.rglob("metrics.csv")).read_text()
+    if kind == "no questions":
+        assert EventAccumulator(str(folder)).Reload().Tags()["tensors"] == []
 
 
-@pytest.mark.parametrize("with_csv", [True, False])
-def test_loggers_without_texts_are_left_alone(sums, tmp_path, with_csv):
-    logger = CSVLogger(tmp_path / "logs") if with_csv else False
-    fit(sums, tmp_path, SampleLogger(), logger)
-    if with_csv:
-        assert "val/accuracy" in next((tmp_path / "logs").rglob("metrics.csv")).read_text()
+def prediction(id_, prompt="?", text="", **options):
+    options = {"thinking": None, "answer": None, "reference": None, "correct": None} | options
+    return Prediction(id_, prompt, text, tokens=0, seconds=0.0, **options)
 
 
-def test_copies_that_even_out_the_ranks_are_left_out():
+def test_copies_that_fill_up_the_ranks_are_left_out():
     callback = SampleLogger(count=3)
     for batch in range(2):
-        predictions = [Prediction(f"{batch}{i}", "?", "", None, None, None, None, 0, 0.0) for i in range(2)]
-        callback.on_validation_batch_end(None, None, Answers(predictions, [True, False]), None, batch)
+        answers = Answers([prediction(f"{batch}{i}") for i in range(2)], [True, False])
+        callback.on_validation_batch_end(None, None, answers, None, batch)
     assert [p.id for p in callback._predictions] == ["00", "10"]
 
 
@@ -140,30 +113,25 @@ def test_copies_that_even_out_the_ranks_are_left_out():
         "",
     ],
 )
-def test_texts_show_in_tensorboard_as_they_are(text):
-    """Through TensorBoard's own renderer: the same characters in cell and code block, no markup but line breaks."""
-    page = markdown_to_safe_html(_markdown([{"question": text, "correct": "yes", "response": f"{text}!"}]))
-    cells = re.findall(r"<td>(.*?)</td>", page, flags=re.DOTALL)
-    (block,) = re.findall(r"<pre><code>(.*?)</code></pre>", page, flags=re.DOTALL)
-    assert len(cells) == 3 and cells[2] == "yes"
-    assert set(re.findall(r"<[^>]*>", cells[1])) <= {"<br>"} and "<" not in block
-    cell = html.unescape(cells[1].replace("<br>", "\n")).replace("\N{NO-BREAK SPACE}", " ")
+def test_tensorboard_shows_texts_unmodified(text):
+    """Through TensorBoard's own renderer: the same characters, no markup."""
+    answered = prediction("0", text, f"{text}!", correct=True, answer="x_1", reference="*2*")
+    page = markdown_to_safe_html(samples_text([answered, answered]))
+    blocks = re.findall(r"<pre><code>(.*?)</code></pre>", page, flags=re.DOTALL)
     plain = re.sub(r"\r\n?", "\n", text)
-    assert cell == plain
-    assert html.unescape(block).strip("\n") == f"{plain}\n\n{plain}!".strip("\n")
+    for number, block in enumerate(blocks, start=1):
+        assert "<" not in block
+        head = f"{number}. correct: answer x_1, reference *2*"
+        assert html.unescape(block).strip("\n") == f"{head}\n\n{plain}\n\n{plain}!".strip("\n")
+    assert len(blocks) == 2
 
 
-def history(callback, responses):
-    tokenizer = load_tokenizer("bytes")
-    states = torch.tensor([tokenizer.encode(r, add_special_tokens=False) for r in responses])
-    return callback._as_text(states, tokenizer)
-
-
-def test_history_marks_line_ends_and_eos():
+def test_a_history_marks_masks_line_ends_and_eos():
     tokenizer = load_tokenizer("bytes")
     mask, eos = tokenizer.mask_token, tokenizer.eos_token
     states = [mask * 5, f"a{mask * 2}{eos * 2}", f"a\n{eos}b{eos}"]
-    assert history(SampleLogger(), states).split("\n") == [
+    states = torch.tensor([tokenizer.encode(state, add_special_tokens=False) for state in states])
+    assert history_text(states, tokenizer).split("\n") == [
         "    step 1/3: ▒▒▒▒▒",
         "    step 2/3: a▒▒∎×2",
         "    step 3/3: a↵∎b∎×1",
@@ -172,11 +140,11 @@ def test_history_marks_line_ends_and_eos():
 
 def test_long_texts_show_both_ends_in_lines_that_fit():
     text = "a" * 3000 + "b" * 3000
-    row, _, _, _, *block = _markdown([{"question": text, "response": text}]).split("\n")[2:]
-    assert html.unescape(row) == "| 1 | " + "a" * 100 + " [… 5,800 characters …] " + "b" * 100 + " |"
-    assert max(map(len, block)) <= 4 + 100
-    shown = "".join(line[4:] for line in block)
+    lines = samples_text([prediction("0", text, text)]).split("\n")
+    assert max(map(len, lines)) <= 4 + 100
+    shown = "".join(line[4:] for line in lines[2:])
     assert shown == 2 * ("a" * 1000 + " [… 4,000 characters …] " + "b" * 1000)
-    lines = history(SampleLogger(), [text]).split("\n")
+    tokenizer = load_tokenizer("bytes")
+    lines = history_text(torch.tensor([tokenizer.encode(text, add_special_tokens=False)]), tokenizer).split("\n")
     assert max(map(len, lines)) <= 4 + len("step 1/1: ") + 100
-    assert len({len(line) - len(line.lstrip(" step1/:")) for line in lines[:9]}) == 1  # all below the first one
+    assert len({len(line) - len(line.lstrip(" step1/:")) for line in lines[:9]}) == 1  # aligned

@@ -1,8 +1,9 @@
-"""Sharded checkpoints, in the layout of Lightning's model-parallel strategy, are exported like files."""
+"""Sharded checkpoints: atomic, read without pickled code, and exported like files."""
 
+import errno
 import os
 import pickle
-import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,10 @@ from dream_lightning.adapters import LoraParams, adapter_state, add_lora, base_h
 from dream_lightning.export import export_adapter, export_checkpoint, export_model, model_from_checkpoint
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
-from dream_lightning.training.sharded_checkpoint import read_sharded
+from dream_lightning.training.sharded_checkpoint import read_into, read_rest, read_sharded, write
 
 CONFIG = DreamConfig(
-    vocab_size=97,  # odd sizes, so that the two parts differ
+    vocab_size=97,  # odd sizes, so that the two shards differ
     hidden_size=24,
     intermediate_size=33,
     num_hidden_layers=2,
@@ -32,7 +33,7 @@ CONFIG = DreamConfig(
 )
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}
 
-# One of two processes, gloo: shards every tensor of every checkpoint by rows and saves as Lightning does.
+# One of two processes, gloo: shards every tensor of every checkpoint by rows and saves it.
 SAVE = """
 import sys, pathlib, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -86,10 +87,9 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_the_parts_are_joined_bit_for_bit(saved):
-    whole = torch.load(saved / "full.pt", weights_only=True)
-    joined = read_sharded(saved / "full.ckpt")
-    assert joined.keys() == whole.keys()  # the extras too, and no optimiser
+def test_the_shards_are_joined_bit_for_bit(saved):
+    whole, joined = torch.load(saved / "full.pt", weights_only=True), read_sharded(saved / "full.ckpt")
+    assert joined.keys() == whole.keys()  # the rest too, and no optimizer
     assert joined["state_dict"].keys() == whole["state_dict"].keys()
     for name, tensor in whole["state_dict"].items():
         assert joined["state_dict"][name].dtype == tensor.dtype and torch.equal(joined["state_dict"][name], tensor)
@@ -101,7 +101,7 @@ def test_a_full_checkpoint_becomes_the_official_folder(saved, tmp_path):
     assert stored.keys() == wanted.keys() and all(torch.equal(stored[n], wanted[n]) for n in wanted)
 
 
-def test_adapters_are_merged_into_their_base(saved, tmp_path):
+def test_adapters_are_merged_into_their_base(saved):
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         merged, loose = model_from_checkpoint(saved / "adapters.ckpt")(ids).logits, adapted()(ids).logits
@@ -110,11 +110,10 @@ def test_adapters_are_merged_into_their_base(saved, tmp_path):
     assert (merged - loose).abs().max() < 0.2 * (plain - loose).abs().max()
 
 
-@pytest.mark.parametrize("kind", ["sharded", "file"])
-def test_a_peft_folder_gives_the_same_logits(saved, tmp_path, kind):
+@pytest.mark.parametrize("checkpoint", ["adapters.ckpt", "adapters.pt"])
+def test_a_peft_folder_gives_the_same_logits(saved, tmp_path, checkpoint):
     """On the base as PEFT wraps it, in float32; the base's own files are not needed to write the folder."""
-    checkpoint = saved / ("adapters.ckpt" if kind == "sharded" else "adapters.pt")
-    written = export_adapter(checkpoint, tmp_path / "peft", pretrained="Dream-org/Dream-v0-Instruct-7B")
+    written = export_adapter(saved / checkpoint, tmp_path / "peft", pretrained="Dream-org/Dream-v0-Instruct-7B")
     assert sorted(file.name for file in written.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     ours = adapted()
     state = load_file(written / "adapter_model.safetensors")
@@ -126,63 +125,83 @@ def test_a_peft_folder_gives_the_same_logits(saved, tmp_path, kind):
         torch.testing.assert_close(peft.float()(ids).logits, ours.float()(ids).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_the_script_writes_either(saved, tmp_path, capsys):
-    main = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "export.py"))["main"]
-    main(str(saved / "adapters.ckpt"), str(tmp_path / "peft"), adapter=True)
-    main(str(saved / "full.ckpt"), str(tmp_path / "official"))
-    assert "adapter_config.json, adapter_model.safetensors" in capsys.readouterr().out
-    assert (tmp_path / "official" / "model.safetensors").exists()
-
-
 def test_only_adapters_become_a_peft_folder(saved, tmp_path):
     with pytest.raises(ValueError, match="holds no adapters"):
         export_adapter(saved / "full.ckpt", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def copy(saved, tmp_path):
-    target = tmp_path / "copy.ckpt"
-    target.mkdir()
-    for file in (saved / "full.ckpt").iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    return target
-
-
-@pytest.mark.parametrize("name", [".metadata", "meta.pt"])
-def test_an_unfinished_checkpoint_is_refused(saved, tmp_path, name):
-    folder = copy(saved, tmp_path)
-    (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"lacks {name}: it is no sharded checkpoint, or saving was cut short"):
-        model_from_checkpoint(folder)
-
-
 @pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"])
 @pytest.mark.parametrize("damage", ["torn", "absent"])
 def test_a_damaged_checkpoint_is_refused(saved, tmp_path, name, damage):
-    folder = copy(saved, tmp_path)
+    folder = shutil.copytree(saved / "full.ckpt", tmp_path / "copy.ckpt")
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
     if damage == "torn":
-        (folder / name).write_bytes((folder / name).read_bytes()[: (folder / name).stat().st_size // 10])
-    else:
-        (folder / name).unlink()
-    with pytest.raises(ValueError, match=r"is damaged|cut short"):
+        (folder / name).write_bytes(content[: len(content) // 10])
+    with pytest.raises(ValueError, match=r"is damaged|incomplete"):
         model_from_checkpoint(folder)
 
 
-class Runs:
-    """What an attacker would put there."""
+def save(path: Path, value: float, **rest) -> None:
+    """As one process."""
+    state = {"state_dict": {"w": torch.full((3,), value)}, "optimizer_0": {"param_groups": {"lr": value}}}
+    write(state, {"step": value, **rest}, path, is_rank_zero=True, broadcast=lambda anything: anything)
+
+
+def load(path: Path) -> float:
+    state = {"state_dict": {"w": torch.zeros(3)}, "optimizer_0": {"param_groups": {"lr": 0.0}}}
+    read_into(state, path)
+    assert read_rest(path)["step"] == state["optimizer_0"]["param_groups"]["lr"]
+    return state["state_dict"]["w"][0].item()
+
+
+@pytest.mark.parametrize("where", ["tensors", "rest", None])
+def test_a_new_one_replaces_the_old_one_unless_the_disk_is_full(tmp_path, monkeypatch, where):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path / "last.ckpt", 1.0)
+    with monkeypatch.context() as patch:
+        if where == "tensors":
+            patch.setattr(torch.distributed.checkpoint.FileSystemWriter, "write_data", full)
+        if where == "rest":
+            patch.setattr(torch, "save", full)
+        if where:
+            with pytest.raises(ValueError, match=r"last.ckpt was not written: .*No space left.*is unchanged"):
+                save(tmp_path / "last.ckpt", 2.0)
+        else:
+            save(tmp_path / "last.ckpt", 2.0)
+    assert load(tmp_path / "last.ckpt") == (1.0 if where else 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class Attack:
+    """Code that unpickling would run."""
 
     def __reduce__(self):
         return os.mkdir, ("attacked",)
 
 
-@pytest.mark.parametrize("name", [".metadata", "meta.pt"])
-def test_code_in_a_checkpoint_does_not_run(saved, tmp_path, monkeypatch, name):
+def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = copy(saved, tmp_path)
-    if name == "meta.pt":
-        torch.save({"a": Runs()}, folder / name)
-    else:
-        (folder / name).write_bytes(pickle.dumps(Runs()))
+    save(tmp_path / "a.ckpt", 1.0)
+    (tmp_path / "a.ckpt" / ".metadata").write_bytes(pickle.dumps(Attack()))
+    for reader in (load, read_sharded):
+        with pytest.raises(ValueError, match="mkdir"):
+            reader(tmp_path / "a.ckpt")
+    torch.distributed.checkpoint.save({"optimizer_0": {"lr": Attack()}}, checkpoint_id=tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match=r"[Ww]eights.only"):
+        read_into({"optimizer_0": {"lr": 0.0}}, tmp_path / "b.ckpt")
+    save(tmp_path / "c.ckpt", 1.0, attack=Attack())
     with pytest.raises(ValueError, match="mkdir"):
-        read_sharded(folder)
+        read_rest(tmp_path / "c.ckpt")
     assert not (tmp_path / "attacked").exists()
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no sharded checkpoint"):
+        read_rest(tmp_path)
+    save(tmp_path / "a.ckpt", 1.0)
+    with pytest.raises(ValueError, match="does not fit"):
+        read_into({"state_dict": {"w": torch.zeros(4)}}, tmp_path / "a.ckpt")

@@ -295,7 +295,10 @@ class DreamModule(L.LightningModule):
         checkpointing.resume(self.trainer, self._saved_optimizer)
         self._saved_optimizer = self._saved_step = None
         self.totals = StepAccumulator(self.device)
-        # Not where the hooks of DDP and FSDP need autograd's gradients.
+        self._set_accumulation()
+
+    def _set_accumulation(self) -> None:
+        """Accumulate the gradients of bfloat16 weights in place, unless DDP or FSDP need autograd's hooks."""
         one_device = isinstance(self.trainer.strategy, SingleDeviceStrategy)
         all_in_bfloat16 = self.lora is None and self.weights_dtype == torch.bfloat16
         enable = one_device and all_in_bfloat16 and self.trainer.accumulate_grad_batches > 1

@@ -4,18 +4,18 @@ import time
 from dataclasses import replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Answers, Prediction, PromptBatch
 from dream_lightning.errors import UserError
-from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.tasks import grade_response
 
 
 @torch.no_grad()
 def answer_questions(
-    model: DreamModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     batch: PromptBatch,
     params: SamplingParams,
@@ -23,9 +23,12 @@ def answer_questions(
     with_history: bool = False,
     run_every_step: bool = False,
 ) -> Answers:
-    """Generate, decode each response up to its first eos, and grade it against the example's reference.
+    """Generate, decode each response up to its first eos, and grade it by its example's task.
 
-    `with_history` keeps the states of denoising; `run_every_step` see `diffusion_generate`.
+    Args:
+        model: a DreamModel or its CompiledDenoiser.
+        with_history: keep the states of denoising.
+        run_every_step: see `diffusion_generate`.
     """
     start = time.perf_counter()
     out = diffusion_generate(
@@ -66,7 +69,7 @@ def answer_questions(
 
 
 def complete(
-    model: DreamModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     *,
@@ -74,12 +77,11 @@ def complete(
     marker: str = "…",
     params: SamplingParams | None = None,
 ) -> str:
-    """Fill the gaps of a text, seeing what stands before and after: `complete(model, tokenizer, "The … is blue.")`.
+    """Fill the gaps of a text, from what comes before and after it: `complete(model, tokenizer, "The … is blue.")`.
 
     Args:
         text: with a `marker` for every gap; special tokens in it are plain text.
-        tokens_per_gap: how many tokens each gap gets; there is no eos among them.
-        marker: what stands for a gap.
+        tokens_per_gap: the number of tokens in each gap, none of them eos.
         params: how to fill; `max_new_tokens` is not used. None fills one token a step, the most certain first.
 
     Raises:
@@ -87,7 +89,7 @@ def complete(
     """
     pieces = text.split(marker) if marker else []
     if len(pieces) <= 1:
-        raise UserError(f"the text has no {marker!r}, so there is nothing to fill: mark a gap with it")
+        raise UserError(f"the text has no {marker!r}, so there is nothing to fill: put it where a gap is")
     if tokens_per_gap < 1:
         raise UserError(f"tokens_per_gap is {tokens_per_gap}, wanted at least 1")
     gap = [tokenizer.mask_token_id] * tokens_per_gap

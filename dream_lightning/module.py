@@ -22,7 +22,7 @@ from dream_lightning.diffusion.weighting import Weighting, check_cart_p
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
-from dream_lightning.sampling import SamplingParams, release
+from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks import AnswerAccuracy, MeanLoss, TokensPerForward
 from dream_lightning.training import checkpointing, fsdp
 from dream_lightning.training.optimizer import AdamW8bit, adamw, decay_groups, zero_gradients
@@ -411,7 +411,7 @@ class DreamModule(L.LightningModule):
     def on_validation_end(self) -> None:
         """Free what compiled answers hold on the device before training continues."""
         if self.trainer.state.fn == "fit":
-            release(self.model)
+            release_compiled(self.model)
 
     def _log_scores(self, stage: str) -> None:
         if self.val_nll.update_called:

@@ -22,8 +22,9 @@ from dream_lightning import DreamModel, SamplingParams
 from dream_lightning.adapters import dequantized
 from dream_lightning.cli import readable_errors
 from dream_lightning.diffusion.denoiser import align
+from dream_lightning.kernels.cuda_graphs import CompiledDenoiser
 from dream_lightning.model_factory import quantized_model
-from dream_lightning.sampling import CompiledDenoiser, denoising_steps
+from dream_lightning.sampling import denoising_steps
 
 
 def authors_loop(model: DreamModel, prompt: Tensor, new_tokens: int, steps: int) -> Iterator[Tensor]:

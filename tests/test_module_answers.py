@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dream_lightning import DreamModule, S1KDataModule, SamplingParams
 from dream_lightning.batch import Example, PromptBatch
-from dream_lightning.kernels import cuda_graphs as compiled
+from dream_lightning.kernels import cuda_graphs
 from dream_lightning.model.modeling import DreamDecoderLayer
-from dream_lightning.sampling import CompiledDenoiser, diffusion_generate
+from dream_lightning.sampling import diffusion_generate, generate
 from dream_lightning.training.fsdp import FSDP2Strategy, shard
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -92,7 +92,7 @@ def test_compiled_layers_stay_compiled_whatever_is_answered(monkeypatch):
     torch._dynamo.reset()
 
 
-class EagerDenoiser(CompiledDenoiser):
+class EagerDenoiser(cuda_graphs.CompiledDenoiser):
     """With the fixed buffers of graphs, on a CPU."""
 
     def __init__(self, model, **options):
@@ -112,7 +112,7 @@ class Heard(L.Callback):
 
 def test_compiled_answers_follow_the_weights_and_leave_nothing_behind(sums, tmp_path, monkeypatch):
     """Validation inside of training, with buffers that stay in one place, against validation without."""
-    monkeypatch.setattr(compiled, "CompiledDenoiser", EagerDenoiser)
+    monkeypatch.setattr(cuda_graphs, "CompiledDenoiser", EagerDenoiser)
     heard = {}
     for compile_ in (False, True):
         L.seed_everything(0, verbose=False)
@@ -128,6 +128,6 @@ def test_compiled_answers_follow_the_weights_and_leave_nothing_behind(sums, tmp_
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         options |= {"accelerator": "cpu", "max_steps": 6, "val_check_interval": 2, "num_sanity_val_steps": 1}
         L.Trainer(callbacks=[heard[compile_]], enable_model_summary=False, **options).fit(ours, data)
-        assert ours.model not in compiled._COMPILED
+        assert ours.model not in generate._COMPILED
     assert heard[True].answers == heard[False].answers
     assert len({str(answers) for answers in heard[True].answers}) > 2

@@ -51,9 +51,20 @@ def prompts():
 
 
 @pytest.fixture(scope="session")
+def ragged(prompts):
+    """Three left-padded prompts: ids [3, 12], their mask, and the padding of each row."""
+    padding = torch.tensor([0, 2, 5])
+    ids, mask = torch.full((3, 12), PAD), torch.arange(12) >= padding[:, None]
+    for b in range(3):
+        ids[b, padding[b] :] = prompts(1, 12 - int(padding[b]), seed=b)
+    return ids, mask, padding
+
+
+@pytest.fixture(scope="session")
 def run():
     """`run(model, ids, attention_mask=None, infill=…, **fields of SamplingParams)` → GenerationOutput with history."""
-    others = ("sample_ids", "infill", "run_every_step", "num_return_sequences", "logits_hook", "tokens_hook")
+    others = ("sample_ids", "infill", "run_every_step", "num_return_sequences", "unmasking", "logits_hook")
+    others += ("tokens_hook",)
 
     def generate(model, input_ids, attention_mask=None, **options):
         keywords = {name: options.pop(name) for name in others if name in options}

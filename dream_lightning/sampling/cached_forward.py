@@ -1,6 +1,6 @@
-"""The model under the reverse process: what a step computes anew, and what it takes from a cache."""
+"""The model as the reverse process calls it: what a step computes, and what it takes from a KV cache."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,36 +9,24 @@ from dream_lightning.diffusion.denoiser import shifted
 from dream_lightning.errors import UserError
 from dream_lightning.sampling.canvas import Canvas
 from dream_lightning.sampling.params import CacheMode
+from dream_lightning.sampling.token_sampling import best_tokens
 
 
-class Predictor(Protocol):
-    """What the reverse process asks for predictions."""
-
-    def start_block(self, first: int, last: int) -> None:
-        """From now on only columns first … last − 1 are predicted."""
-
-    def keep(self, canvas: Canvas) -> None:
-        """The rows are now those of this canvas."""
-
-    def __call__(self, x: Tensor, row: Tensor, column: Tensor, step_of_block: int) -> Tensor:
-        """Logits [M, V] for the tokens of x [B, L] at (row [M], column [M])."""
-
-
-class Network:
-    """A Denoiser as Predictor; calls the trunk and the head exactly once a prediction.
+class CachedForward:
+    """Logits of masked positions; calls the trunk and the head exactly once for each prediction.
 
     Dream predicts a token from the position before it, and within a block positions change at every step. So the
-    columns computed anew begin one before the block: the hidden state there, which predicts the block's first token,
-    is never an old one.
+    columns computed at a step begin one before the block: the hidden state there, which predicts the block's first
+    token, is always a current one.
 
     Args:
-        model: has `model`, (ids, attention_mask, position_ids, cache, columns) → hidden states, with `new_cache`; and
-            `lm_head`.
+        model: a DreamModel or its CompiledDenoiser. It has `model`, (ids, attention_mask, position_ids, cache, columns,
+            span=…) → hidden states, with `new_cache`; and `lm_head`.
         canvas: the rows.
         cache: see SamplingParams.
         refresh_every: see SamplingParams.
-        span: where all is computed without a cache: the columns, first … last − 1, whose hidden states are needed. The
-            model then has to take it, too.
+        span: the first column and the one after the last whose hidden states are needed, where everything is computed
+            without a cache. None: all columns.
     """
 
     def __init__(
@@ -51,27 +39,29 @@ class Network:
         span: tuple[int, int] | None = None,
     ) -> None:
         self.model, self.mode, self.refresh_every, self.span = model, cache, refresh_every, span
-        self.first, self.last = 0, canvas.x.shape[1]
-        self.keep(canvas)
+        # How tokens are chosen, and how many positions are predicted for M masked ones: a CompiledDenoiser has its own.
+        self.best_tokens = getattr(model, "best_tokens", best_tokens)
+        self.positions = getattr(model, "positions", lambda number: number)
+        self.select(canvas)
 
-    def keep(self, canvas: Canvas) -> None:
-        """Predict for other rows; what was remembered is forgotten."""
+    def select(self, canvas: Canvas) -> None:
+        """Predict for the rows of this canvas from now on, with a new cache."""
         self.canvas, self.cache, self.period = canvas, None, None
         self._windows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def start_block(self, first: int, last: int) -> None:
-        """Work on columns first … last − 1; everything is computed at the next prediction."""
+        """Predict columns first … last − 1 from now on; the next prediction computes the whole cache."""
         self.first, self.last, self.period = first, last, None
 
     def __call__(self, x: Tensor, row: Tensor, column: Tensor, step_of_block: int) -> Tensor:
-        """Logits [M, V] in the head's dtype."""
+        """Logits [M, V] for the tokens of x [B, L] at (row [M], column [M]), in the head's dtype."""
         hidden, first = self._hidden(x, step_of_block)
         if self.canvas.padded:  # a row's first token has only padding before it, and is predicted from itself
             column = column + (self.canvas.positions[row, column] == 0)
         return self.model.lm_head(shifted(hidden, row, column - first))
 
     def _hidden(self, x: Tensor, step_of_block: int) -> tuple[Tensor, int]:
-        """Hidden states of the columns that were computed, and the first of these."""
+        """Hidden states [B, W, D] of the columns that were computed, and the first of these columns."""
         real = self.canvas.real if self.canvas.padded else None
         if self.mode == "none":
             inputs = (x, real, None if real is None else self.canvas.positions)
@@ -85,8 +75,8 @@ class Network:
             self.generation = self.cache.generation
         if self.generation != self.cache.generation:
             raise UserError(
-                "another generation by this compiled model has begun and overwritten what this one keeps: let one end "
-                "before the next, or set cache to none"
+                "another generation by this compiled model has overwritten the KV cache of this one: finish one "
+                "generation before the next, or set cache to none"
             )
         # Steps without a forward change nothing, so it does not matter at which step of a period the refresh falls.
         period = step_of_block // self.refresh_every if self.refresh_every else 0
@@ -97,8 +87,28 @@ class Network:
         return self.model.model(x[:, first:last], real, positions, self.cache, columns), first
 
     def _window(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Columns [W] and positions [B, W], the same tensors at every step: compiled models copy new ones only."""
+        """Columns [W] and positions [B, W]; the same tensors at every step, since CUDA graphs copy only new ones."""
         if (first, last) not in self._windows:
             columns = torch.arange(first, last, device=self.canvas.x.device)
             self._windows[first, last] = (columns, self.canvas.positions[:, first:last])
         return self._windows[first, last]
+
+
+def locate(where: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The True positions in reading order, without synchronizing with the GPU as `nonzero` does.
+
+    Args:
+        where: [B, L] bool.
+        number: at least the number of True positions.
+
+    Returns:
+        Their rows and columns, [number] each, padded with (0, 0); and for every True position its index in these,
+        [B, L], between −1 and number − 1 also elsewhere.
+    """
+    flat = where.flatten()
+    index = flat.cumsum(0) - 1  # [B · L]
+    # masked_fill, because torch.where copies a number to the device, which synchronizes.
+    target = index.masked_fill(~flat, number)  # False positions go after the end
+    found = flat.new_zeros(number + 1, dtype=torch.int64)
+    found = found.scatter(0, target, torch.arange(len(flat), device=flat.device))[:number]
+    return found // where.shape[1], found % where.shape[1], index.view(where.shape)

@@ -1,4 +1,4 @@
-"""Which token for a masked position, and how sure it is. Pure functions; noise comes in as uniforms.
+"""Which token for a masked position, and how certain it is. Pure functions; noise is passed as uniforms.
 
 Formulas: `sample_tokens`, `top_p_logits`, `top_k_logits` of the authors' generation_utils.py. All in float32.
 """
@@ -9,10 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dream_lightning.sampling.params import Algorithm
-
-# Positions handled at a time: a float32 [256, 152064] temporary is 156 MB, and a few of them live at once.
-_POSITIONS = 256
+from dream_lightning.sampling.params import Algorithm, SamplingParams
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -35,7 +32,7 @@ def token_probabilities(
 ) -> Tensor:
     """Probabilities after temperature, then top-p, then top-k. [M, V] → [M, V] float32.
 
-    Temperature 0 leaves the logits as they are: then these probabilities only measure confidence.
+    Temperature 0 does not change the logits: then these probabilities only measure confidence.
     """
     logits = logits.float()
     if temperature > 0:
@@ -65,11 +62,11 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     # In float64 u · total < total, since u ≤ 1 − 2⁻²⁴: a token always exists.
     threshold = (uniforms.double() * cumulative[:, -1].double()).to(torch.int64)
     token = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
-    return token.clamp(max=probs.shape[-1] - 1)  # only NaN needs it: the caller reports that, not an index error
+    return token.clamp(max=probs.shape[-1] - 1)  # for NaN only, which the caller reports
 
 
 def confidence_of(probs: Tensor, tokens: Tensor, alg: Algorithm) -> Tensor:
-    """How sure the model is of a position; larger is surer.
+    """How certain the model is of a position; larger is more certain.
 
     Args:
         probs: [M, V] float32.
@@ -88,28 +85,22 @@ def confidence_of(probs: Tensor, tokens: Tensor, alg: Algorithm) -> Tensor:
 
 
 def certainty(confidence: Tensor, alg: Algorithm) -> Tensor:
-    """Confidences of `confidence_of` on a scale from 0 to 1 = certain: of `entropy` the exponential, 1/perplexity.
+    """Confidences of `confidence_of` on a scale from 0 to 1 = certain; of `entropy` the exponential, 1/perplexity.
 
-    Any shape. The order stays as it is.
+    Any shape. The order does not change.
     """
     return (confidence.exp() if alg == "entropy" else confidence).clamp(0, 1)
 
 
-def best_tokens(logits: Tensor, alg: Algorithm, forbidden: int | None = None) -> tuple[Tensor, Tensor]:
-    """`candidates` of one part at temperature 0 without filters.
-
-    [M, V] → tokens [M] int64, confidences [M] float32.
-    """
-    logits = logits.float()
-    if forbidden is not None:
-        logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) == forbidden, -torch.inf)
-    probs = logits.softmax(-1)
+def best_tokens(logits: Tensor, alg: Algorithm) -> tuple[Tensor, Tensor]:
+    """`choose_tokens` at temperature 0 without filters, a function that can be compiled."""
+    probs = logits.float().softmax(-1)
     tokens = _first_maximum(probs)
     return tokens, confidence_of(probs, tokens, alg)
 
 
 def _first_maximum(probs: Tensor) -> Tensor:
-    """`probs.max(-1).indices` by way of the maxima of parts: compiled for a GPU, one row alone keeps it from working.
+    """`probs.max(-1).indices` by parts of each row: compiled for a GPU, one part a row would leave it mostly idle.
 
     [M, V] → [M] int64.
     """
@@ -119,51 +110,25 @@ def _first_maximum(probs: Tensor) -> Tensor:
     return (part * width + inside.gather(-1, part)).squeeze(-1)
 
 
-Rules = Callable[[Tensor, Tensor, Tensor], Tensor]  # float32 logits [m, V], row [m], column [m] → logits [m, V]
-
-
-def candidates(
+def choose_tokens(
     logits: Tensor,
     uniforms: Tensor | None,
-    *,
-    alg: Algorithm,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    forbidden: int | None = None,
-    rules: Rules | None = None,
-    places: tuple[Tensor, Tensor] | None = None,
-    best: Callable[[Tensor, Algorithm, int | None], tuple[Tensor, Tensor]] = best_tokens,
+    params: SamplingParams,
+    best: Callable[[Tensor, Algorithm], tuple[Tensor, Tensor]] = best_tokens,
 ) -> tuple[Tensor, Tensor]:
     """A token for every masked position, and the confidence in it.
 
     Args:
         logits: [M, V], already aligned with the positions they predict.
         uniforms: [M] float32 in [0, 1); None at temperature 0.
-        forbidden: a token that must not be chosen.
-        rules: changes the logits first; needs `places`.
-        places: row [M] and column [M] of the logits.
+        params: alg, temperature, top_p and top_k.
         best: `best_tokens`, or a compiled form of it.
 
     Returns:
         tokens [M] int64 (at temperature 0 the argmax, the lowest id of a tie) and confidences [M] float32.
     """
-    tokens, confidences = [], []
-    plain = temperature == 0 and (top_p is None or top_p == 1) and top_k is None
-    for start in range(0, max(1, len(logits)), _POSITIONS):
-        part = slice(start, start + _POSITIONS)
-        some = logits[part]  # [≤ 256, V]
-        if rules is not None:
-            some = rules(some.to(torch.float32, copy=True), places[0][part], places[1][part])
-        if plain:
-            token, confidence = best(some, alg, forbidden)
-        else:
-            some = some.float()
-            if forbidden is not None:
-                some = some.masked_fill(torch.arange(some.shape[1], device=some.device) == forbidden, -torch.inf)
-            probs = token_probabilities(some, temperature=temperature, top_p=top_p, top_k=top_k)
-            token = draw(probs, uniforms[part]) if temperature > 0 else probs.max(-1).indices
-            confidence = confidence_of(probs, token, alg)
-        tokens.append(token)
-        confidences.append(confidence)
-    return (tokens[0], confidences[0]) if len(tokens) == 1 else (torch.cat(tokens), torch.cat(confidences))
+    if params.temperature == 0 and params.top_p in (None, 1) and params.top_k is None:
+        return best(logits, params.alg)
+    probs = token_probabilities(logits, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k)
+    tokens = draw(probs, uniforms) if params.temperature > 0 else probs.max(-1).indices
+    return tokens, confidence_of(probs, tokens, params.alg)

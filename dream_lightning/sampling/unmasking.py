@@ -1,91 +1,168 @@
-"""Which and how many of the masked positions are filled now. Pure functions.
+"""How many of the masked positions are filled at a step: one class for each rule.
 
-All work on a grid [B, L] of confidences that is −inf wherever nothing may be filled.
+A rule is any object with `counts(confidence, remaining, step)`. Pass one of your own to `diffusion_generate` as
+`unmasking`.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dream_lightning.sampling.params import Algorithm, SamplingParams
-from dream_lightning.sampling.token_sampling import certainty
+from dream_lightning.errors import UserError
+from dream_lightning.sampling.canvas import ORDER, Canvas
+from dream_lightning.sampling.params import SamplingParams
 
 
-def fill_shares(steps: int, eps: float) -> Tensor:
+class UnmaskingRule(Protocol):
+    """How many positions every row fills.
+
+    A rule that needs `remaining` only sets `counts_known_on_host = True`. It is called on the host before the forward,
+    with `confidence` None, and its counts are taken unmodified: a step that fills nothing costs no forward, and its
+    last step has to fill all that remains.
+    """
+
+    def counts(self, confidence: Tensor, remaining: Tensor, step: int) -> Tensor:
+        """The most certain of the masked positions are filled, this many in each row.
+
+        Args:
+            confidence: [B, L] float32, the certainty in [0, 1] of the predicted token; 0 where nothing is masked.
+            remaining: [B] int64, masks of the row (in the current block).
+            step: counts from 0 in every block.
+
+        Returns:
+            [B] int64. Values are clamped to 1 … `remaining`, and the last step fills all that remains.
+        """
+
+
+class AuthorsSchedule:
+    """A fixed share of the remaining masks at every step, rounded down in float32.
+
+    Args:
+        averaged: take the share of the mean of the rows' masks, as the authors do. It may exceed the masks of a row
+            where the model predicts mask tokens, see `reference_topk_overflow`.
+    """
+
+    counts_known_on_host = True
+
+    def __init__(self, steps: int, eps: float, *, averaged: bool = False) -> None:
+        self.shares, self.averaged = fill_shares(steps, eps), averaged
+
+    def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
+        """Share · remaining, not clamped."""
+        masks = (remaining.sum() / len(remaining)).expand(len(remaining)) if self.averaged else remaining.float()
+        return (masks * self.shares[step]).long()
+
+
+class Origin:
+    """The authors' `origin`: every masked position is filled independently with the schedule's share as probability."""
+
+    counts_known_on_host = True
+
+    def __init__(self, steps: int, eps: float, seed: int) -> None:
+        self.shares, self.seed = fill_shares(steps, eps), seed
+
+    def drawn(self, canvas: Canvas, step: int, step_of_block: int) -> Tensor:
+        """Whether a position is filled if it is masked, [B, L] bool; only such positions are predicted."""
+        return canvas.uniforms(self.seed, step, ORDER) < self.shares[step_of_block]
+
+    def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
+        """All of `remaining`, which counts the drawn positions only."""
+        return remaining
+
+
+class TokensPerStep:
+    """The same number of positions at every step; the last of `steps` fills all that remains."""
+
+    counts_known_on_host = True
+
+    def __init__(self, tokens: int, steps: int) -> None:
+        self.tokens, self.last = tokens, steps - 1
+
+    def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
+        """At most `tokens`."""
+        return remaining if step == self.last else remaining.clamp(max=self.tokens)
+
+
+class Threshold:
+    """All positions that are at least this certain. Source: Fast-dLLM (arXiv:2505.22618)."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def counts(self, confidence: Tensor, remaining: Tensor, step: int) -> Tensor:
+        """Positions with cᵢ ≥ threshold."""
+        return (confidence >= self.threshold).sum(1)
+
+
+class Factor:
+    """The more positions are filled together, the more certain each has to be. Source: Fast-dLLM (arXiv:2505.22618)."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def counts(self, confidence: Tensor, remaining: Tensor, step: int) -> Tensor:
+        """The largest n with (n + 1)(1 − cₙ) < factor, cₙ the n-th largest."""
+        ordered = confidence.sort(dim=1, descending=True).values  # [B, L]; the left side grows with n, so count
+        n = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
+        return ((n + 1) * (1 - ordered) < self.factor).sum(1)
+
+
+def rule_of(params: SamplingParams, *, rows_differ: bool = False) -> UnmaskingRule:
+    """The rule that `params` names.
+
+    Args:
+        rows_differ: rows have different numbers of masks (infilling, hooks), so that their mean is meaningless.
+    """
+    steps = params.steps // params.blocks
+    if params.tokens_per_step is not None:
+        return TokensPerStep(params.tokens_per_step, steps)
+    if params.threshold is not None:
+        return Threshold(params.threshold)
+    if params.factor is not None:
+        return Factor(params.factor)
+    if params.alg == "origin":
+        return Origin(steps, params.eps, params.seed)
+    # Noise makes runs of the authors' code irreproducible; without it we follow them to the token.
+    return AuthorsSchedule(steps, params.eps, averaged=not (params.forbid_mask or params.noisy or rows_differ))
+
+
+def fill_shares(steps: int, eps: float) -> list[float]:
     """Share of the remaining masks to fill at every step: 1 − tᵢ₊₁/tᵢ with t from 1 to eps in equal steps, last 1.
 
-    Returns:
-        [S] float32 on the CPU, whatever the model's device, so that rounding never differs.
+    In float32 on the CPU, whatever the model's device, so that rounding never differs.
     """
     t = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
-    shares = 1 - t[1:] / t[:-1]
-    shares[-1] = 1
-    return shares
+    return [*(1 - t[1:-1] / t[:-2]).tolist(), 1.0]
 
 
-def scheduled(left: Tensor, share: float, *, averaged: bool = False) -> Tensor:
-    """The authors' count: so much of the remaining masks, rounded down in float32.
+def clamped(counts: Tensor, remaining: Tensor) -> Tensor:
+    """A rule's counts within 1 … remaining. [B] → [B] int64.
 
-    Args:
-        left: [B] int64, masks of every row.
-        averaged: take the mean of the rows' masks, as the authors do.
-
-    Returns:
-        [B] int64.
+    Raises:
+        UserError: the counts have another shape.
     """
-    remaining = (left.sum() / len(left)).expand(len(left)) if averaged else left.float()
-    return (remaining * share).long()
+    if counts.shape != remaining.shape:
+        raise UserError(f"the unmasking rule returned counts {list(counts.shape)}, wanted {list(remaining.shape)}")
+    return torch.minimum(counts.clamp(min=1), remaining)
 
 
-def at_least(grid: Tensor, threshold: float, alg: Algorithm) -> Tensor:
-    """How many positions of every row have this certainty. [B, L] → [B] int64."""
-    return ((certainty(grid, alg) >= threshold) & (grid > -torch.inf)).sum(1)
-
-
-def by_factor(grid: Tensor, factor: float, alg: Algorithm) -> Tensor:
-    """The largest n with (n + 1)(1 − cₙ) < factor, cₙ the n-th largest certainty of the row. [B, L] → [B] int64.
-
-    Source: the factor rule of Fast-dLLM (arXiv:2505.22618). The left side grows with n, so this counts.
-    """
-    ordered = grid.sort(dim=1, descending=True).values  # [B, L]
-    n = torch.arange(1, grid.shape[1] + 1, device=grid.device)
-    return (((n + 1) * (1 - certainty(ordered, alg)) < factor) & (ordered > -torch.inf)).sum(1)
-
-
-def adaptive_counts(grid: Tensor, left: Tensor, params: SamplingParams) -> Tensor:
-    """How many to fill by `tokens_per_step`, `threshold` or `factor`: at least one where there is one. → [B] int64.
-
-    Args:
-        grid: [B, L] confidences as `confidence_of` gives them.
-        left: [B] int64, masks of every row.
-    """
-    if params.tokens_per_step is not None:
-        return left.clamp(max=params.tokens_per_step)
-    if params.threshold is not None:
-        counts = at_least(grid, params.threshold, params.alg)
-    else:
-        counts = by_factor(grid, params.factor, params.alg)
-    return torch.minimum(counts.clamp(min=1), left)
-
-
-def choose_positions(grid: Tensor, counts: Tensor, *, most: int | None = None) -> Tensor:
-    """The `counts` [B] most confident positions of every row; of a tie, the leftmost. [B, L] → [B, L] bool.
+def choose_positions(order: Tensor, counts: Tensor) -> Tensor:
+    """The `counts` [B] largest positions of every row; of a tie, the leftmost. [B, L] → [B, L] bool.
 
     Ties are common: a trained model gives float32 probability 1.0 to many positions of an eos tail.
-
-    Args:
-        most: the largest of the counts, where the host knows it: for one a maximum does, which is cheaper than to sort.
     """
-    order = grid.argmax(-1, keepdim=True) if most == 1 else grid.argsort(dim=-1, descending=True, stable=True)
-    first = torch.arange(order.shape[1], device=grid.device) < counts[:, None]
-    return torch.zeros_like(grid, dtype=torch.bool).scatter(1, order, first)
+    largest = order.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, largest, first)
 
 
-def reference_topk_overflow(grid: Tensor, count: int) -> Tensor:
-    """`count` positions of every row, though some rows have fewer: the others are those that topk over −inf returns.
+def reference_topk_overflow(order: Tensor, count: int) -> Tensor:
+    """The `count` largest positions of every row, also in rows that have fewer masks. [B, L] → [B, L] bool.
 
-    Only the authors' averaged schedule asks for this, see `process.reverse_process`.
+    There topk returns positions of −inf, which the authors' code overwrites with the mask token, prompt included.
     """
-    return torch.zeros_like(grid, dtype=torch.bool).scatter(1, grid.topk(count).indices, True)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order.topk(count).indices, True)
 
 
 def perturb(confidence: Tensor, alg_temp: float, uniforms: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ class Conversation:
         start, eos = time.perf_counter(), self.tokenizer.eos_token_id
         ids = [self.tokenizer.mask_token_id] * self.params.max_new_tokens
         input_ids = torch.tensor([prompt], device=self.model.device)
-        for state in denoising_steps(self.model, input_ids, params=self.params):  # [1, P+N]
-            before, ids = ids, state[0, len(prompt) :].tolist()
+        for state in denoising_steps(self.model, input_ids, params=self.params):
+            before, ids = ids, state.x[0, len(prompt) :].tolist()
             yield Frame(ids, [new != old for new, old in zip(ids, before, strict=True)])
         kept = ids[: ids.index(eos)] if eos in ids else ids
         thinking, answer = split_thinking(self.tokenizer.decode(kept, skip_special_tokens=True))

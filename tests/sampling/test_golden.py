@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from dream_lightning.kernels.fused_projections import fuse_weights_, fused_projections
 from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams, diffusion_generate
-from dream_lightning.sampling.token_sampling import candidates, token_probabilities
+from dream_lightning.sampling.token_sampling import choose_tokens, token_probabilities
 
 RUNS = [
     f"generate.{alg}.steps{steps}.{padding}"
@@ -30,18 +30,18 @@ def model(shared):
     return DreamModel.from_pretrained(shared("golden/dream-tiny")).float()
 
 
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", RUNS)
-def test_generation_equals_the_authors(model, golden, shared, name, joint):
+def test_generation_equals_the_authors(model, golden, shared, name, fused):
     run = json.loads((shared("golden/dream-tiny") / "golden.json").read_text())["generate"][name]
     prompt, attention_mask = golden["generate.prompt"], None
     if run.pop("leftpad"):
         prompt, attention_mask = golden["generate.prompt_leftpad"], golden["generate.attention_mask_leftpad"]
 
     params = SamplingParams(**run)
-    if joint:  # as compiled models compute
+    if fused:  # as compiled models compute
         fuse_weights_(model.model)
-    with fused_projections(model.model, prompt.numel()) if joint else nullcontext():
+    with fused_projections(model.model, prompt.numel()) if fused else nullcontext():
         out = diffusion_generate(model, prompt, attention_mask, params=params, return_history=True)
 
     assert torch.equal(out.history, golden[f"{name}.history"])
@@ -66,6 +66,6 @@ def test_filters_equal_the_authors(golden, name, options):
 
 @pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
 def test_confidences_equal_the_authors(golden, alg):
-    tokens, confidence = candidates(golden["filter.logits"], None, alg=alg)
+    tokens, confidence = choose_tokens(golden["filter.logits"], None, SamplingParams(alg=alg))
     assert torch.equal(tokens, golden[f"confidence.{alg}.x0"])
     torch.testing.assert_close(confidence, golden[f"confidence.{alg}"], rtol=1e-6, atol=1e-7)

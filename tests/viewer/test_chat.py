@@ -1,6 +1,7 @@
 """A conversation and how it looks on the screen, with a scripted model and with a real one."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def says(monkeypatch):
             ids += [EOS] * (NEW - len(ids))
             for step in range(1, 5):
                 shown = ids[: NEW * step // 4] + [MASK] * (NEW - NEW * step // 4)
-                yield torch.cat([input_ids, torch.tensor([shown])], dim=1)
+                yield SimpleNamespace(x=torch.cat([input_ids, torch.tensor([shown])], dim=1))
 
         monkeypatch.setattr(conversation, "denoising_steps", steps)
         return prompts

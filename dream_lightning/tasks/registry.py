@@ -67,8 +67,8 @@ def get_task(name: str) -> Task:
         return _TASKS[name]
     guess = difflib.get_close_matches(name, _TASKS, n=1)
     raise UserError(
-        f"there is no task {name!r}{f', did you mean {guess[0]!r}?' if guess else ''}: the tasks are "
-        f"{', '.join(sorted(_TASKS))}; your own is named by its import path, such as my_tasks.parity"
+        f"there is no task {name!r}{f' (did you mean {guess[0]!r}?)' if guess else ''}; the tasks are "
+        f"{', '.join(sorted(_TASKS))}. Name your own by its import path, such as my_tasks.parity"
     )
 
 

@@ -9,17 +9,8 @@
 | `conversations` | conversations: a list of {from: system, human or gpt; value} |
 | `prompt-response` | one text column each; a row without a response is a question to answer |
 
-A response that starts with `<think>…</think>` is split into thinking and answer. To read other records, add a schema of
-your own to the table and pass its name as `schema`:
-
-    from dream_lightning.data.schemas import SCHEMAS, Schema, question
-
-    def read_quiz(row, columns):
-        choices = "\\n".join(row.value("choices"))
-        return question(f"{row.text('stem')}\\n{choices}"), row.text("why"), row.text("key")
-
-    SCHEMAS["quiz"] = Schema(detect=lambda names: {"stem", "choices"} <= names, read=read_quiz)
-    examples = read_examples("quiz.jsonl", schema="quiz", reference_column="key")
+A response that starts with `<think>…</think>` is split into thinking and answer. To read other records, add a `Schema`
+of your own to the table `SCHEMAS` (docs/data.md shows one).
 """
 
 import re

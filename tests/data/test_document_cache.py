@@ -116,11 +116,11 @@ def test_a_second_process_does_not_replace_the_first_ones_result(tmp_path):
 
 
 def test_a_kill_at_any_moment_leaves_the_whole_folder_or_none(tmp_path):
-    want = list(tokenize(examples(), BYTES))
+    wanted = list(tokenize(examples(), BYTES))
     for moment in itertools.count():
         cache = tmp_path / str(moment)
         killed = killed_before(moment, cache.parent, lambda cache=cache: tokenize(examples(), BYTES, cache_dir=cache))
-        assert list(tokenize(examples(), BYTES, cache_dir=cache)) == want
+        assert list(tokenize(examples(), BYTES, cache_dir=cache)) == wanted
         assert len([f for f in cache.glob("documents-*") if f.suffix != ".partial"]) == 1
         if not killed:
             break

@@ -43,7 +43,7 @@ def least_rows(lengths: list[int], budget: int) -> int:
     """No packing of whole documents needs fewer rows (Martello and Toth 1990, the bound L2).
 
     For each k: documents over budget − k share a row with none of at least k, those over half with none of their own
-    kind; what of the others, down to k, does not fit beside the second kind needs rows of its own.
+    kind; those of the others, down to k, that do not fit next to the second kind need rows of their own.
     """
     least = 0
     for k in {0, *(n for n in lengths if n <= budget // 2)}:
@@ -86,24 +86,24 @@ def test_a_packed_document_gets_the_logits_it_gets_alone():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = DreamModel(DreamConfig(vocab_size=64, num_key_value_heads=2, mask_token_id=60, pad_token_id=61, **sizes))
     documents = [document(range(i, i + 3 + i), range(20, 30 + 2 * i)) for i in range(4)]
-    drawn = [(SampleKey(0, i, i), d) for i, d in enumerate(documents)]
-    packed = collate([drawn[:3], drawn[3:]], pad_token_id=61)
+    keyed = [(SampleKey(0, i, i), d) for i, d in enumerate(documents)]
+    packed = collate([keyed[:3], keyed[3:]], pad_token_id=61)
     assert packed.document_bounds is not None and packed.maskable.sum() == sum(len(d.response_ids) for d in documents)
     together = logits(model, packed.input_ids, packed.maskable, attention_mask(packed), packed.position_ids)
     alone = []
-    for one in drawn:
+    for one in keyed:
         row = collate([[one]], pad_token_id=61)
         alone.append(logits(model, row.input_ids, row.maskable, attention_mask(row), row.position_ids))
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 
 def test_the_first_token_of_a_document_is_never_maskable():
-    drawn = [(SampleKey(0, i, i), document([1, 2], [3, 4, 5])) for i in range(5)]
-    for batch in (collate([drawn[:2], drawn[2:]], pad_token_id=0), collate([[d] for d in drawn], pad_token_id=0)):
+    keyed = [(SampleKey(0, i, i), document([1, 2], [3, 4, 5])) for i in range(5)]
+    for batch in (collate([keyed[:2], keyed[2:]], pad_token_id=0), collate([[d] for d in keyed], pad_token_id=0)):
         assert not batch.maskable[batch.position_ids == 0].any()
 
 
-def test_uncounted_draws_have_nothing_maskable():
+def test_uncounted_keys_have_nothing_maskable():
     rows = [[(SampleKey(0, 0, 0), document([1], [2, 3]))], [(SampleKey(0, 0, 0, counted=False), document([1], [2, 3]))]]
     assert collate(rows, pad_token_id=0).maskable.sum(1).tolist() == [2, 0]
 
@@ -126,7 +126,7 @@ def test_batch_cutoff_equals_the_authors(shared, kept):
 
 def test_the_cutoff_is_one_of_the_rows_lengths_and_differs_between_batches():
     lengths = set()
-    for place in range(40):
-        rows = [[(SampleKey(0, place, i), document([1, 2], [3] * n + [9] * 4))] for i, n in enumerate((2, 5, 7))]
+    for order in range(40):
+        rows = [[(SampleKey(0, order, i), document([1, 2], [3] * n + [9] * 4))] for i, n in enumerate((2, 5, 7))]
         lengths.add(int(collate_with_cutoff(rows, pad_token_id=9, eos_token_id=9, seed=0).maskable.sum(1)[0]))
     assert lengths == {2, 5, 7}

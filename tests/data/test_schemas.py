@@ -2,7 +2,6 @@
 
 import csv
 import json
-import textwrap
 
 import datasets
 import pyarrow
@@ -10,8 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from dream_lightning.batch import Example
-from dream_lightning.data import schemas
-from dream_lightning.data.schemas import SCHEMAS, read_examples
+from dream_lightning.data.schemas import SCHEMAS, Schema, question, read_examples
 from dream_lightning.errors import UserError
 
 QA = [{"question": f"{i}+{i}?", "response": str(2 * i)} for i in range(5)]
@@ -23,8 +21,8 @@ def write(folder, rows, name="train.jsonl"):
     return path
 
 
-def chat(*turns):
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+def chat(*messages):
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
 
 def test_s1k(tmp_path):
@@ -45,16 +43,18 @@ def test_s1k_11_gives_the_trace_that_is_asked_for(tmp_path):
         assert (got.thinking, got.answer, got.reference) == (f"{model} t", f"{model} a", "s")
 
 
-def test_a_schema_of_a_users_own_as_the_docstring_shows_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(schemas, "SCHEMAS", dict(SCHEMAS))
-    write(tmp_path, [{"stem": "1+1?", "choices": ["A 1", "B 2"], "why": "add", "key": "B"}], "quiz.jsonl")
-    code = textwrap.dedent(schemas.__doc__.split("pass its name as `schema`:\n")[1])
-    names = {"read_examples": read_examples}
-    exec(code, names)
-    assert names["examples"] == read_examples("quiz.jsonl", reference_column="key")  # detected
-    (got,) = names["examples"]
-    assert (got.prompt[0]["content"], got.thinking, got.answer, got.reference) == ("1+1?\nA 1\nB 2", "add", "B", "B")
+def test_a_schema_of_a_users_own_is_detected_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        SCHEMAS,
+        "backwards",
+        Schema(
+            lambda names: "response" in names,
+            lambda row, columns: (question(row.text("response")), None, row.text(columns.reference)),
+        ),
+    )
+    (got,) = read_examples(write(tmp_path, [QA[1]]), reference_column="question")
+    assert (got.prompt[0]["content"], got.answer, got.reference) == ("2", "1+1?", "1+1?")
+    assert read_examples(tmp_path / "train.jsonl", schema="prompt-response")[0].answer == "2"
 
 
 def test_a_records_own_task_takes_precedence(tmp_path):
@@ -78,12 +78,11 @@ def test_messages_split_the_last_message(tmp_path):
 
 
 def test_conversations_are_messages_by_other_names(tmp_path):
-    turns = [{"from": f, "value": v} for f, v in (("system", "s"), ("human", "q"), ("gpt", "<think>t</think>a"))]
-    (got,) = read_examples(write(tmp_path, [{"conversations": turns}]))
-    (wanted,) = read_examples(
-        write(tmp_path, [chat(("system", "s"), ("user", "q"), ("assistant", "<think>t</think>a"))])
-    )
-    assert got == wanted
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    row = chat(("system", "s"), ("user", "q"), ("assistant", "<think>t</think>a"))
+    renamed = [{"from": names[m["role"]], "value": m["content"]} for m in row["messages"]]
+    (wanted,) = read_examples(write(tmp_path, [row]))
+    assert read_examples(write(tmp_path, [{"conversations": renamed}])) == [wanted]
 
 
 def test_prompt_and_response_by_usual_and_by_given_names(tmp_path):

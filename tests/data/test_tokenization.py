@@ -28,10 +28,10 @@ def s1k(shared):
 
 
 def example(question="1+1?", thinking="one and one", answer="2", reference=None, system=None):
-    turns = [{"role": "user", "content": question}]
+    messages = [{"role": "user", "content": question}]
     if system is not None:
-        turns.insert(0, {"role": "system", "content": system})
-    return Example("x", tuple(turns), thinking, answer, reference, "train.jsonl, row 17")
+        messages.insert(0, {"role": "system", "content": system})
+    return Example("x", tuple(messages), thinking, answer, reference, "train.jsonl, row 17")
 
 
 def decode(ids, tokenizer=BYTES):
@@ -62,12 +62,12 @@ def test_text_never_becomes_a_special_token(name, style, request):
     generator = random.Random(0)
     for _ in range(30):
         parts = [*special.values(), "<|", "|>", "\n", " x ", "\ue000", "é"]
-        said = ["".join(generator.choices(parts, k=5)) for _ in range(4)]
-        got = encode(example(said[0], said[1], said[2], system=said[3]), tokenizer, style=style).document
+        texts = ["".join(generator.choices(parts, k=5)) for _ in range(4)]
+        got = encode(example(texts[0], texts[1], texts[2], system=texts[3]), tokenizer, style=style).document
         for ids, wanted in ((got.prompt_ids, harmless.prompt_ids), (got.response_ids, harmless.response_ids)):
             assert [i for i in ids if i in special] == [i for i in wanted if i in special]
-        assert said[0] in tokenizer.decode(got.prompt_ids) and said[3] in tokenizer.decode(got.prompt_ids)
-        response = response_text(example(said[0], said[1], said[2]), style=style)
+        assert texts[0] in tokenizer.decode(got.prompt_ids) and texts[3] in tokenizer.decode(got.prompt_ids)
+        response = response_text(example(texts[0], texts[1], texts[2]), style=style)
         assert tokenizer.decode(got.response_ids) == response + tokenizer.eos_token
 
 
@@ -77,7 +77,7 @@ def test_text_without_look_alikes_has_the_ids_of_the_whole_text(dream, s1k):
         assert encode_prompt(one, dream) == dream.encode(rendered)
 
 
-def test_layouts():
+def test_both_styles():
     one = example(reference="two", system="S")
     assert decode(encode_prompt(one, BYTES)).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n1+1?")
     assert decode(encode_prompt(one, BYTES, style="plain")) == "S\n\nQuestion: 1+1?\n\nLet's think step by step.\n"
@@ -109,19 +109,14 @@ def test_system_prompt_replaces_the_records():
             assert "new" in text and "old" not in text
 
 
-# ── fitting a limit ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("style", ["chat", "plain"])
 @pytest.mark.parametrize("name", ["bytes", "dream"])
 def test_truncate_trace_keeps_the_answer_and_fills_the_room(name, style, request):
     tokenizer = BYTES if name == "bytes" else request.getfixturevalue("dream")
     one = example(thinking="Zählen wir: " + "eins 😀 und 中文, é… " * 20, answer="Die Antwort ist **2** 😀.")
     whole, _, full_length, _ = encode(one, tokenizer, style=style)
-    head, tail = (
-        ("<think>\n", f"\n</think>\n{one.answer}") if style == "chat" else ("", response_text(one, style=style))
-    )
-    tail = tail.removeprefix(one.thinking) if style == "plain" else tail
+    head = "<think>\n" if style == "chat" else ""
+    tail = response_text(one, style=style).removeprefix(head + one.thinking)
     least = len(whole.prompt_ids) + len(tokenizer.encode(head)) + len(tokenizer.encode(tail)) + 1
     for max_length in range(least, full_length):
         got = encode(one, tokenizer, style=style, max_length=max_length)
@@ -174,13 +169,10 @@ def test_no_response_to_train_on():
             encode(one, BYTES, thinking=thinking)
 
 
-def test_plain_refuses_several_turns():
-    turns = [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]
+def test_plain_refuses_several_messages():
+    messages = [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]
     with pytest.raises(ValueError, match="use the chat style"):
-        encode(replace(example(), prompt=tuple(turns)), BYTES, style="plain")
-
-
-# ── eos and weights ──────────────────────────────────────────────────────────────────────────────────────────────────
+        encode(replace(example(), prompt=tuple(messages)), BYTES, style="plain")
 
 
 @pytest.mark.parametrize("fill", [1, 40, 60])

@@ -22,6 +22,13 @@ def sums(tmp_path):
     return write_jsonl(tmp_path / "sums.jsonl", addition_rows(40))
 
 
+def pytest_collection_modifyitems(items):
+    """Skip tests that are marked `gpu` if there is none."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Tests that share a launch of processes go to one worker, which makes it; the others to whoever is free."""

@@ -48,7 +48,11 @@ def test_the_objective_in_readme_trains(tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_the_task_and_the_schema_in_docs_work(tmp_path, monkeypatch):
+def test_the_rule_the_task_and_the_schema_in_docs_work(tmp_path, monkeypatch):
+    names = run_block("# a rule", tmp_path)
+    assert (names["output"].sequences != names["tokenizer"].mask_token_id).all()
+    assert names["output"].filled_at.max() == 15  # one or more at each step
+
     run_block("# my_tasks.py", tmp_path)
     asked = Example("q", ({"role": "user", "content": "3?"},), None, "", None, "row 1", "parity", {"number": 3})
     assert [grade_response(text, asked).correct for text in ("It is odd.", "Even", "")] == [True, False, False]

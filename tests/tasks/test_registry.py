@@ -85,7 +85,7 @@ def test_exact(response, correct):
 
 def test_unknown_tasks_are_named_with_a_guess():
     with pytest.raises(
-        UserError, match=r"no task 'countdwn', \(did you mean 'countdown'\?\).* choice, countdown, exact, math, s"
+        UserError, match=r"no task 'countdwn' \(did you mean 'countdown'\?\).* choice, countdown, exact, math, s"
     ):
         grade_response("1", example("?", task="countdwn"))
 

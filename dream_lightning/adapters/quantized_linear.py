@@ -1,6 +1,6 @@
 """The frozen base under adapters, quantized while it is read: 4-bit nf4 (QLoRA, arXiv:2305.14314) or float8."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +29,8 @@ _INTEGERS = {torch.bfloat16: (torch.int16, torch.int32), torch.float8_e4m3fn: (t
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer on the meta device, to be filled from a weight.
 
-    What dequantizes the weight is kept in buffers: as inputs of compiled code, which all layers then share.
+    The quantized weight is a parameter and what else its products need are buffers: as inputs of compiled code, which
+    all layers then share.
 
     Args:
         linear: the layer to replace; it gives the sizes.
@@ -43,10 +44,39 @@ class QuantizedLinear(nn.Linear):
         """Quantize a bfloat16 weight [out, in] on its device."""
         raise NotImplementedError
 
+    def quantized(self) -> tuple[Tensor, ...]:
+        """The last arguments of `product`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def product(x: Tensor, backward: bool, *quantized: Tensor) -> Tensor:
+        """x Wᵀ of bfloat16 rows [M, in] or, in the backward pass, x W of [M, out]; W is never kept."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out] in the dtype of x."""
+        weights = (type(self).product, *self.quantized())
+        return linear_by_rows(x, lambda rows: _FrozenProduct.apply(rows, *weights), self.bias, x.dtype)
+
     def _keep(self, weight: Tensor, **buffers: Tensor) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x Wᵀ and, in the backward pass, g W, by `product` of a layer's class."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, product: Callable[..., Tensor], *quantized: Tensor) -> Tensor:
+        ctx.save_for_backward(*quantized)
+        ctx.product = product
+        return product(x, False, *quantized)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        quantized = ctx.saved_tensors
+        return ctx.product(gradient, True, *quantized), None, *(None for _ in quantized)
 
 
 class Float8Linear(QuantizedLinear):
@@ -59,23 +89,14 @@ class Float8Linear(QuantizedLinear):
         columns, column_scales = to_float8(weight.t())
         self._keep(rows, row_scales=row_scales, columns=columns.contiguous(), column_scales=column_scales)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out] in the dtype of x."""
-        weights = (self.weight, self.row_scales, self.columns, self.column_scales)
-        return linear_by_rows(x, lambda rows: _Float8Product.apply(rows, *weights), self.bias, x.dtype)
-
-
-class _Float8Product(torch.autograd.Function):
-    """x Wᵀ and, in the backward pass, g W."""
+    def quantized(self) -> tuple[Tensor, ...]:
+        """See `QuantizedLinear`."""
+        return self.weight, self.row_scales, self.columns, self.column_scales
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, row_scales: Tensor, columns: Tensor, column_scales: Tensor) -> Tensor:
-        ctx.save_for_backward(columns, column_scales)
-        return float8_matmul(*to_float8(x), rows, row_scales)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return float8_matmul(*to_float8(gradient), *ctx.saved_tensors), None, None, None, None
+    def product(x: Tensor, backward: bool, *quantized: Tensor) -> Tensor:
+        """See `QuantizedLinear`."""
+        return float8_matmul(*to_float8(x), *(quantized[2:] if backward else quantized[:2]))
 
 
 class NF4Linear(QuantizedLinear):
@@ -108,53 +129,34 @@ class NF4Linear(QuantizedLinear):
             offset=state.offset,  # [] float32, the mean of the scales
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out] in the dtype of x."""
-        with torch.autocast(x.device.type, enabled=False):
-            h = x.to(torch.bfloat16)
-            if torch.compiler.is_compiling():
-                out = _NF4Product.apply(h, self.out_features, *self.quantized())
-                out = out if self.bias is None else out + self.bias
-            else:
-                out = _bitsandbytes().matmul_4bit(h, self.weight, self._state(), bias=self.bias)
-        return out.to(x.dtype)
-
     def quantized(self) -> tuple[Tensor, ...]:
-        """The first arguments of `dequantize`."""
+        """See `QuantizedLinear`; the first arguments of `dequantize`."""
         scales = (self.scale_codes, self.scale_levels, self.superscales, self.offset)
         return (self.weight.view(-1), self.levels, *scales)
+
+    @staticmethod
+    def product(x: Tensor, backward: bool, *quantized: Tensor) -> Tensor:
+        """See `QuantizedLinear`."""
+        weight = dequantize(*quantized, again=backward)
+        return x @ weight.view(x.shape[-1], -1) if backward else F.linear(x, weight.view(-1, x.shape[-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `QuantizedLinear`."""
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            h = x.to(torch.bfloat16)
+            return _bitsandbytes().matmul_4bit(h, self.weight, self._state(), bias=self.bias).to(x.dtype)
 
     def dequantized_weight(self) -> Tensor:
         """W [out, in] in bfloat16."""
         return _bitsandbytes().functional.dequantize_4bit(self.weight, self._state())
 
     def _state(self) -> Any:
-        make = _bitsandbytes().functional.QuantState
-        return make(
-            self.scale_codes,
-            torch.Size((self.out_features, self.in_features)),
-            self.levels,
-            BLOCK,
-            "nf4",
-            torch.bfloat16,
-            self.offset,
-            make(self.superscales, code=self.scale_levels, blocksize=_SUPERBLOCK, dtype=torch.float32),
-        )
-
-
-class _NF4Product(torch.autograd.Function):
-    """x Wᵀ with W dequantized for the product and again for the gradient, never kept."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, out_features: int, *quantized: Tensor) -> Tensor:
-        ctx.save_for_backward(*quantized)
-        ctx.out_features = out_features
-        return F.linear(x, dequantize(*quantized).view(out_features, -1))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight = dequantize(*ctx.saved_tensors, again=True).view(ctx.out_features, -1)
-        return gradient @ weight, *(None,) * (1 + len(ctx.saved_tensors))
+        """The second argument of bitsandbytes' functions, next to the packed weight."""
+        make, shape = _bitsandbytes().functional.QuantState, torch.Size((self.out_features, self.in_features))
+        scales = make(self.superscales, code=self.scale_levels, blocksize=_SUPERBLOCK, dtype=torch.float32)
+        return make(self.scale_codes, shape, self.levels, BLOCK, "nf4", torch.bfloat16, self.offset, scales)
 
 
 class NF4Float8Linear(NF4Linear):
@@ -178,34 +180,21 @@ class NF4Float8Linear(NF4Linear):
             weight_scales=scale.expand(max(self.in_features, self.out_features), 1).contiguous(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out] in the dtype of x."""
-        weights = (self.weight_scales, self.out_features, *self.quantized())
-        return linear_by_rows(x, lambda rows: _NF4Float8Product.apply(rows, *weights), self.bias, x.dtype)
-
     def quantized(self) -> tuple[Tensor, ...]:
-        """The first arguments of `dequantize`, for a largest weight of 448."""
+        """See `NF4Linear`; dequantized, the largest weight is 448, and then come its scales."""
         scales = (self.scale_codes, self.scale_levels, self.float8_superscales, self.float8_offset)
-        return (self.weight.view(-1), self.levels, *scales)
-
-
-class _NF4Float8Product(torch.autograd.Function):
-    """x Wᵀ and, in the backward pass, g W, with W dequantized for each and never kept."""
+        return (self.weight.view(-1), self.levels, *scales, self.weight_scales)
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight_scales: Tensor, out_features: int, *quantized: Tensor) -> Tensor:
-        ctx.save_for_backward(weight_scales, *quantized)
-        ctx.out_features = out_features
-        weight = dequantize(*quantized, dtype=torch.float8_e4m3fn).view(out_features, -1)
-        return float8_matmul(*to_float8(x), weight, weight_scales[:out_features])
+    def product(x: Tensor, backward: bool, *quantized: Tensor) -> Tensor:
+        """See `QuantizedLinear`."""
+        *nf4, scales = quantized
+        weight = dequantize(*nf4, dtype=torch.float8_e4m3fn, again=backward)
+        # The matrix units read W along the summed axis.
+        weight = weight.view(x.shape[-1], -1).t().contiguous() if backward else weight.view(-1, x.shape[-1])
+        return float8_matmul(*to_float8(x), weight, scales[: len(weight)])
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight_scales, *quantized = ctx.saved_tensors
-        weight = dequantize(*quantized, dtype=torch.float8_e4m3fn, again=True).view(ctx.out_features, -1)
-        columns = weight.t().contiguous()  # the matrix units read W along the summed axis
-        out = float8_matmul(*to_float8(gradient), columns, weight_scales[: len(columns)])
-        return out, *(None,) * (2 + len(quantized))
+    forward = QuantizedLinear.forward
 
 
 def block_scales(

@@ -50,9 +50,8 @@ class AdamW8bit(torch.optim.Optimizer):
     At lr 2e-6 an update is a fiftieth of the distance between two bfloat16 numbers near 0.02, so bfloat16 weights
     alone never move. A bfloat16 weight is the upper half of a float32 number; the low-order 16 bits are kept here.
     Together they are the float32 master weight, and the model computes with its nearest bfloat16 number, as it would
-    under `bf16-mixed`. Nothing is lost, weight decay included, and nothing is random: a resumed run is the same to the
-    bit. Stochastic rounding would save the 2 bytes, but at this lr its noise on a weight grows as large as what the
-    weight learns. Parameters in float32 are updated without low-order bits.
+    under `bf16-mixed`. A resumed run is the same to the bit. Stochastic rounding would save the 2 bytes, but at this lr
+    its noise on a weight grows as large as what the weight learns. Float32 parameters need no low-order bits.
 
     Bytes per parameter: weight 2, gradient 2, moments 2.03, low-order bits 2; for Dream 7B 57 GiB, so that 80 GB leave
     20 GiB for activations (float32 weights, gradients and AdamW take 114 GiB). On a GPU a parameter's update is
@@ -228,15 +227,11 @@ def adamw_update(
     """One AdamW step of one parameter, in place: C blocks with 8-bit moments, or without scales any shape.
 
     Args:
-        weight: [C, BLOCK] bfloat16 or float32.
-        gradient: [C, BLOCK].
+        weight, gradient: [C, BLOCK] bfloat16 or float32.
         low_bits: [C, BLOCK] int16, of bfloat16 weights.
-        moment1: [C, BLOCK] uint8 codes, or float32 where there are no scales.
-        scale1: [C, 1] float32.
-        moment2: as moment1.
-        scale2: as scale1.
-        signed: what the codes of moment1 stand for.
-        unsigned: the same of moment2.
+        moment1, moment2: [C, BLOCK] uint8 codes, or float32 where there are no scales.
+        scale1, scale2: [C, 1] float32.
+        signed, unsigned: what the codes of moment1 and moment2 stand for.
         numbers: [7] float32 of `_numbers`.
     """
     if scale1 is not None:

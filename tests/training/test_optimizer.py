@@ -16,7 +16,7 @@ from dream_lightning import DreamModule, S1KDataModule
 from dream_lightning.training import optimizer as optim
 
 LR, STEPS, SIZE = 2e-6, 50, 8192
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def train(parameter, optimizer, *, steps=STEPS, first=0, gradient_scale=1.0):
 
 
 def float32_training(size=SIZE, make=None, **options):
-    """Another optimiser on float32 weights; bitsandbytes' own 8-bit AdamW by default."""
+    """Another optimizer on float32 weights; bitsandbytes' own 8-bit AdamW by default."""
     import bitsandbytes
 
     parameter = torch.nn.Parameter(weights(size).float())
@@ -70,12 +70,9 @@ class TestHalves:
         optim.split(numbers.clone(), weight, low_bits)
         return weight, low_bits
 
-    def test_together_they_are_the_number(self):
-        both = optim.join(*self.halves(self.numbers))
-        assert torch.equal(both.view(torch.int32), self.numbers.view(torch.int32))
-
-    def test_the_weight_is_the_nearest_bfloat16(self):
-        weight, _ = self.halves(self.numbers)
+    def test_together_they_are_the_number_and_the_weight_is_the_nearest_bfloat16(self):
+        weight, low_bits = self.halves(self.numbers)
+        assert torch.equal(optim.join(weight, low_bits).view(torch.int32), self.numbers.view(torch.int32))
         finite = self.numbers.isfinite() & (self.numbers.abs() < 3e38)
         torchs = self.numbers.bfloat16()
         error, least = (weight.double() - self.numbers.double()).abs(), (torchs.double() - self.numbers.double()).abs()
@@ -194,7 +191,7 @@ def test_one_compilation_serves_all_shapes_steps_and_groups():
     assert compilations([(640, 64), (64,), (64, 64), (32,), (160, 256)]) == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(1024, 1024), (300_001,)], ids=str)
 def test_on_a_gpu_an_update_is_one_kernel_and_takes_no_memory(shape):
     torch._dynamo.reset()
@@ -321,6 +318,6 @@ def test_sharded_weights_are_refused():
         optim.AdamW8bit([torch.nn.Parameter(distribute_tensor(weights(), mesh, [Shard(0)], src_data_rank=None))])
 
 
-def test_bfloat16_weights_with_an_optimiser_that_loses_updates_are_refused(sums, tmp_path):
+def test_bfloat16_weights_with_an_optimizer_that_loses_updates_are_refused(sums, tmp_path):
     with pytest.raises(ValueError, match=r"is AdamW and.*AdamW8bit"):
         fit(module(lambda groups: torch.optim.AdamW(groups, lr=1e-4)), tmp_path, sums, 1)

@@ -30,7 +30,7 @@ class CompiledDenoiser:
     Args:
         model: a DreamModel on a CUDA device. It may be trained between two generations.
         capture: False runs the layers uncompiled, with the same fixed shapes and buffers, on any device: for tests.
-        mode: of torch.compile, such as `max-autotune-no-cudagraphs`, which takes minutes to try kernels.
+        mode: of torch.compile, such as `max-autotune-no-cudagraphs`.
         keep_alive: hold a reference to the model.
 
     Raises:
@@ -100,8 +100,8 @@ class CUDAGraphRunner:
     def new_cache(self, rows: int, length: int) -> Any:
         """The KV cache of this shape, the same at every call, because graphs contain its address.
 
-        All caches together hold at most twice what the largest holds, enough for a batch that shrinks by halves. The
-        least recently used ones are dropped, and their graphs.
+        Caches hold at most twice what the largest holds, enough for a batch that shrinks by halves. Beyond that the
+        least recently used ones and their graphs are dropped.
         """
         cache = self._caches.pop((rows, length), None)
         if cache is None:
@@ -148,7 +148,6 @@ class CUDAGraphRunner:
         enabled, dtype = _autocast("cuda")
         # Cast weights inside the graph: copies that autocast's cache made before would not follow training.
         uncached = torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
-        # The weights' device need not be the current one.
         with torch.cuda.device(ids.device), _compiled_parts(trunk, self._mode), uncached:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -169,20 +168,15 @@ class CUDAGraphRunner:
 
 
 class _Graph:
-    """A forward with fixed inputs, into which the inputs of a call are copied.
-
-    Ids are always copied, since hooks may change them in place; other inputs only if they are not the last call's
-    tensors. It holds its cache, so that no other cache gets its address.
-    """
+    """A forward with fixed inputs. It holds its cache, so that no other cache gets the same address."""
 
     def __init__(self, static: list[Tensor | None], cache: Any, run: Callable[[], Tensor]) -> None:
         self._static, self.cache, self._run = static, cache, run
         self._last: list[Tensor | None] = [None] * len(static)
 
     def __call__(self, inputs: list[Tensor | None]) -> Tensor:
-        ids, *_ = self._static
         for static, given, last in zip(self._static, inputs, self._last, strict=True):
-            if static is ids or given is not last:
+            if given is not last:  # tensors of a Canvas are never changed in-place
                 static.copy_(given)
         self._last = inputs
         return self._run()

@@ -20,13 +20,9 @@ class CachedForward:
     token, is always a current one.
 
     Args:
-        model: a DreamModel or its CompiledDenoiser. It has `model`, (ids, attention_mask, position_ids, cache, columns,
-            span=…) → hidden states, with `new_cache`; and `lm_head`.
-        canvas: the rows.
-        cache: see SamplingParams.
-        refresh_every: see SamplingParams.
-        span: the first column and the one after the last whose hidden states are needed, where everything is computed
-            without a cache. None: all columns.
+        model: a DreamModel or its CompiledDenoiser.
+        cache, refresh_every: see SamplingParams.
+        span: without a cache, the first column and the one after the last whose hidden states are needed; None: all.
     """
 
     def __init__(
@@ -95,14 +91,10 @@ class CachedForward:
 
 
 def locate(where: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The True positions in reading order, without synchronizing with the GPU as `nonzero` does.
-
-    Args:
-        where: [B, L] bool.
-        number: at least the number of True positions.
+    """The True positions of `where` [B, L] in reading order, without synchronizing with the GPU as `nonzero` does.
 
     Returns:
-        Their rows and columns, [number] each, padded with (0, 0); and for every True position its index in these,
+        Their rows and columns, padded with (0, 0) to [number] each; and for every True position its index in these,
         [B, L], between −1 and number − 1 also elsewhere.
     """
     flat = where.flatten()

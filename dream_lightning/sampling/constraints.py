@@ -29,13 +29,9 @@ def constrain(
     hook: LogitsHook | None,
     step: int,
 ) -> Tensor:
-    """Logits [m, V] of positions (row [m], column [m]), changed in place; float32 with a hook.
-
-    Raises:
-        UserError: the hook returns something else than such logits.
-    """
+    """Logits [m, V] of positions (row [m], column [m]), changed in-place; float32 with a hook."""
     for token in [*(params.banned_tokens or []), *([canvas.mask_token_id] if params.forbid_mask else [])]:
-        logits[:, token] = -torch.inf
+        logits[:, token].fill_(-torch.inf)
     if params.min_new_tokens:
         early = column < canvas.prompt_length + params.min_new_tokens  # [m]
         logits[:, canvas.eos_token_id].masked_fill_(early, -torch.inf)
@@ -50,11 +46,7 @@ def constrain(
 
 
 def hooked_tokens(hook: TokensHook, step: int, x: Tensor) -> Tensor:
-    """x as the caller's hook returns it.
-
-    Raises:
-        UserError: it is no tensor of x's shape and dtype.
-    """
+    """x as the caller's hook returns it; UserError if that is no tensor of x's shape and dtype."""
     changed = hook(step, x.clone())
     if not isinstance(changed, Tensor) or changed.shape != x.shape or changed.dtype != x.dtype:
         raise UserError(f"tokens_hook returned {_described(changed)}, wanted {x.dtype} {list(x.shape)} as it got")

@@ -120,13 +120,16 @@ class Proposer:
 
     def check_finite(self) -> None:
         """Raise UserError if a confidence since the last check is not finite. Synchronizes with the GPU."""
-        for step, total in self._sums.items():
-            if not total.isfinite():
-                raise UserError(
-                    f"the model's logits are not finite at step {step}: check the weights (a diverged run?), and use "
-                    "bfloat16 or float32 rather than float16"
-                )
+        if not self._sums:
+            return
+        finite = torch.stack([*self._sums.values()]).isfinite().tolist()
+        wrong = [step for step, is_finite in zip(self._sums, finite, strict=True) if not is_finite]
         self._sums.clear()
+        if wrong:
+            raise UserError(
+                f"the model's logits are not finite at step {wrong[0]}: check the weights (a diverged run?), and use "
+                "bfloat16 or float32 rather than float16"
+            )
 
 
 def _choose(rule: UnmaskingRule, plan: Plan, proposal: Proposal, step_of_block: int, *, last: bool) -> Tensor:

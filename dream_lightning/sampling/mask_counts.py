@@ -28,13 +28,9 @@ class ActiveRows:
         return self.canvas if self._rows is None else self._batch.put(self._rows, self.canvas)
 
     def compact(self, is_open: Tensor) -> Tensor | None:
-        """Drop rows so that a power of two remains that holds all open ones.
+        """Drop rows that are not open [b] bool so that a power of two remains; returns these rows, None if all remain.
 
-        Args:
-            is_open: [b] bool on the host, whether a row has masks.
-
-        Returns:
-            The rows that stay, int64 on the host; None if all do.
+        Both on the host.
         """
         size = 1 << max(0, int(is_open.sum()) - 1).bit_length()
         if size >= len(is_open):

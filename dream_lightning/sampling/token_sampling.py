@@ -45,18 +45,10 @@ def token_probabilities(
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One token per row by inverting the cumulative distribution.
+    """One token per row by inverting the cumulative distribution: [M, V] and [M] in [0, 1), float32 → [M] int64.
 
-    The sum runs over integers (probability · 2⁵²), so it does not round: it rises exactly where a token has
-    probability, on every device and in whatever order the sum is made. A token of probability 0 is never drawn.
-    The resolution is that of the uniforms, 2⁻²⁴.
-
-    Args:
-        probs: [M, V] float32, rows sum to about 1.
-        uniforms: [M] float32 in [0, 1).
-
-    Returns:
-        [M] int64.
+    The sum runs over integers (probability · 2⁵²), so it is exact on every device, in whatever order it is made. A
+    token of probability 0 is never drawn. The resolution is that of the uniforms, 2⁻²⁴.
     """
     cumulative = (probs * 2.0**52).to(torch.int64).cumsum(-1)  # [M, V]
     # In float64 u · total < total, since u ≤ 1 − 2⁻²⁴: a token always exists.
@@ -66,15 +58,9 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def confidence_of(probs: Tensor, tokens: Tensor, alg: Algorithm) -> Tensor:
-    """How certain the model is of a position; larger is more certain.
+    """How certain the model is of a position, larger is more certain: [M, V] float32 and [M] int64 → [M] float32.
 
-    Args:
-        probs: [M, V] float32.
-        tokens: [M] int64, the chosen tokens.
-        alg: `topk_margin` is p₁ − p₂; `entropy` is Σ p·log(p + 1e-10); the others give the chosen token's p.
-
-    Returns:
-        [M] float32.
+    `topk_margin` is p₁ − p₂; `entropy` is Σ p·log(p + 1e-10); the others give the chosen token's p.
     """
     if alg == "topk_margin":
         best = probs.topk(2, dim=-1).values

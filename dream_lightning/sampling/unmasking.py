@@ -137,11 +137,7 @@ def fill_shares(steps: int, eps: float) -> list[float]:
 
 
 def clamped(counts: Tensor, remaining: Tensor) -> Tensor:
-    """A rule's counts within 1 … remaining. [B] → [B] int64.
-
-    Raises:
-        UserError: the counts have another shape.
-    """
+    """A rule's counts within 1 … remaining, [B] int64; UserError if they have another shape."""
     if counts.shape != remaining.shape:
         raise UserError(f"the unmasking rule returned counts {list(counts.shape)}, wanted {list(remaining.shape)}")
     return torch.minimum(counts.clamp(min=1), remaining)
@@ -166,17 +162,10 @@ def reference_topk_overflow(order: Tensor, count: int) -> Tensor:
 
 
 def perturb(confidence: Tensor, alg_temp: float, uniforms: Tensor) -> Tensor:
-    """Confidences whose k largest are a draw of k without replacement from softmax(confidence / alg_temp).
+    """Confidences whose k largest are a draw of k without replacement from softmax(confidence / alg_temp), in float64.
 
-    Gumbel top-k (Kool, van Hoof and Welling 2019, arXiv:1903.06059). Unlike a multinomial it cannot run out of
-    probability when the softmax underflows.
-
-    Args:
-        confidence: any shape, float32.
-        uniforms: same shape, multiples of 2⁻²⁴ in [0, 1).
-
-    Returns:
-        Same shape, float64.
+    Gumbel top-k (Kool, van Hoof and Welling 2019, arXiv:1903.06059) with multiples of 2⁻²⁴ in [0, 1). Unlike a
+    multinomial it cannot run out of probability when the softmax underflows.
     """
     u = uniforms.double() + 2.0**-25  # strictly between 0 and 1
     return confidence.double() / alg_temp - torch.log(-torch.log(u))

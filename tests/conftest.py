@@ -1,4 +1,4 @@
-"""Fixtures over what tests read."""
+"""Fixtures that read material, tests that need a GPU, and how tests are spread over workers."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ import torch
 from material import addition_rows, shared_path, write_jsonl
 
 pytest_plugins = ["tiny_models"]
-torch.set_num_threads(1)  # tiny models: more threads wait for each other
+torch.set_num_threads(1)  # tiny models: more threads are slower
 
 
 @pytest.fixture(scope="session")
 def shared():
-    """`shared("golden/tokenizer.json")` → its path, or skip with the reason."""
+    """`shared("golden/tokenizer.json")` → its path; skips where it is absent."""
     return shared_path
 
 
@@ -31,12 +31,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Tests that share a launch of processes go to one worker, which makes it; the others to whoever is free."""
+    """Give tests that share a launch of processes to one worker, and the others to any free one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByLaunch(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return file if Path(file).stem in ("test_distributed", "test_invariance", "test_sharded") else nodeid
+            return (
+                file
+                if Path(file).stem in ("test_distributed", "test_invariance", "test_sharded_checkpoint")
+                else nodeid
+            )
 
     return ByLaunch(config, log)

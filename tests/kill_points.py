@@ -1,7 +1,7 @@
 """Kills at exact moments: right before the n-th change of the files in a folder.
 
-Between two such changes a kill finds the same files, so killing before each of them in turn is killing at any time.
-Lines and files that a kill tears in the middle of a write are the business of tests that tear them.
+Between two changes a kill finds the same files, so killing before each of them covers every moment but the middle of a
+write.
 """
 
 import os
@@ -14,9 +14,9 @@ _NAMES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symli
 
 
 class Watch:
-    """Calls `before_change(what)` with whatever this process is about to change in `folder`.
+    """Calls `before_change(what)` before this process changes anything in `folder`.
 
-    Python tells an audit hook; one cannot be taken back, so all share it.
+    An audit hook cannot be removed, so all instances share one.
     """
 
     _active: "Watch | None" = None
@@ -48,13 +48,13 @@ class Watch:
 
 
 class Killed(BaseException):
-    """The end of a process, for a test that has to live on."""
+    """Takes the place of the end of a process."""
 
 
 def killed_before(change: int, folder: Path, work: Callable[[], object]) -> bool:
-    """Do `work` up to before its n-th change of the folder, from 0; False if it was done without coming to that.
+    """Do `work` up to its n-th change of the folder, from 0; False if it ends before.
 
-    From then on nothing can be changed any more, so that no `finally` clears away what a kill leaves.
+    After that nothing can be changed, so no `finally` removes what a kill leaves.
     """
     seen = -1
 

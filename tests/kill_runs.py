@@ -1,9 +1,8 @@
-"""`python kill_runs.py FOLDER KILLS SEED`: train until the run has been killed KILLS times, then to its end.
+"""`python kill_runs.py FOLDER KILLS SEED`: train until the run was killed KILLS times, then to its end.
 
-That run is in FOLDER/killed, and one that is left alone beside it in FOLDER/whole. Python and its imports are loaded
-once; every attempt is a fork of this process. Prints a line of JSON a kill: the moment that was chosen for it, how the
-attempt ended, and what it left half written; then one with the exit statuses of both runs. However slow the machine is,
-or whenever it stands still, every kill comes at its moment and before the run's end.
+This run is in FOLDER/killed, and one without kills in FOLDER/whole. Every attempt is a fork of this process, so imports
+are loaded once. Prints a line of JSON for each kill: its moment, how the attempt ended, and what it left incomplete;
+then one with the exit statuses of both runs. The kills do not depend on the speed of the machine.
 """
 
 import json
@@ -42,36 +41,20 @@ def train(folder: Path, devices: int = 1, steps: int = STEPS, callbacks: tuple[L
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
         sampling=SamplingParams(max_new_tokens=4, steps=2),
     )
-    data = S1KDataModule(
-        str(folder.parent / "sums.jsonl"),
-        tokenizer=module.tokenizer,
-        batch_size=2,
-        validation_questions=1,
-        cache_dir=str(folder.parent / "cache"),
-    )
+    options = {"batch_size": 2, "validation_questions": 1, "cache_dir": str(folder.parent / "cache")}
+    data = S1KDataModule(str(folder.parent / "sums.jsonl"), tokenizer=module.tokenizer, **options)
     trainer = L.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        use_distributed_sampler=False,
-        max_steps=steps,
-        accumulate_grad_batches=2,
-        gradient_clip_val=1.0,
-        limit_val_batches=1,
-        log_every_n_steps=1,
-        val_check_interval=20,
-        check_val_every_n_epoch=None,
+        **{"accelerator": "cpu", "devices": devices, "strategy": "ddp" if devices > 1 else "auto", "max_steps": steps},
+        **{"accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "use_distributed_sampler": False},
+        **{"limit_val_batches": 1, "val_check_interval": 20, "check_val_every_n_epoch": None, "log_every_n_steps": 1},
+        **{"enable_progress_bar": False, "enable_model_summary": False},
         callbacks=[
             *callbacks,
-            ModelCheckpoint(
-                folder, filename="{step}", every_n_train_steps=50, save_top_k=-1, enable_version_counter=False
-            ),
+            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=50, save_top_k=-1),
             Autosave(folder, every_n_train_steps=1, save_top_k=0, save_last=True),
         ],
         plugins=[SafeCheckpointIO()],
         logger=TensorBoardLogger(folder.parent, name=f"{folder.name}.logs") if devices == 1 else False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, data, ckpt_path="last", weights_only=True)
 
@@ -104,7 +87,7 @@ def end(pid: int) -> int:
 
 
 class Wait(L.Callback):
-    """After a few steps nothing more happens until the kill."""
+    """Do a few steps, then wait for the kill."""
 
     def on_train_start(self, trainer, pl_module):
         self.last = trainer.global_step + FEW
@@ -114,42 +97,39 @@ class Wait(L.Callback):
             signal.pause()
 
 
-def killed_before_change(folder: Path, change: int) -> None:
-    """Train up to before the n-th change of the checkpoints or of the log."""
-    left = change
+def killed_at_change(folder: Path, watched: Path, number: int, is_one: Callable[[str], bool], kill: Callable) -> None:
+    """Train, and call `kill` before the n-th such change of the files in `watched`."""
+    left = number
 
     def count(what: str) -> None:
         nonlocal left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
+        if is_one(what):
+            if left == 0:
+                kill()
+            left -= 1
 
-    with Watch(folder.parent, count):
+    with Watch(watched, count):
         train(folder)
 
 
 def killed_in_save(folder: Path, save: int, size: int) -> None:
-    """Train until the n-th save has written so many bytes: the kernel ends who writes beyond the limit of a file."""
-    left = save
+    """Train until the n-th save has written so many bytes: the kernel ends a process at its limit of a file's size."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    def count(what: str) -> None:
-        nonlocal left
-        if what.startswith("open last.ckpt.") and what.endswith(".partial"):
-            if left == 0:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            left -= 1
-
-    with Watch(folder, count):
-        train(folder)
+    killed_at_change(
+        folder,
+        folder,
+        save,
+        lambda what: what.startswith("open last.ckpt.") and what.endswith(".partial"),
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
 
 
 def kill(moment: str, folder: Path, chance: random.Random) -> int:
     """Train up to such a moment; returns how it ended."""
     if moment == "before a change":
-        change = chance.randrange(60)
-        return end(attempt(lambda: killed_before_change(folder, change), folder))
+        number, die = chance.randrange(60), lambda: os.kill(os.getpid(), signal.SIGKILL)
+        return end(attempt(lambda: killed_at_change(folder, folder.parent, number, lambda what: True, die), folder))
     if moment == "in a save":
         save, size = chance.randrange(FEW), chance.randrange(20_000)
         return end(attempt(lambda: killed_in_save(folder, save, size), folder))

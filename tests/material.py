@@ -1,4 +1,4 @@
-"""What tests share: paths to material that is not ours to ship, rows and small models made here, how they train."""
+"""Helpers of tests: paths of shared material, rows, small models, trainers, programs."""
 
 import json
 import os
@@ -40,7 +40,7 @@ SIZES = {
 
 
 def quiet_trainer(**options) -> L.Trainer:
-    """On the CPU, without bars and logs; without checkpoints, unless told otherwise."""
+    """On the CPU, without bars, logs and checkpoints by default."""
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     return L.Trainer(**{"accelerator": "cpu", **dict.fromkeys(quiet, False), **options})
 
@@ -69,7 +69,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def output_of(script: Path, *arguments: str | Path, **environment: str) -> str:
-    """What a program of these tests prints; if it fails or takes too long, none of its forks is left behind."""
+    """What a program of these tests prints; its forks are killed if it fails or takes too long."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, script, *arguments]

@@ -1,7 +1,6 @@
-"""`python stop_ranks.py FOLDER PORT PORT`: two processes as torchrun starts them; SIGTERM to the second; all again.
+"""`python stop_ranks.py FOLDER PORT PORT`: two processes as torchrun starts them, SIGTERM to the second; then resumed.
 
-They meet at the first port, then at the second. Prints the exit statuses of both attempts as JSON. Started by
-test_kills.py.
+Each attempt has a port of its own. Prints the exit statuses of both attempts as JSON. Started by test_kills.py.
 """
 
 import json
@@ -18,7 +17,7 @@ from material import addition_rows, write_jsonl
 
 
 class Terminated(L.Callback):
-    """As if a scheduler told the second process alone, whatever the first one does at that moment."""
+    """A scheduler stops the second process only."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_rank == 1 and trainer.global_step == 7 and batch_idx % 2 == 0:  # of two micro-batches

@@ -1,7 +1,7 @@
 """Two processes equal one: DDP and FSDP2 over gloo on the CPU, full and LoRA, in float32.
 
-This file is also the program that starts the processes: Python and its imports are loaded once, every process is a fork
-of it that trains all cases of a launch and leaves what it saw.
+This file is also the program that starts the processes: forks of it, so imports are loaded once, which train all cases
+of a launch.
 """
 
 import os
@@ -30,14 +30,14 @@ LAUNCHES = {"one": 1, "two": 2, "back": 1}  # processes
 ROWS, STEPS, SAVED = 8, 3, 2  # rows a step, steps of a run, step of its checkpoint
 # The gradient of a key's bias vanishes but for rounding errors, which Adam's own 1e-8 would make full-sized updates of
 EPSILON = 1e-4
-# 45 and 5 rows do not go round two processes evenly
+# 45 and 5 rows do not divide evenly over two processes
 SIZES = {"hidden_size": 40, "intermediate_size": 45, "num_hidden_layers": 2, "num_attention_heads": 4}
 SUM = "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
 LORA = LoraParams(rank=5, alpha=10, targets="all-linear")
 
 
 class Recorder(L.Callback):
-    """What the optimiser steps and the validation of a run gave."""
+    """Losses, gradient norms and validation answers of a run, and the share of the weights on this process."""
 
     def __init__(self):
         self.losses, self.norms, self.answers, self.parts = [], [], {}, 1.0
@@ -69,7 +69,7 @@ def module(kind, folder, **options):
 
 
 def nothing_masked_on_rank_1(model):
-    """As if the rows of the second of two processes, at two rows a micro-batch, were all prompt."""
+    """Mask nothing in the rows of the second of two processes, at two rows a micro-batch."""
 
     def noise(batch: Batch, **options):
         masked_out = batch.maskable & (batch.document_ids // 2 % 2 == 0)
@@ -78,13 +78,13 @@ def nothing_masked_on_rank_1(model):
     model.noise = noise
 
 
-def fit(folder, name, kind, strategy, *, batch_size, resume=None, hollow=False, trainer_options=None, **options):
-    """Train a case; what it gave is kept by process 0 as `{name}.pt`, its checkpoint as `{name}.ckpt`."""
-    os.environ.update(ENVIRONMENT)  # Lightning removes its part at the end of a run
+def fit(folder, name, kind, strategy, *, batch_size, resume=None, unmasked=False, trainer_options=None, **options):
+    """Train a case; process 0 saves the results as `{name}.pt`, the checkpoint is `{name}.ckpt`."""
+    os.environ.update(ENVIRONMENT)  # Lightning removes its variables at the end of a run
     world_size = int(os.environ["WORLD_SIZE"])
     L.seed_everything(0, verbose=False)
     recorder, model = Recorder(), module(kind, folder, **options)
-    if hollow:
+    if unmasked:
         nothing_masked_on_rank_1(model)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -142,8 +142,8 @@ def train(launch: str, folder: Path) -> None:
         for kind in KINDS:
             fit(folder, f"{kind}-one", kind, "auto", batch_size=8)
         fit(folder, "full-one-accumulated", "full", "auto", batch_size=1)
-        fit(folder, "full-one-hollow", "full", "auto", batch_size=8, hollow=True)
-        fit(folder, "lora-one-hollow", "lora", "auto", batch_size=8, hollow=True)
+        fit(folder, "full-one-unmasked", "full", "auto", batch_size=8, unmasked=True)
+        fit(folder, "lora-one-unmasked", "lora", "auto", batch_size=8, unmasked=True)
         fit(folder, "full-fsdp2-from-1", "full", "fsdp2", batch_size=4)
     if launch == "two":
         for kind in KINDS:
@@ -151,14 +151,14 @@ def train(launch: str, folder: Path) -> None:
             fit(folder, f"{kind}-fsdp2", kind, "fsdp2", batch_size=2)
             if kind != "new":
                 fit(folder, f"{kind}-fsdp2-to-2", kind, "fsdp2", batch_size=2, resume=f"{kind}-fsdp2")
-                fit(folder, f"{kind}-fsdp2-hollow", kind, "fsdp2", batch_size=2, hollow=True)
+                fit(folder, f"{kind}-fsdp2-unmasked", kind, "fsdp2", batch_size=2, unmasked=True)
         fit(folder, "full-1-to-2", "full", "fsdp2", batch_size=2, resume="full-fsdp2-from-1")
         fit(folder, "full-fsdp2-checkpointing", "full", "fsdp2", batch_size=4, gradient_checkpointing=True)
         mixed = {"precision": "bf16-mixed"}
         fit(folder, "full-fsdp2-mixed", "full", "fsdp2", batch_size=4, trainer_options=mixed)
         fit(folder, "lora-fsdp2-mixed", "lora", "fsdp2", batch_size=2, trainer_options=mixed, dtype="bfloat16")
         plain = torch.nn.Module.compile
-        torch.nn.Module.compile = lambda layer: plain(layer, backend="eager")  # the compiler's part without its C++
+        torch.nn.Module.compile = lambda layer: plain(layer, backend="eager")  # without a C++ compiler
         fit(folder, "lora-fsdp2-compiled", "lora", "fsdp2", batch_size=4, compile_layers=True)
     if launch == "back":
         for kind in ("full", "lora"):
@@ -189,7 +189,7 @@ def fork(launch: str, rank: int, port: str, folder: Path) -> int:
 
 
 def main(folder: Path, ports: list[str]) -> None:
-    """All launches, one after the other; ends with the status 1 behind the log of a process that failed."""
+    """All launches in turn; exits with the log of a process that failed."""
     torch.set_num_threads(1)
     for (launch, processes), port in zip(LAUNCHES.items(), ports, strict=True):
         pids = [fork(launch, rank, port, folder) for rank in range(processes)]
@@ -200,13 +200,13 @@ def main(folder: Path, ports: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """name of a case → what it gave."""
+    """name of a case → its results."""
     folder = tmp_path_factory.mktemp("runs")
     write_jsonl(folder / "sums.jsonl", addition_rows(50))
     tokenizer = load_tokenizer("bytes")
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("mask", "pad", "bos", "eos")}
     torch.manual_seed(0)
-    # Weights large enough that no answer hangs on the last bit
+    # Weights large enough that no answer depends on rounding
     DreamModel(
         DreamConfig(vocab_size=321, num_key_value_heads=2, initializer_range=0.1, **SIZES, **ids)
     ).save_pretrained(folder / "base")
@@ -246,8 +246,8 @@ def test_accumulation_does_not_matter(runs):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_process_with_nothing_masked_keeps_in_step(runs, kind):
-    one, two = runs(f"{kind}-one-hollow"), runs(f"{kind}-fsdp2-hollow")
+def test_a_process_with_nothing_masked_stays_in_step(runs, kind):
+    one, two = runs(f"{kind}-one-unmasked"), runs(f"{kind}-fsdp2-unmasked")
     assert_same(two, one)
     assert one["losses"] != runs(f"{kind}-one")["losses"]
 
@@ -258,14 +258,14 @@ def test_layers_recomputed_in_the_backward_pass_give_the_same(runs):
 
 @pytest.mark.parametrize("resumed", ["fsdp2-to-2", "fsdp2-to-1", "ddp-to-1"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_checkpoint_goes_on_on_any_number_of_processes(runs, kind, resumed):
+def test_a_checkpoint_resumes_on_any_number_of_processes(runs, kind, resumed):
     """Also where a step of as many rows takes another number of micro-batches."""
     whole_run, later = runs(f"{kind}-{resumed.split('-')[0]}"), runs(f"{kind}-{resumed}")
     rest = {**whole_run, "losses": whole_run["losses"][SAVED:], "norms": whole_run["norms"][SAVED:]}
     assert_same(later, rest)
 
 
-def test_a_checkpoint_of_one_process_goes_on_on_two(runs):
+def test_a_checkpoint_of_one_process_resumes_on_two(runs):
     later, one = runs("full-1-to-2"), runs("full-fsdp2-from-1")
     assert_same(later, {**one, "losses": one["losses"][SAVED:], "norms": one["norms"][SAVED:]})
 
@@ -274,7 +274,7 @@ def test_compiled_layers_give_the_same(runs):
     assert_same(runs("lora-fsdp2-compiled"), runs("lora-one"))
 
 
-def test_of_an_adapted_model_only_the_adapters_and_their_optimiser_are_saved(runs):
+def test_of_an_adapted_model_only_the_adapters_and_their_optimizer_are_saved(runs):
     folder = runs.folder / "lora-fsdp2.ckpt"
     trained = {f"state_dict.{name}" for name in runs("lora-fsdp2")["weights"]}
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -285,7 +285,7 @@ def test_of_an_adapted_model_only_the_adapters_and_their_optimiser_are_saved(run
     assert read_rest(folder)["base"]["hash"]
 
 
-def test_a_process_holds_its_part_only(runs):
+def test_a_process_holds_only_its_shard(runs):
     assert 0.5 <= runs("full-fsdp2")["part"] < 0.51
     assert runs("full-ddp")["part"] == 1
 

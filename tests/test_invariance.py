@@ -1,7 +1,7 @@
-"""One matrix: the loss and the gradient of every step are the same however the step is cut.
+"""One matrix: the loss and the gradient of every step are the same however the step is split.
 
 Micro-batches × accumulation × ranks × workers × packing × kill-and-resume, for each objective, in float32. The first
-cut of a group is what its others must equal. All cells with two ranks (gloo) run in one launch of two processes.
+cut of a group is the reference of the others. All cells with two ranks (gloo) run in one launch of two processes.
 """
 
 import multiprocessing
@@ -35,14 +35,14 @@ VARIANTS = {  # in a few cells only
 
 @dataclass(frozen=True)
 class Cut:
-    """One way to compute the same optimiser steps."""
+    """One way to compute the same optimizer steps."""
 
     ranks: int = 1
     rows: int = 1  # of a micro-batch and rank
     accumulate: int = 1
     workers: int = 0
     packing: bool = False
-    killed_after: int | None = None  # optimiser steps; then resumed
+    killed_after: int | None = None  # optimizer steps; then resumed
 
     def __str__(self) -> str:
         words = [f"{self.ranks} ranks x {self.rows} rows x {'all' if self.accumulate > 99 else self.accumulate}"]
@@ -96,11 +96,11 @@ CELLS += [(variant, *cell) for variant in VARIANTS for cell in FEW]
 
 
 class Killed(Exception):
-    """The end of a process, for a test that has to live on."""
+    """Takes the place of the end of a process."""
 
 
 class Recorder(L.Callback):
-    """Keeps the loss and the gradient of every optimiser step; dies after some of them."""
+    """Keeps the loss and the gradient of every optimizer step; raises Killed after some of them."""
 
     def __init__(self, killed_after: int | None = None) -> None:
         self.losses: list[float] = []
@@ -119,7 +119,7 @@ class Recorder(L.Callback):
 
 
 def compute(folder: Path, objective: str, group: str, cut: Cut) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses and gradients of the steps, by a training run that is cut like this."""
+    """Losses and gradients of the steps of a training run that is split like this."""
     steps, _ = GROUPS[group]
     checkpoints = folder / f"{objective} {group} {cut}".replace("/", "")
 
@@ -128,7 +128,7 @@ def compute(folder: Path, objective: str, group: str, cut: Cut) -> tuple[list[fl
         model = DreamModule(
             new_model=SIZES,
             tokenizer="bytes",
-            # Not Adam: it blows up the rounding of gradients near zero into whole steps.
+            # Not Adam, which turns the rounding of gradients near zero into whole steps.
             optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
             **(OBJECTIVES | VARIANTS)[objective],
         )
@@ -166,7 +166,7 @@ def compute(folder: Path, objective: str, group: str, cut: Cut) -> tuple[list[fl
     before, after = Recorder(cut.killed_after), Recorder()
     with pytest.raises(Killed):
         fit(before)
-    after.losses = list(before.losses)  # so that it does not record what was resumed as a step of its own
+    after.losses = list(before.losses)  # steps before the resumption are not recorded again
     fit(after, resume=True)
     return after.losses, before.gradients + after.gradients
 
@@ -210,7 +210,7 @@ def reference(folder: Path, objective: str, group: str) -> tuple[list[float], li
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("objective", "group", "cut"), CELLS, ids=lambda part: str(part))
-def test_a_step_does_not_depend_on_how_it_is_cut(request, folder, objective, group, cut):
+def test_a_step_does_not_depend_on_how_it_is_split(request, folder, objective, group, cut):
     losses, gradients = reference(folder, objective, group)
     if cut.ranks == 2:
         others, other_gradients = request.getfixturevalue("two_ranks")[str((objective, group, cut))]
@@ -223,8 +223,8 @@ def test_a_step_does_not_depend_on_how_it_is_cut(request, folder, objective, gro
         assert (other - mine).abs().max() <= TOLERANCE * mine.abs().max()
 
 
-def test_the_matrix_would_notice(folder):
-    """Steps differ from each other by far more than the tolerance, and so does a step with other noise."""
+def test_the_matrix_detects_another_step_and_other_noise(folder):
+    """Both differ by far more than the tolerance."""
     losses, gradients = reference(folder, "1/t", "8 documents a step")
     with mock.patch.dict(OBJECTIVES, {"other seed": {"weighting": "original", "seed": 1}}):
         others, other_gradients = compute(folder, "other seed", "8 documents a step", Cut(rows=8))

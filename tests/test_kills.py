@@ -1,4 +1,4 @@
-"""Killed without warning again and again, while training and while saving: the same end as a run that never was."""
+"""Kills while training and while saving: the run ends with the same weights as one without kills."""
 
 import json
 import signal
@@ -25,13 +25,13 @@ def same(a, b) -> bool:
 
 
 def logged(folder: Path) -> dict[tuple[str, int], set[str]]:
-    """Scalar and step → its values, from the logs of all attempts."""
+    """(scalar, step) → its values, from the logs of all attempts."""
     values = {}
     for file in folder.glob("checkpoints.logs/*/events.out.*"):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 if value.tag != "hp_metric":
-                    as_text = str(make_ndarray(value.tensor))  # so that NaN equals NaN
+                    as_text = str(make_ndarray(value.tensor))  # NaN equals NaN
                     values.setdefault((value.tag, event.step), set()).add(as_text)
     return values
 
@@ -58,7 +58,7 @@ def test_twenty_kills_change_nothing(tmp_path):
 
 
 def test_all_ranks_stop_after_the_same_step(tmp_path):
-    """One of two is told to stop, in the middle of whatever the other does."""
+    """SIGTERM to one of two processes."""
     points = MeetingPoint(), MeetingPoint()
     ports = [point.environment["MASTER_PORT"] for point in points]
     folder = tmp_path / "checkpoints"

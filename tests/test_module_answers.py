@@ -1,4 +1,4 @@
-"""The module's answers where training has set up the model: processes, divided weights, compiled layers."""
+"""The module's answers during training: several processes, sharded weights, compiled layers."""
 
 from types import SimpleNamespace
 
@@ -35,8 +35,8 @@ def questions(rows: int, length: int, seed: int = 0) -> PromptBatch:
 
 
 @pytest.mark.parametrize(("strategy", "forwards"), [(SingleDeviceStrategy, 1), (DDPStrategy, 1), (FSDP2Strategy, 24)])
-def test_only_divided_weights_keep_processes_in_step(calls, strategy, forwards):
-    """On several processes with whole weights a threshold saves the forwards that it saves on one."""
+def test_only_sharded_weights_run_every_step(calls, strategy, forwards):
+    """With whole weights a threshold saves as many forwards on several processes as on one."""
     params = SamplingParams(max_new_tokens=24, steps=24, alg="maskgit_plus", threshold=1e-9, forbid_mask=True)
     ours = module(sampling=params)
     ours._trainer = SimpleNamespace(world_size=2, strategy=strategy.__new__(strategy))
@@ -47,13 +47,13 @@ def test_only_divided_weights_keep_processes_in_step(calls, strategy, forwards):
 
 @pytest.fixture
 def mesh(tmp_path):
-    """Of one process: divided weights, no neighbours."""
+    """One process with sharded weights."""
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 
-def test_a_cache_takes_the_dtype_in_which_divided_weights_compute(mesh):
+def test_a_cache_has_the_dtype_in_which_sharded_weights_compute(mesh):
     """float32 weights, gathered as bfloat16: refreshed at every step, a cache gives what none gives."""
     ours, ids = module(), questions(2, 5).input_ids
     ours.generate = lambda **options: diffusion_generate(
@@ -111,7 +111,7 @@ class Heard(L.Callback):
 
 
 def test_compiled_answers_follow_the_weights_and_leave_nothing_behind(sums, tmp_path, monkeypatch):
-    """Validation inside of training, with buffers that stay in one place, against validation without."""
+    """Validation during training with fixed buffers equals validation without."""
     monkeypatch.setattr(cuda_graphs, "CompiledDenoiser", EagerDenoiser)
     heard = {}
     for compile_ in (False, True):

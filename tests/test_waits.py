@@ -1,4 +1,4 @@
-"""Training never waits for its GPU, but where something is logged: on a GPU, and on a CPU that plays one."""
+"""Training synchronizes with its GPU only where it logs: on a GPU, and on a CPU that simulates one."""
 
 from dataclasses import replace
 
@@ -53,29 +53,29 @@ def trainer(tmp_path, *callbacks, **options):
     )
 
 
-class PlaysAGPU(TorchDispatchMode):
-    """Takes weights, and batches once they are moved, for tensors of a GPU; notes where the process waits for one."""
+class SimulatedGPU(TorchDispatchMode):
+    """Takes weights and moved batches for tensors of a GPU, and records the micro-batches that synchronize with it."""
 
     def __init__(self):
         super().__init__()
-        self.there, self.micro_batch, self.waits = WeakTensorKeyDictionary(), 0, []
+        self.tensors, self.micro_batch, self.synchronized = WeakTensorKeyDictionary(), 0, []
 
     def take(self, x):
-        self.there[x] = True
+        self.tensors[x] = True
         return x
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, out = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
-        if any(isinstance(x, Tensor) and x in self.there for x in tree_leaves((args, kwargs))):
+        if any(isinstance(x, Tensor) and x in self.tensors for x in tree_leaves((args, kwargs))):
             tree_map_only(Tensor, self.take, out)
             by_mask = "index" in name and any(getattr(i, "dtype", None) == torch.bool for i in tree_leaves(args[1]))
             if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
-                self.waits.append(self.micro_batch)
+                self.synchronized.append(self.micro_batch)
         return out
 
 
-class Follows(L.Callback):
-    """Tells which micro-batch it is: from 1, until the next one begins or the epoch ends."""
+class TellMicroBatch(L.Callback):
+    """Tells the simulated GPU the number of the micro-batch, from 1, until the epoch ends."""
 
     def __init__(self, gpu):
         self.gpu = gpu
@@ -92,20 +92,20 @@ class Follows(L.Callback):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A CPU that plays a GPU."""
-    plays = PlaysAGPU()
+    """A CPU that simulates a GPU."""
+    simulated = SimulatedGPU()
 
     def send(batch, device):
-        sent = replace(batch, **{name: plays.take(x.clone()) for name, x in batch.tensors().items()})
+        sent = replace(batch, **{name: simulated.take(x.clone()) for name, x in batch.tensors().items()})
         sent.host = batch
         return sent
 
     def send_noised(noised, device):
-        sent = NoisedBatch(*(plays.take(x.clone()) for x in (noised.x_t, noised.is_masked, noised.t)))
-        sent.where = tuple(plays.take(x.clone()) for x in noised.where)
+        sent = NoisedBatch(*(simulated.take(x.clone()) for x in (noised.x_t, noised.is_masked, noised.t)))
+        sent.where = tuple(simulated.take(x.clone()) for x in noised.where)
         return sent
 
-    class AsyncCopy:  # not noted: that of a GPU does not synchronize
+    class AsyncCopy:  # that of a GPU does not synchronize
         def __init__(self, number):
             self.value = torch.zeros(())
 
@@ -115,37 +115,37 @@ def gpu(monkeypatch):
     monkeypatch.setattr(Batch, "to", send)
     monkeypatch.setattr(NoisedBatch, "to", send_noised)
     monkeypatch.setattr(progress, "_AsyncCopy", AsyncCopy)
-    return plays
+    return simulated
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("packing", [False, True])
-def test_training_waits_only_where_it_logs(sums, tmp_path, gpu, monkeypatch, options, packing):
-    """All that runs between two such places: Lightning's loops, hooks, the optimiser's step, callbacks, the bar."""
+def test_training_synchronizes_only_where_it_logs(sums, tmp_path, gpu, monkeypatch, options, packing):
+    """Lightning's loops, hooks, the optimizer's step, callbacks and the bar."""
     log, numbers = DreamModule.log, []
 
     def watched(model, name, value, **kwargs):
         if not isinstance(value, Tensor):
-            numbers.append(name)  # Lightning would copy it to the GPU, and wait for that
+            numbers.append(name)  # Lightning would copy it to the GPU and synchronize
         log(model, name, value, **kwargs)
 
     monkeypatch.setattr(DreamModule, "log", watched)
-    fit = trainer(tmp_path, Follows(gpu), Throughput(), ProgressBar())
+    fit = trainer(tmp_path, TellMicroBatch(gpu), Throughput(), ProgressBar())
     with gpu:
         fit.fit(module(**options), data(sums, tmp_path, packing=packing))
     logged = {step * ACCUMULATE for step in range(LOG_EVERY, 9, LOG_EVERY)}
-    assert fit.global_step == 8 and set(gpu.waits) - {"end"} == logged
+    assert fit.global_step == 8 and set(gpu.synchronized) - {"end"} == logged
     assert not numbers
 
 
-def test_another_bar_waits_once_a_step_and_shows_the_loss(sums, tmp_path, gpu):
-    fit = trainer(tmp_path, Follows(gpu), TQDMProgressBar(), log_every_n_steps=0)
+def test_another_bar_synchronizes_once_a_step_and_shows_the_loss(sums, tmp_path, gpu):
+    fit = trainer(tmp_path, TellMicroBatch(gpu), TQDMProgressBar(), log_every_n_steps=0)
     cpu = Tensor.cpu
     with gpu, pytest.MonkeyPatch.context() as patch:
-        # On a CPU it would do nothing.
-        patch.setattr(Tensor, "cpu", lambda x: torch.tensor(x.item()) if x in gpu.there and x.dim() == 0 else cpu(x))
+        # A simulated GPU is on the CPU already.
+        patch.setattr(Tensor, "cpu", lambda x: torch.tensor(x.item()) if x in gpu.tensors and x.dim() == 0 else cpu(x))
         fit.fit(module(), data(sums, tmp_path))
-    assert set(gpu.waits) - {"end"} == {ACCUMULATE * step for step in range(1, 9)}
+    assert set(gpu.synchronized) - {"end"} == {ACCUMULATE * step for step in range(1, 9)}
     assert fit.progress_bar_metrics["train/loss"] > 0
 
 
@@ -161,9 +161,9 @@ def test_what_a_hook_changes_is_not_masked(sums, tmp_path, gpu):
     trainer(tmp_path, enable_progress_bar=False).fit(Spares(new_model=SIZES, tokenizer="bytes"), data(sums, tmp_path))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 class TestOnAGPU:
-    """The same where torch itself raises if the process waits."""
+    """torch itself raises where the process synchronizes."""
 
     @pytest.mark.parametrize("packing", [False, True])
     @pytest.mark.parametrize(
@@ -184,22 +184,22 @@ class TestOnAGPU:
 
     @pytest.mark.parametrize("packing", [False, True])
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
-    def test_training_waits_only_where_it_logs(self, sums, tmp_path, packing, options):
-        raises = RaisesWhereItWaits()
+    def test_training_synchronizes_only_where_it_logs(self, sums, tmp_path, packing, options):
+        raises = RaiseWhereItSynchronizes()
         gpu = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}
         fit = trainer(tmp_path, raises, Throughput(), ProgressBar(), **gpu)
         fit.fit(module(**options), data(sums, tmp_path, packing=packing))
         assert fit.global_step == 8 and raises.seen == 3 * ACCUMULATE
 
 
-class RaisesWhereItWaits(L.Callback):
-    """From the start of some optimiser steps to that of the next, or to the end of the epoch."""
+class RaiseWhereItSynchronizes(L.Callback):
+    """In some optimizer steps."""
 
     seen = 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        step = trainer.global_step + 1  # the one that begins or goes on
-        watches = step in (4, 5, 7)  # the first three warm up, the sixth logs, after the eighth all ends
+        step = trainer.global_step + 1
+        watches = step in (4, 5, 7)  # the first three warm up, the sixth logs, the eighth ends the run
         torch.cuda.set_sync_debug_mode("error" if watches else "default")
         self.seen += watches
 

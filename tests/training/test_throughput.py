@@ -1,4 +1,4 @@
-"""Throughput, by a clock that the test turns."""
+"""Throughput, with a clock that the test sets."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "nu
 
 
 class Clock(L.Callback):
-    """A second for every training batch, a thousand for every validation batch."""
+    """One second for every training batch, a thousand for every validation batch."""
 
     def __init__(self):
         self.now, self.padded, self.masked = 0.0, 0, 0
@@ -34,7 +34,7 @@ class Clock(L.Callback):
 
 
 class Notes(L.pytorch.loggers.logger.DummyLogger):
-    """scalar → step → value, as a logger gets them."""
+    """scalar → step → logged value."""
 
     def __init__(self):
         super().__init__()
@@ -104,8 +104,8 @@ def test_real_tokens_over_training_time(sums, tmp_path, monkeypatch, accumulate,
     assert "train/peak_memory_gib" not in notes.scalars  # of a GPU
 
 
-def test_what_a_gpu_has_still_to_do_counts(monkeypatch):
-    """A process is ahead of its GPU: it asks for the tokens, which waits, before it looks at the clock."""
+def test_queued_work_of_a_gpu_counts(monkeypatch):
+    """Reading the tokens synchronizes with the GPU, and comes before reading the clock."""
 
     class Queued:
         def __int__(self):

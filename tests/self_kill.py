@@ -9,7 +9,7 @@ import lightning as L
 
 
 class KillAtStep(L.Callback):
-    """SIGKILL once this many optimiser steps are done and with the loggers."""
+    """SIGKILL after this many optimizer steps, when they are logged."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -22,7 +22,7 @@ class KillAtStep(L.Callback):
 class KillAllInPrediction(L.Callback):
     """SIGKILL to all processes of the session, from the first one after its `batches`, when others have answers too.
 
-    They go on meanwhile, but not to the end, where they would wait for the first.
+    They continue meanwhile, but not to the end, where they would wait for the first.
     """
 
     def __init__(self, batches: int, folder: str) -> None:

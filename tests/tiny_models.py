@@ -1,4 +1,4 @@
-"""Fixtures of the sampler's tests: tiny random models whose predictions differ from place to place."""
+"""Fixtures of the sampler's tests: tiny random models whose predictions differ by position."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a run needs around the model: optimiser, checkpoints, preemption, FSDP2, and what is logged."""
+"""Optimizer, checkpoints, preemption, FSDP2, and what a run logs."""
 
 from dream_lightning.training.preemption import Autosave
 from dream_lightning.training.progress import ProgressBar

@@ -148,7 +148,11 @@ def test_a_saved_config_can_be_used_again(command, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no.ckpt", "no.ckpt does not exist"), ("last", "no last.ckpt in"), ("torn.ckpt", "torn.ckpt is not")],
+    [
+        ("no.ckpt", "no.ckpt does not exist"),
+        ("last", "no last.ckpt in"),
+        ("torn.ckpt", "torn.ckpt is incomplete or not a checkpoint"),
+    ],
 )
 def test_a_missing_or_torn_checkpoint_is_one_message(command, tmp_path, name, message):
     """Lightning itself continues without `last` and reports the scores of untrained weights."""
@@ -217,7 +221,7 @@ def test_a_wheel_holds_every_module_config_and_the_program(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     for name in ("dream_lightning", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     built = subprocess.run([*pip, str(tmp_path)], capture_output=True, text=True)

@@ -134,7 +134,6 @@ class DreamModule(L.LightningModule):
         self.val_nll, self.val_answers, self.val_speed = MeanLoss(), AnswerAccuracy(), TokensPerForward()
 
     def setup(self, stage: str) -> None:
-        """Refuse untested combinations before anything is loaded."""
         fsdp.refuse_untested(
             self.trainer,
             adapted=self.lora is not None,
@@ -309,7 +308,6 @@ class DreamModule(L.LightningModule):
         model_factory.accumulate_in_place(self.model, False)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Start the gradients of a step."""
         if self._accumulates_in_place:
             zero_gradients(_parameters(optimizer))
         else:
@@ -355,7 +353,6 @@ class DreamModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm; log the norm before clipping."""
         parameters = _parameters(optimizer)
         norm = fsdp.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if gradient_clip_val:
@@ -428,11 +425,9 @@ class DreamModule(L.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def on_test_epoch_end(self) -> None:
-        """Log the same as validation, named `test/…`."""
         self._log_scores("test")
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> Answers:
-        """Answers to a batch of questions."""
         return self.answer(batch)
 
     def answer(self, batch: PromptBatch, *, with_history: bool = False) -> Answers:

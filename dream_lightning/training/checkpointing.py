@@ -32,11 +32,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write one file.
-
-        Raises:
-            UserError: the disk is full or read-only.
-        """
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -45,11 +40,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read one file.
-
-        Raises:
-            UserError: there is no file, a sharded checkpoint, or a damaged file.
-        """
         if _is_local_file_protocol(path):
             if Path(path).is_dir():
                 raise UserError(

@@ -41,7 +41,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(1, 1, process_group_backend=process_group_backend, timeout=timeout)
 
     def setup_environment(self) -> None:
-        """Make one mesh dimension of all processes of all nodes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -59,11 +58,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             self.model.set_requires_gradient_sync(True)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Create the module's optimizer.
-
-        Raises:
-            UserError: it is not tested on sharded weights.
-        """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
@@ -77,11 +71,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         return get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=True, ignore_frozen_params=True))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write the folder.
-
-        Raises:
-            UserError: the disk is full or read-only.
-        """
         rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
         state = {"state_dict": checkpoint["state_dict"]}
         state |= {f"optimizer_{i}": s for i, s in enumerate(checkpoint.get("optimizer_states", []))}

@@ -33,18 +33,15 @@ class Autosave(ModelCheckpoint):
     _step = 0  # optimizer steps at the end of the last one
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove what a kill during a save left."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
             for partial in remove_partials(self.dirpath):
                 rank_zero_info(f"Removed {partial}, which was incomplete when an earlier run was killed")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start without a signal."""
         self._signal, self._stopping = 0, False
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Handle signals from here on."""
         self._handle_signals()
 
     def _handle_signals(self) -> None:
@@ -63,7 +60,6 @@ class Autosave(ModelCheckpoint):
         os.write(2, f"\n{name}: stopping after this optimizer step, then saving\n".encode())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Handle signals; warn if the run starts anew in the folder of another."""
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path is None and (found := last_checkpoints(trainer)):
             rank_zero_warn(
@@ -81,7 +77,6 @@ class Autosave(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every n steps, after the last step and when a signal came."""
         if trainer.global_step == self._step:
             return  # in the middle of a step
         self._step = trainer.global_step

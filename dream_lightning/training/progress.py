@@ -51,7 +51,6 @@ class ProgressBar(TQDMProgressBar):
             self._loss, self._copy = float(self._copy.value), None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the epoch's last loss."""
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
             self._loss, self._copy = float(loss), None
         super().on_train_epoch_end(trainer, pl_module)
@@ -73,5 +72,4 @@ class _AsyncCopy:
             self._event.record()
 
     def done(self) -> bool:
-        """Whether `value` may be read."""
         return self._event is None or self._event.query()

@@ -31,13 +31,11 @@ class SampleLogger(L.Callback):
         self._history: str | None = None
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Discard the last validation's answers."""
         self._predictions, self._history = [], None
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Collect answers until there are enough."""
         if not isinstance(outputs, Answers):
             return
         counted = [p for p, counts in zip(outputs.predictions, outputs.counted, strict=True) if counts]
@@ -46,7 +44,6 @@ class SampleLogger(L.Callback):
             self._history = history_text(outputs.history[:, 0, outputs.prompt_length :], pl_module.tokenizer)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the collected answers."""
         if not self._predictions or trainer.sanity_checking or not trainer.is_global_zero:
             return
         step = pl_module.trained_steps

@@ -131,7 +131,6 @@ class _Reader(dcp.FileSystemReader):
     problem: Exception | None = None  # why the table cannot be read; torch 2.11 does not pass it on
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read the table of contents."""
         try:
             with Path(self.path, _TABLE).open("rb") as file:
                 return _TableUnpickler(file).load()
@@ -151,7 +150,6 @@ class _Planner(dcp.DefaultLoadPlanner):
     """torch's planner, but what is not a tensor must be a plain value."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
-        """Load one value."""
         torch.load(value, weights_only=True)
         value.seek(0)
         super().load_bytes(read_item, value)

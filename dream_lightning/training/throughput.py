@@ -31,7 +31,6 @@ class Throughput(L.Callback):
         self._ceiling = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the FLOP/s of a large matrix product and start the clock."""
         if hasattr(pl_module, "matmul_ceiling"):
             self._ceiling = pl_module.matmul_ceiling()
         if pl_module.device.type == "cuda":
@@ -44,13 +43,11 @@ class Throughput(L.Callback):
         self._seconds += time.perf_counter() - self._since
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock again."""
         self._since = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Count, and log when Lightning logs."""
         self._tokens += (batch.document_ids >= 0).sum()  # a tensor: does not synchronize
         self._positions += batch.document_ids.numel()
         step = trainer.global_step  # constant while micro-batches accumulate

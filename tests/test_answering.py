@@ -48,7 +48,7 @@ def test_without_params_a_step_fills_one_token(model, tokenizer, monkeypatch):
     assert sorted(filled) == [0, 1, 2, 3, 4, 5]
 
 
-def test_what_stands_behind_a_gap_counts(model, tokenizer):
+def test_the_text_after_a_gap_changes_the_filling(model, tokenizer):
     texts = {complete(model, tokenizer, f"The … is {end}", tokens_per_gap=6)[:10] for end in ("blue.", "wide?", "Ω")}
     assert len(texts) > 1
     a, b = (complete(model, tokenizer, "a … b", params=p) for p in (None, SamplingParams(steps=1, forbid_mask=True)))

@@ -47,8 +47,7 @@ class CompiledDenoiser:
         self.refresh = self.model.refresh
         self._best = torch.compile(best_tokens) if capture else best_tokens
 
-    def __getattr__(self, name: str) -> Any:
-        """The current `config`, `lm_head`, `modules` and `eval` of the original."""
+    def __getattr__(self, name: str) -> Any:  # config, lm_head, modules, eval
         return getattr(self.original(), name)
 
     def into_bucket(self, canvas: Canvas) -> Canvas:
@@ -59,7 +58,6 @@ class CompiledDenoiser:
         return canvas.padded_to(*size, self.config.pad_token_id or 0)
 
     def positions(self, number: int) -> int:
-        """How many positions to predict for `number` masked ones."""
         return _rounded_up(number, _POSITIONS)
 
     def best_tokens(self, logits: Tensor, alg: Algorithm) -> tuple[Tensor, Tensor]:
@@ -73,7 +71,7 @@ def _rounded_up(number: int, multiple: int) -> int:
 
 
 class CUDAGraphRunner:
-    """The layers of a model as one CUDA graph for each combination of input shapes."""
+    """The layers of a model as one CUDA graph for each combination of shapes; a call overwrites the last result."""
 
     def __init__(self, trunk: nn.Module, capture: bool, mode: str | None) -> None:
         self._trunk, self._capture, self._mode = weakref.ref(trunk), capture, mode
@@ -125,7 +123,6 @@ class CUDAGraphRunner:
         columns: Tensor | None = None,
         span: tuple[int, int] | None = None,
     ) -> Tensor:
-        """As `DreamBaseModel.forward`. The next call overwrites the result."""
         inputs = [input_ids, attention_mask, position_ids, columns]
         shapes = [None if t is None else t.shape for t in inputs]
         key = (*shapes, id(cache), span, _autocast(input_ids.device.type))

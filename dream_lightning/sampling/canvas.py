@@ -32,8 +32,7 @@ class Canvas:
     eos_token_id: int | None
 
     @property
-    def masked(self) -> Tensor:
-        """What is to be filled: [B, L] bool."""
+    def masked(self) -> Tensor:  # [B, L] bool
         return (self.x == self.mask_token_id) & self.real
 
     def fill(self, chosen: Tensor, tokens: Tensor, certainty: Tensor, step: int) -> "Canvas":

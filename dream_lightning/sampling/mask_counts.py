@@ -24,7 +24,6 @@ class ActiveRows:
 
     @property
     def batch(self) -> Canvas:
-        """All rows."""
         return self.canvas if self._rows is None else self._batch.put(self._rows, self.canvas)
 
     def compact(self, is_open: Tensor) -> Tensor | None:
@@ -91,7 +90,6 @@ class ReadCounts:
         self._final = params.forbid_mask and not hooked  # what is filled remains filled
 
     def plan(self, inside: Tensor, step: int, step_of_block: int) -> Plan | None:
-        """What to fill in the columns `inside` [L] bool; None if nothing."""
         if step_of_block > 0 and self._full:
             return None
         if self.params.stop_at_eos:

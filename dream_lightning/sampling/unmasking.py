@@ -49,7 +49,6 @@ class AuthorsSchedule:
         self.shares, self.averaged = fill_shares(steps, eps), averaged
 
     def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
-        """Share · remaining, not clamped."""
         masks = (remaining.sum() / len(remaining)).expand(len(remaining)) if self.averaged else remaining.float()
         return (masks * self.shares[step]).long()
 
@@ -80,7 +79,6 @@ class TokensPerStep:
         self.tokens, self.last = tokens, steps - 1
 
     def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
-        """At most `tokens`."""
         return remaining if step == self.last else remaining.clamp(max=self.tokens)
 
 
@@ -91,7 +89,6 @@ class Threshold:
         self.threshold = threshold
 
     def counts(self, confidence: Tensor, remaining: Tensor, step: int) -> Tensor:
-        """Positions with cᵢ ≥ threshold."""
         return (confidence >= self.threshold).sum(1)
 
 

@@ -25,9 +25,8 @@ from rich.table import Table
 from dream_lightning.atomic import disk_refuses
 from dream_lightning.data import S1KDataModule
 from dream_lightning.errors import UserError
+from dream_lightning.memory import out_of_memory, report, setting_from
 from dream_lightning.module import DreamModule
-from dream_lightning.plan.config import setting_from
-from dream_lightning.plan.report import out_of_memory, report
 from dream_lightning.training import Autosave, ProgressBar
 from dream_lightning.training.checkpointing import SafeCheckpointIO
 from dream_lightning.viewer import commands

@@ -23,8 +23,8 @@ from dream_lightning.adapters import LoraParams
 from dream_lightning.batch import Batch, Document, SampleKey
 from dream_lightning.cli import readable_errors, tune_gc
 from dream_lightning.data.packing import collate, pack
+from dream_lightning.memory import Setting, make_plan
 from dream_lightning.model import DreamConfig
-from dream_lightning.plan import Setting, make_plan
 
 S1K_MEDIAN, S1K_SPREAD, S1K_SHORTEST = 4986, 0.55, 969  # tokens of a document, as a log-normal; FACTS of s1K
 PROMPT = 128  # tokens of a document that are never masked

@@ -67,26 +67,6 @@ ONLY_IN = {
 # Underscore attributes of other packages: torch's in kernels and model_factory, Lightning's in training.
 MAY_BE_PRIVATE = ("kernels/", "training/", "model_factory.py")
 
-# What today's tree still breaks; the list shrinks to nothing.
-KNOWN: set[str] = {
-    "cli.py imports dream_lightning.plan.config",
-    "cli.py imports dream_lightning.plan.report",
-    "plan/advice.py imports dream_lightning.adapters",
-    "plan/advice.py imports dream_lightning.training.optimizer",
-    "plan/config.py imports dream_lightning.adapters",
-    "plan/config.py imports dream_lightning.errors",
-    "plan/config.py imports dream_lightning.model",
-    "plan/config.py imports dream_lightning.model.loading",
-    "plan/config.py imports dream_lightning.model_factory",
-    "plan/config.py imports dream_lightning.training.fsdp",
-    "plan/environment.py imports dream_lightning.model.attention",
-    "plan/optimizer.py imports dream_lightning.errors",
-    "plan/optimizer.py imports dream_lightning.training.optimizer",
-    "plan/setting.py imports dream_lightning.adapters",
-    "plan/setting.py imports dream_lightning.diffusion.head",
-    "plan/setting.py imports dream_lightning.model",
-}
-
 
 def files() -> list[Path]:
     return sorted(ROOT.rglob("*.py"))
@@ -163,7 +143,7 @@ def private_uses() -> set[str]:
 
 @pytest.mark.parametrize("rule", [broken_imports, circles, private_uses], ids=lambda r: r.__name__)
 def test_the_house_keeps_its_rules(rule):
-    assert sorted(rule() - KNOWN) == []
+    assert sorted(rule()) == []
 
 
 ROADS = {

@@ -1,14 +1,12 @@
-"""Out of Lightning, back to the official folder: what the authors' remote code, and ours, loads.
+"""From Lightning checkpoints to the official folder, which the authors' remote code and this package load.
 
 It holds sharded safetensors, `config.json`, `generation_config.json` and the tokenizer, for the authors' slow class and
-for fast ones. transformers wants the authors' code (`trust_remote_code`) in the same folder: see `AUTHORS_CODE`.
+for fast ones. With `trust_remote_code` transformers expects the authors' code in the same folder: see `AUTHORS_CODE`.
 """
 
-import errno
 import json
 import pickle
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +26,7 @@ from dream_lightning.adapters import (
     merge_lora,
     save_peft_folder,
 )
+from dream_lightning.atomic import atomic_write
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.model.loading import local_folder, weight_files
@@ -43,16 +42,16 @@ def export_model(
     tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Write the official folder of a model as it is, without changing a bit of it.
+    """Write the official folder of an unmodified model, bit for bit.
 
     Args:
         model: whole on this process, in one floating-point type, without adapters.
-        folder: where to; new or empty. It appears when it is complete, never before.
+        folder: new or empty; written atomically.
         tokenizer: a tokenizer, or a folder, hub id or `bytes` to take it from; none is written by default.
         max_shard_size: of one file; the default gives the official four files for the 7B.
 
     Raises:
-        UserError: the folder is not empty, or the disk too full; the model is not as said above.
+        UserError: the folder is not empty; the disk is full; the model is not as described above.
     """
     _check_plain(model)
     with new_folder(folder, size=sum(t.nbytes for t in model.state_dict().values())) as partial:
@@ -74,10 +73,10 @@ def export_checkpoint(
     """Write the official folder of the weights in a Lightning checkpoint of `DreamModule`.
 
     Args as in `export_model`, and:
-        ckpt_path: what `trainer.save_checkpoint` wrote. A file is mapped, not read: optimiser states cost no memory.
-            The weights of a sharded checkpoint (a folder) are read into memory.
-        pretrained: what training started from, for the tokenizer and, without `dream_config`, for the sizes; a
-            checkpoint of adapters knows it.
+        ckpt_path: a file, which is memory-mapped, so that optimizer states take no memory; or the folder of a sharded
+            checkpoint, whose weights are read into memory.
+        pretrained: the model that training started from, for the tokenizer and, without `dream_config`, for the sizes;
+            a checkpoint of adapters names it.
         dtype: element type to write: as stored, or rounded to bfloat16 like the official weights.
 
     Raises:
@@ -99,11 +98,11 @@ def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str
 
     Args:
         ckpt_path: as in `export_checkpoint`.
-        folder: where to; new or empty. It appears when it is complete, never before.
-        pretrained: name of the base for `adapter_config.json`, such as its hub id; by default as training called it.
+        folder: new or empty; written atomically.
+        pretrained: name of the base for `adapter_config.json`, such as its hub id; by default that of the training run.
 
     Raises:
-        UserError: no whole checkpoint, or one without adapters; the folder is not empty, or the disk too full.
+        UserError: not a complete checkpoint, or one without adapters; the folder is not empty; the disk is full.
     """
     checkpoint = _read_checkpoint(Path(ckpt_path))
     if "lora" not in checkpoint:
@@ -118,11 +117,11 @@ def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str
 def model_from_checkpoint(ckpt_path: str | Path, *, pretrained: str | Path | None = None) -> DreamModel:
     """The network of a Lightning checkpoint, on the CPU.
 
-    Its sizes stand in the checkpoint (`dream_config`) or, if not, in the config.json of `pretrained`.
+    Its sizes are in the checkpoint (`dream_config`), otherwise in the config.json of `pretrained`.
 
     Raises:
-        UserError: not a whole checkpoint, or one with more than tensors and plain values; adapters of another base; no
-            sizes; tensors that do not fit the sizes.
+        UserError: not a complete checkpoint, or one with more than tensors and plain values; adapters of another base;
+            no sizes; tensors that do not fit the sizes.
     """
     return _model(_read_checkpoint(Path(ckpt_path)), ckpt_path, pretrained)
 
@@ -146,12 +145,12 @@ def _model(checkpoint: dict[str, Any], ckpt_path: str | Path, pretrained: str | 
 
 
 def _state(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Of the network, under its own names; the LightningModule calls it `model`."""
+    """The state dict of the network, without the LightningModule's prefix."""
     return {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str | Path) -> None:
-    """Write a tokenizer into an existing folder, both ways, and the authors' code if it comes from a folder with it."""
+    """Write a tokenizer into a folder for fast and slow classes, with the authors' code if its own folder has it."""
     fast = tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else load_tokenizer(tokenizer)
     folder = Path(folder)
     fast.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -162,7 +161,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str 
     named = {f"{n}_token": getattr(fast, f"{n}_token") for n in ("bos", "eos", "mask", "pad")}
     named = {name: content for name, content in named.items() if content is not None}
     additional = {"additional_special_tokens": [named[n] for n in ("bos_token", "mask_token") if n in named]}
-    settings = {  # as the official file; tests compare them
+    settings = {  # tests compare them with the official file
         **dict.fromkeys(("add_bos_token", "add_prefix_space", "split_special_tokens"), False),
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {str(i): token for i, token in added.items()},
@@ -185,39 +184,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str 
 
 @contextmanager
 def new_folder(folder: str | Path, *, size: int) -> Iterator[Path]:
-    """A hidden folder beside `folder` to write `size` bytes into; it takes its name at the end, or goes on an error.
+    """A path for a new folder of `size` bytes, which takes its name when the block ends.
 
     Raises:
-        UserError: `folder` is neither new nor empty, the disk has less room than `size`, or becomes full.
+        UserError: `folder` is neither new nor empty; the disk has less room than `size`, or becomes full.
     """
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(folder.parent).free) < size:
-        raise UserError(f"{folder} needs {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left: free some")
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
-    try:
+    with atomic_write(folder, needed_bytes=size) as partial:
+        partial.mkdir()
         yield partial
         for file in partial.iterdir():
             file.chmod(partial.stat().st_mode & 0o666)  # safetensors writes files that others may not read
-        partial.rename(folder)  # replaces an empty folder
-    except Exception as error:
-        if not _disk_is_full(error):
-            raise
-        raise UserError(
-            f"the disk became full while {folder} was written, nothing of it is left: free some space, or name a "
-            "folder on another disk"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _disk_is_full(error: Exception) -> bool:
-    """The libraries in Rust (safetensors, tokenizers) tell it in words alone."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def _check_plain(model: DreamModel) -> None:
@@ -227,7 +206,7 @@ def _check_plain(model: DreamModel) -> None:
     if odd := sorted(expected ^ state.keys()):
         raise UserError(
             f"the model has {len(odd)} tensors too many or too few for a DreamModel ({', '.join(odd[:3])}, …): merge "
-            "adapters first, into the bfloat16 base (never into 4 bits)"
+            "adapters first, into the bfloat16 base"
         )
     if any(isinstance(tensor, DTensor) or tensor.is_meta for tensor in state.values()):
         raise UserError("the model's weights are not all here (sharded or meta): export a checkpoint of it instead")
@@ -243,12 +222,12 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["state_dict"].keys()
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a whole checkpoint of a DreamModule: {str(error)[:500]}") from error
+        raise UserError(f"{path} is not a complete checkpoint of a DreamModule: {str(error)[:500]}") from error
     return checkpoint
 
 
 def _merged(checkpoint: dict[str, Any], state: dict[str, torch.Tensor], pretrained: str) -> DreamModel:
-    """The base as it was published, never in 4 bits, with the adapters added into its weights."""
+    """The unquantized base with the adapters merged into its weights."""
     folder = local_folder(pretrained)
     base = checkpoint["base"]
     check_base(base["hash"], base_hash(weight_files(folder)), saved_base=base["name"], loaded_base=pretrained)
@@ -263,7 +242,7 @@ def _config(checkpoint: dict[str, Any], path: str | Path, pretrained: str | Path
     if "dream_config" in checkpoint:
         return DreamConfig.from_dict(checkpoint["dream_config"])
     if pretrained is None:
-        raise UserError(f"{path} does not say its model's sizes: pass the model it started from as pretrained")
+        raise UserError(f"{path} does not hold the sizes of its model: pass the model it started from as pretrained")
     return DreamConfig.from_pretrained(pretrained)
 
 

@@ -50,7 +50,7 @@ def train(folder: Path, devices: int = 1, steps: int = STEPS, callbacks: tuple[L
         **{"enable_progress_bar": False, "enable_model_summary": False},
         callbacks=[
             *callbacks,
-            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=50, save_top_k=-1),
+            ModelCheckpoint(folder, filename="best-{step}", monitor="val/nll", enable_version_counter=False),
             Autosave(folder, every_n_train_steps=1, save_top_k=0, save_last=True),
         ],
         plugins=[SafeCheckpointIO()],
@@ -151,7 +151,9 @@ def run(folder: Path, kills: int, seed: int) -> None:
         moment = MOMENTS[i % len(MOMENTS)]
         status = kill(moment, killed, chance)
         left = sorted(path.name for path in killed.glob("*.partial"))
-        print(json.dumps({"moment": moment, "exit": status, "left": left}), flush=True)
+        last = killed / "last.ckpt"
+        saved = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
+        print(json.dumps({"moment": moment, "exit": status, "left": left, "saved": saved}), flush=True)
     print(json.dumps({"whole": end(alone), "killed": end(attempt(lambda: train(killed), killed))}))
 
 

@@ -24,7 +24,7 @@ class Autosave(ModelCheckpoint):
     never saved in the middle of a step, because the gradients of its first micro-batches would be lost. A second Ctrl-C
     stops at once without saving. After SIGUSR1 a SLURM job is requeued.
 
-    A resumed run does not repeat a validation that was due or running when its checkpoint was saved.
+    A resumed run makes the validation that was due or running when its checkpoint was saved.
     """
 
     _signal = 0  # number of the signal that told this rank to stop
@@ -103,6 +103,27 @@ class Autosave(ModelCheckpoint):
             self._stopping = True
             self._save(trainer)
             self._stop(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a resumed run make the validation that is due after this step, or that is being stopped.
+
+        Lightning would skip it. It repeats one that had begun its first batch, so the checkpoint says that.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        done = loop.batch_progress.current
+        if done.processed > done.completed:  # at the end of a step
+            due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        else:
+            due = trainer.validating and self._stopping
+        if not due:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        for counts in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
+            counts["completed"] = counts["processed"]
+        validation = loops["epoch_loop.val_loop.batch_progress"]
+        finished = validation["total"]["processed"]
+        validation["total"] |= {"ready": finished + 1, "started": finished + 1, "completed": finished}
+        validation["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save a run that ended before its last step, by early stopping."""

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
         (_FitLoop, "_load_combined_loader_states", ["self"]),
         (_FitLoop, "_should_accumulate", ["self"]),
         (_TrainingEpochLoop, "_broadcast_sigterm_tensor", ["self"]),
+        (_TrainingEpochLoop, "_should_check_val_fx", ["self", "data_fetcher"]),
         (ModelCheckpoint, "_find_last_checkpoints", ["self", "trainer"]),
         (ModelCheckpoint, "_monitor_candidates", ["self", "trainer"]),
         (ModelCheckpoint, "_save_last_checkpoint", ["self", "trainer", "monitor_candidates"]),
@@ -39,6 +40,8 @@ def test_a_private_function_is_there(owner, name, parameters):
         (ModelParallelStrategy.__init__, "_data_parallel_size"),
         (ModelCheckpoint._should_skip_saving_checkpoint, "_last_global_step_saved"),
         (_TrainingEpochLoop.advance, "_broadcast_sigterm_tensor"),
+        (_TrainingEpochLoop.advance, "restarted_mid_evaluation"),
+        (_FitLoop.advance, "_data_fetcher"),
     ],
 )
 def test_a_private_attribute_is_used_where_we_expect_it(owner, attribute):

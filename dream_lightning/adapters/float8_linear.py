@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType
 
 from dream_lightning.errors import UserError
 
@@ -34,8 +33,10 @@ def float8_matmul(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Ten
     """
     if not a.is_cuda:
         return ((a.float() @ b.float().t()) * scale_a * scale_b.t()).to(torch.bfloat16)
-    row = ScalingType.RowWise
-    return F.scaled_mm(a, b.t(), scale_a, row, scale_b.t(), row, output_dtype=torch.bfloat16, use_fast_accum=True)
+    # Not the public F.scaled_mm: Dynamo of torch 2.11 cannot trace it.
+    return torch._scaled_mm(
+        a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def linear_by_rows(x: Tensor, multiply: Callable[[Tensor], Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -61,12 +61,7 @@ class SampleKey:
 
 @dataclass
 class Batch:
-    """Rows of whole documents without noise. Padded positions are not attended and never maskable.
-
-    A batch on a GPU keeps the CPU batch that it was copied from in `host`, so that noise is made without
-    synchronizing. `dataclasses.replace` and assigning an attribute clear `host`. To change a batch after the transfer,
-    use one of these; an in-place write into a tensor of it, such as `batch.maskable[:, :5] = False`, is not detected.
-    """
+    """Rows of whole documents without noise. Padded positions are not attended and never maskable."""
 
     input_ids: Tensor  # [B, L] int64, x_0
     maskable: Tensor  # [B, L] bool, the response positions
@@ -77,29 +72,29 @@ class Batch:
     extra_weight: Tensor  # [B, L] float32, Document.response_weight, 1.0 elsewhere
     padded: bool = False  # some position is padding; a flag, because reading a tensor synchronizes with the GPU
     document_bounds: Tensor | None = None  # DocumentBounds.starts, on the CPU; None = one document a row, not padded
-    host: "Batch | None" = field(default=None, init=False, repr=False, compare=False)  # init=False: replace clears it
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name != "host":
-            super().__setattr__("host", None)
+    # (the CPU batch that this was copied from, name → tensor and version at that time); init=False: `replace` clears it
+    host: tuple[Any, dict[str, tuple[Tensor, int]]] | None = field(default=None, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device, by asynchronous copies. Lightning calls this."""
+        """The batch on a device, by asynchronous copies."""
         device = torch.device(device)
-        moved = {name: send(x, device) for name, x in self.tensors().items() if name != "document_bounds"}
+        with torch.inference_mode(False):  # tensors made in inference mode have no version
+            moved = {name: send(x, device) for name, x in self.tensors().items() if name != "document_bounds"}
         batch = replace(self, **moved)
-        if self.input_ids.is_cpu and not batch.input_ids.is_cpu:
-            batch.host = self
+        if self.input_ids.is_cpu and device.type != "cpu":
+            batch.host = self, {name: (x, x._version) for name, x in moved.items()}
         return batch
 
     @property
     def on_host(self) -> "Batch":
-        """The same rows on the CPU if they were copied from there, else this batch."""
-        return self if self.host is None else self.host
+        """The CPU batch that this is a copy of: from it, noise is made without synchronizing with the GPU.
+
+        This batch itself if there is none, or if a tensor was replaced or written to in-place since the copy.
+        """
+        host, copies = self.host or (self, {})
+        return host if all(getattr(self, n) is x and x._version == v for n, (x, v) in copies.items()) else self
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that hold a tensor."""
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
     def twice(self) -> "Batch":
@@ -110,37 +105,29 @@ class Batch:
         return replace(self, **doubled)
 
     def pin_memory(self) -> "Batch":
-        """A DataLoader with `pin_memory` calls this."""
         return replace(self, **{name: x.pin_memory() for name, x in self.tensors().items()})
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles CPU tensors as arrays: a worker would open a shared file for each tensor, 2 ms a batch."""
         arrays = {n: x.numpy() for n, x in self.tensors().items() if x.is_cpu and x.dtype != torch.bfloat16}
-        return vars(self) | arrays
+        return vars(self) | arrays | {"host": None}  # a copy's tensors have versions of their own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in state.items()})
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. From the CPU to a GPU the copy is asynchronous, from pinned memory.
-
-    The caching host allocator reuses pinned memory only after the copy, so the caller may drop the tensor at once.
-    """
+    """The tensor on a device. A copy from the CPU to a GPU is asynchronous, from pinned memory."""
+    # The caching host allocator reuses pinned memory only after the copy, so the caller may drop the tensor at once.
     to_gpu = x.is_cpu and device.type == "cuda"
     return (x.pin_memory() if to_gpu else x).to(device, non_blocking=to_gpu)
 
 
 @dataclass
 class DocumentBounds:
-    """An attention mask for rows of several documents: each attends to itself. Padding at a row's end is one document.
+    """An attention mask for rows of several documents: each attends to itself. A row's padding is one document."""
 
-    Accepted wherever an attention mask is. Varlen kernels use it directly; elsewhere it becomes a boolean mask.
-    """
-
-    # [C+1] int32, where documents begin in the concatenation of all rows, then B·L; the last may repeat. On the CPU,
-    # unless a kernel needs them on its device (`kernels.packed_attention`).
-    starts: Tensor
+    starts: Tensor  # [C+1] int32: where documents begin in the concatenation of all rows, then B·L; the last may repeat
 
     def to_mask(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Bool [B, 1, L, L], True = may attend."""
@@ -183,9 +170,8 @@ class PromptBatch:
     examples: list[Example]
 
     def to(self, *args: Any, **kwargs: Any) -> "PromptBatch":
-        """The prompts on a device. Lightning calls this."""
-        names = ("input_ids", "attention_mask", "sample_ids", "counted")
-        return replace(self, **{name: getattr(self, name).to(*args, **kwargs) for name in names})
+        moved = [x.to(*args, **kwargs) for x in (self.input_ids, self.attention_mask, self.sample_ids, self.counted)]
+        return PromptBatch(*moved, self.examples)
 
 
 @dataclass
@@ -197,7 +183,6 @@ class LossTerms:
 
     @property
     def mean(self) -> Tensor:
-        """The mean loss, 0 if the count is 0."""
         return self.sum / torch.clamp(self.count, min=1)
 
 
@@ -228,5 +213,5 @@ class Answers:
     prompt_length: int = 0  # P
 
     def to(self, *args: Any, **kwargs: Any) -> "Answers":
-        """Lightning moves what predict returns to the CPU with this."""
+        """Lightning moves what `predict_step` returns to the CPU with this."""
         return self if self.history is None else replace(self, history=self.history.to(*args, **kwargs))

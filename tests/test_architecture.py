@@ -67,6 +67,8 @@ ONLY_IN = {
 # Underscore attributes of other packages: torch's in kernels and model_factory, Lightning's in training.
 # torch._scaled_mm: Dynamo of torch 2.11 cannot trace the public F.scaled_mm.
 MAY_BE_PRIVATE = ("kernels/", "training/", "model_factory.py", "adapters/float8_linear.py")
+# The one use elsewhere: only its version shows an in-place write into a batch, whose noise is made from its CPU copy.
+KNOWN_PRIVATE = {"batch.py uses x._version"}
 
 
 def files() -> list[Path]:
@@ -139,7 +141,7 @@ def private_uses() -> set[str]:
                     uses.add(f"{place} imports from {node.module}")
             elif isinstance(node, ast.Import) and any(re.search(r"(^|\.)_[a-z]", a.name) for a in node.names):
                 uses.add(f"{place} imports a private module")
-    return uses
+    return uses ^ KNOWN_PRIVATE  # what is neither known nor stale
 
 
 @pytest.mark.parametrize("rule", [broken_imports, circles, private_uses], ids=lambda r: r.__name__)

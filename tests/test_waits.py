@@ -97,7 +97,7 @@ def gpu(monkeypatch):
 
     def send(batch, device):
         sent = replace(batch, **{name: simulated.take(x.clone()) for name, x in batch.tensors().items()})
-        sent.host = batch
+        sent.host = batch, {}
         return sent
 
     def send_noised(noised, device):

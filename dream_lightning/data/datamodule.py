@@ -53,15 +53,14 @@ class S1KDataModule(L.LightningDataModule):
         thinking: False trains on answers alone.
         max_length: of prompt and response in tokens; also the length of a packed row.
         overflow: what happens to longer documents: `truncate_trace` (shorten the thinking, keep answer and eos),
-            `truncate_trace_else_drop` (drop a document that is still too long), `drop`, `error`, or `truncate_right`
-            (removes the answer, as other trainers do).
+            `truncate_trace_else_drop`, `drop`, `error`, or `truncate_right` (removes the answer).
         eos_fill_to: fill shorter responses with eos to this many tokens; teaches the model to stop.
         extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}.
         batch_size: rows of a micro-batch on each process; questions of a batch in generation.
         packing: put several whole documents into a row.
         batch_cutoff: the authors' collation: truncate or fill all responses of a micro-batch to one drawn length.
-        validation_draws: how often each validation document is noised, at evenly spread t; more draws make `val/nll`
-            less noisy.
+        validation_draws: how often each validation document is noised, at evenly spread t; more make `val/nll` less
+            noisy.
         validation_questions: how many validation questions are answered and scored at every validation.
         num_workers: processes that prepare batches.
         cache_dir: where tokenized sets are kept.
@@ -106,48 +105,32 @@ class S1KDataModule(L.LightningDataModule):
         super().__init__()
         if packing and batch_cutoff:
             raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("first_n", first_n, 1),
-            ("validation_draws", validation_draws, 1),
-            ("validation_questions", validation_questions, 0),
-            ("max_length", max_length, 1),
-            ("eos_fill_to", eos_fill_to, 1),
-            ("num_workers", num_workers, 0),
-            *((f"extra_weight of {text!r}", weight, 0) for text, weight in (extra_weight or {}).items()),
-        ):
-            if value is not None and not value >= least:  # written so that NaN is refused
-                raise UserError(f"{name} is {value}, wanted at least {least}")
+        at_least_one = {"batch_size": batch_size, "first_n": first_n, "validation_draws": validation_draws}
+        at_least_one |= {"max_length": max_length, "eos_fill_to": eos_fill_to}
+        at_least_zero = {"validation_questions": validation_questions, "num_workers": num_workers}
+        at_least_zero |= {f"extra_weight of {text!r}": weight for text, weight in (extra_weight or {}).items()}
+        for least, options in ((1, at_least_one), (0, at_least_zero)):
+            for name, value in options.items():
+                if value is not None and not value >= least:  # written so that NaN is refused
+                    raise UserError(f"{name} is {value}, wanted at least {least}")
         if task is not None:
             import_task(task)
         self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
-        self.validation_fraction, self.first_n, self.task = validation_fraction, first_n, task
-        self.reading: dict[str, Any] = {
-            "subset": subset,
-            "schema": schema,
-            "prompt_column": prompt_column,
-            "response_column": response_column,
-            "reference_column": reference_column,
-            "task": task,
-            "filters": filters,
-        }
+        self.validation_fraction, self.first_n = validation_fraction, first_n
+        columns = {"prompt_column": prompt_column, "response_column": response_column}
+        columns |= {"reference_column": reference_column}
+        self.reading = {"subset": subset, "schema": schema, "task": task, "filters": filters, **columns}
         self.prompting = {"style": style, "system_prompt": system_prompt}
-        self.encoding = {
-            **self.prompting,
-            "thinking": thinking,
-            "max_length": max_length,
-            "overflow": overflow,
-            "eos_fill_to": eos_fill_to,
-            "extra_weight": extra_weight,
-        }
+        fitting = {"max_length": max_length, "overflow": overflow, "eos_fill_to": eos_fill_to}
+        self.encoding = {**self.prompting, **fitting, "thinking": thinking, "extra_weight": extra_weight}
         self.batch_size, self.packing, self.batch_cutoff = batch_size, packing, batch_cutoff
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
         self.num_workers = num_workers
         self.train_set: TokenizedSet | None = None
         self.validation_set: TokenizedSet | None = None
         self.questions: list[Example] = []
-        self._answered: Collection[int] = ()
+        self._answered: set[int] = set()
 
     def prepare_data(self) -> None:
         """Read and tokenize on one process of a machine; the others find the result in the cache."""
@@ -171,7 +154,11 @@ class S1KDataModule(L.LightningDataModule):
         """Documents of the examples, cached; a `name` prints a summary."""
         documents = tokenize(examples, self.tokenizer, cache_dir=self.cache_dir, **self.encoding)
         if name:
-            rank_zero_info(_summary(name, documents))
+            lengths, cut = documents.lengths, documents.cut_tokens
+            rank_zero_info(
+                f"{name}: {len(documents):,} documents, {lengths.sum():,} tokens, longest {lengths.max():,}; "
+                f"{(cut > 0).sum():,} shortened by {cut.sum():,} tokens, {documents.dropped:,} dropped"
+            )
         return documents
 
     def setup(self, stage: str) -> None:
@@ -203,10 +190,10 @@ class S1KDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches in the epoch's order; resumes in the middle of it."""
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        collation = partial(collate, pad_token_id=pad)
+        collation = partial(collate, pad_token_id=self.tokenizer.pad_token_id)
         if self.batch_cutoff:
-            collation = partial(collate_with_cutoff, pad_token_id=pad, eos_token_id=eos, seed=self.seed)
+            authors = partial(collate_with_cutoff, eos_token_id=self.tokenizer.eos_token_id, seed=self.seed)
+            collation = partial(authors, pad_token_id=self.tokenizer.pad_token_id)
         return ResumableLoader(
             KeyedItems(self.train_set),
             batch_size=self.batch_size,
@@ -219,10 +206,8 @@ class S1KDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """Documents whose likelihood is estimated, and questions to answer."""
-        rows = self._rows(self.validation_set)
-        sampler = self._sampler(rows, shuffle=False, repeats=self.validation_draws)
-        collation = partial(collate, pad_token_id=self.tokenizer.pad_token_id)
-        likelihood = self._loader(self.validation_set, sampler, collation)
+        sampler = self._sampler(self._rows(self.validation_set), shuffle=False, repeats=self.validation_draws)
+        likelihood = self._loader(self.validation_set, sampler, collate)
         return [likelihood, self._question_loader(range(len(self.questions)))] if self.questions else [likelihood]
 
     test_dataloader = val_dataloader
@@ -244,18 +229,16 @@ class S1KDataModule(L.LightningDataModule):
         return RowSampler(rows, batch_size=self.batch_size, rank=rank, world_size=world_size, **options)
 
     def _loader(self, items: Any, sampler: RowSampler, collation: Callable) -> DataLoader:
+        collation = partial(collation, pad_token_id=self.tokenizer.pad_token_id)
         return DataLoader(KeyedItems(items), batch_size=self.batch_size, sampler=sampler, collate_fn=collation)
 
     def _question_loader(self, numbers: Sequence[int], *, bucket: bool = False) -> DataLoader:
-        prompts = {
-            n: encode_prompt(self.questions[n], self.tokenizer, **self.prompting) for n in numbers
-        }  # 0.7 ms each
+        prompts = {n: encode_prompt(self.questions[n], self.tokenizer, **self.prompting) for n in numbers}
         if bucket:
             window = _WINDOW * self.batch_size * (self.trainer.world_size if self.trainer else 1)
             numbers = bucket_by_length(numbers, [len(prompts[n]) for n in numbers], window=window)
         items = {n: (self.questions[n], ids) for n, ids in prompts.items()}
-        sampler = self._sampler([[n] for n in numbers], shuffle=False)
-        return self._loader(items, sampler, partial(collate_prompts, pad_token_id=self.tokenizer.pad_token_id))
+        return self._loader(items, self._sampler([[n] for n in numbers], shuffle=False), collate_prompts)
 
 
 class KeyedItems(Dataset):
@@ -273,12 +256,3 @@ class KeyedItems(Dataset):
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def _summary(name: str, documents: TokenizedSet) -> str:
-    shortened = int((documents.cut_tokens > 0).sum())
-    return (
-        f"{name}: {len(documents):,} documents, {int(documents.lengths.sum()):,} tokens, longest "
-        f"{int(documents.lengths.max()):,}; {shortened:,} shortened by {int(documents.cut_tokens.sum()):,} tokens, "
-        f"{documents.dropped:,} dropped"
-    )

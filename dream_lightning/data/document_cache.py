@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.atomic import atomic_write
 from dream_lightning.batch import Document, Example
-from dream_lightning.data.prompt_format import Style
-from dream_lightning.data.tokenization import Encoded, Overflow, encode
+from dream_lightning.data.tokenization import Encoded, encode
 from dream_lightning.errors import UserError
 
 _FORMAT = 2  # part of the hash: raise it when encode() gives other documents for the same input
@@ -39,11 +38,11 @@ class TokenizedSet(Sequence[Document]):
         self.cut_tokens = np.where(self.is_kept, self.full_length - (whole - self.filled), 0)  # [examples]
         self.kept = np.flatnonzero(self.is_kept)  # document number → example number
         self.lengths = whole[self.kept]  # [documents]
+        self.dropped = len(self.is_kept) - len(self.kept)  # examples without a document
         self._ends = self.lengths.cumsum()
 
     @classmethod
     def of(cls, encoded: Iterable[Encoded]) -> "TokenizedSet":
-        """Collect encoded examples."""
         ids, weights, names, counts = [np.zeros(0, np.int32)], [np.ones(0, np.float32)], [], []
         for document, prompt_length, full_length, filled in encoded:
             counts.append((full_length, prompt_length, len(document.response_ids) if document else 0, filled))
@@ -63,11 +62,10 @@ class TokenizedSet(Sequence[Document]):
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizedSet":
-        """Memory-map what `save` wrote."""
         return cls({file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")})
 
     def save(self, folder: Path) -> None:
-        """Write the arrays to a new folder, atomically. Several processes may do so at once."""
+        """Write the arrays to a new folder, atomically. Of several processes, the first to finish does."""
         try:
             with atomic_write(folder) as partial_folder:
                 partial_folder.mkdir()
@@ -76,14 +74,13 @@ class TokenizedSet(Sequence[Document]):
                 if folder.exists():  # never replace what another process has memory-mapped
                     raise FileExistsError(folder)
         except OSError:
-            if not folder.exists():  # otherwise another process was first, with the same content
+            if not folder.exists():
                 raise
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> Document:
-        """Document `index` of the kept ones."""
         end, length = self._ends[index], self.lengths[index]
         response = end - length + self.prompt_length[self.kept[index]]
         weights = self.arrays["weights"]
@@ -94,60 +91,40 @@ class TokenizedSet(Sequence[Document]):
             response_weight=weights[response:end].tolist() if len(weights) else [1.0] * int(end - response),
         )
 
-    @property
-    def dropped(self) -> int:
-        """Number of examples without a document."""
-        return len(self.is_kept) - len(self.kept)
-
 
 def tokenize(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    style: Style = "chat",
-    system_prompt: str | None = None,
-    thinking: bool = True,
-    max_length: int | None = None,
-    overflow: Overflow = "truncate_trace",
-    eos_fill_to: int | None = None,
-    extra_weight: dict[str, float] | None = None,
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
+    **encoding: Any,
 ) -> TokenizedSet:
     """Documents of all examples.
 
     Args:
         examples: of one set, in the order of their documents.
         tokenizer: with its chat template.
-        style, system_prompt, thinking, max_length, overflow, eos_fill_to, extra_weight: see `tokenization.encode`.
         num_proc: processes; None takes 1 below 500 examples, up to 8 from there.
         cache_dir: a second call with the same examples, tokenizer and options reads the result from here; None keeps
             it in memory. Several processes may fill it at once.
+        encoding: options of `tokenization.encode`.
 
     Raises:
         UserError: there are no examples, `encode` raises, every document is dropped, or the disk is full.
     """
     if not examples:
         raise UserError("no examples to tokenize: check the source, the filters and the split")
-    options = {
-        "style": style,
-        "system_prompt": system_prompt,
-        "thinking": thinking,
-        "max_length": max_length,
-        "overflow": overflow,
-        "eos_fill_to": eos_fill_to,
-        "extra_weight": extra_weight,
-    }
     folder = None
     if cache_dir is not None:
-        folder = Path(cache_dir).expanduser() / f"documents-{_content_hash(examples, tokenizer, options)}"
+        folder = Path(cache_dir).expanduser() / f"documents-{_content_hash(examples, tokenizer, encoding)}"
         if folder.exists():
             return TokenizedSet.load(folder)
-    documents = TokenizedSet.of(_encode_all(examples, partial(encode, tokenizer=tokenizer, **options), num_proc))
+    documents = TokenizedSet.of(_encode_all(examples, partial(encode, tokenizer=tokenizer, **encoding), num_proc))
     if not len(documents):
         raise UserError(
-            f"all {len(examples)} documents are longer than max_length {max_length} (the shortest has "
-            f"{documents.full_length.min():,} tokens) and overflow is {overflow}: raise max_length, or truncate"
+            f"all {len(examples)} documents are longer than max_length {encoding['max_length']} (the shortest has "
+            f"{documents.full_length.min():,} tokens) and overflow drops them: raise max_length, or truncate"
         )
     if folder is None:
         return documents
@@ -181,11 +158,11 @@ def _encode_one(example: Example) -> Encoded:
     return _worker["encoder"](example)
 
 
-def _content_hash(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
+def _content_hash(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> str:
     """Of everything that documents depend on, and nothing else: not the origin, the task or other columns."""
-    digest = hashlib.sha256(json.dumps([_FORMAT, options, tokenizer.chat_template], sort_keys=True).encode())
+    settings = [_FORMAT, encoding, tokenizer.chat_template, tokenizer.eos_token_id]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(str(tokenizer.eos_token_id).encode())
     for e in examples:
         digest.update(json.dumps([e.id, e.prompt, e.thinking, e.answer, e.reference]).encode())
     return digest.hexdigest()[:32]

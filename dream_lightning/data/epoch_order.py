@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ class RowSampler(DistributedSampler):
     evenly, the remaining ranks get copies that are not counted, so that all ranks make the same number of forwards.
 
     It subclasses DistributedSampler so that Lightning does not replace it.
+
+    Args:
+        rows: the documents of every row.
+        repeats: uses of each row in an unshuffled pass.
     """
 
     def __init__(
@@ -36,28 +41,19 @@ class RowSampler(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Args: `rows`: the documents of every row; `repeats`: uses of each row in an unshuffled pass."""
         self.rows = [tuple(row) for row in rows]
         self.batch_size, self.seed, self.shuffle, self.repeats = batch_size, seed, shuffle, repeats
         self.rank, self.num_replicas = rank, world_size
-        self.epoch = 0
+        self.block = batch_size * world_size  # rows of one micro-batch over all ranks
+        self.epoch = 0  # Lightning calls `set_epoch`
         self.start_row = 0  # of the epoch, over all ranks: where this pass begins
-
-    @property
-    def block(self) -> int:
-        """Rows of one micro-batch over all ranks."""
-        return self.batch_size * self.num_replicas
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of every epoch."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return -(-len(self.rows) * self.repeats // self.num_replicas)
 
     def __iter__(self) -> Iterator[KeyRow]:
         rows = self._rows_in_order()
-        uncounted = [tuple(SampleKey(k.epoch, k.order, k.index, counted=False) for k in row) for row in rows[:1]]
+        uncounted = [tuple(replace(key, counted=False) for key in row) for row in rows[:1]]
         start = min(self.start_row, len(rows))
         rows += uncounted * ((start - len(rows)) % self.num_replicas)
         full = start + (len(rows) - start) // self.block * self.block
@@ -99,14 +95,13 @@ class ResumableLoader(DataLoader):
 
     rows_used = 0
     waited = 0.0  # seconds that the training loop waited for batches; `training.Throughput` reads it
-    resume_at: tuple[int, int] | None = None  # epoch, rows already used
+    resume_at: tuple[int | None, int] = (None, 0)  # epoch, rows already used
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: this runs at the first batch, after Lightning has set the sampler's epoch.
-        epoch, used = self.resume_at or (None, 0)
-        self.resume_at = None
-        self.rows_used = used if epoch == self.sampler.epoch else 0
-        self.sampler.start_row = self.rows_used
+        epoch, used = self.resume_at
+        self.resume_at = (None, 0)
+        self.rows_used = self.sampler.start_row = used if epoch == self.sampler.epoch else 0
         asked = time.perf_counter()
         for batch in super().__iter__():
             self.waited += time.perf_counter() - asked
@@ -115,38 +110,26 @@ class ResumableLoader(DataLoader):
             asked = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
-        """Lightning saves this in every checkpoint."""
-        return {"epoch": self.sampler.epoch, "rows": self.rows_used, **self._order()}
+        order = {"rows_per_epoch": len(self.sampler.rows), "seed": self.sampler.seed}
+        return {"epoch": self.sampler.epoch, "rows": self.rows_used, **order}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Lightning calls this before the first batch.
-
-        Warns:
-            The number of rows or their order differs from the checkpoint's.
-        """
+        """Resume there at the first batch; warn if the number of rows or their order differs from the checkpoint's."""
         self.resume_at = (state["epoch"], state["rows"])
-        ours = self._order()
-        if 0 < state["rows"] < state["rows_per_epoch"] and any(state[name] != ours[name] for name in ours):
+        now, rows, seed = self.state_dict(), state["rows_per_epoch"], state["seed"]
+        if 0 < state["rows"] < rows and (now["rows_per_epoch"], now["seed"]) != (rows, seed):
             rank_zero_warn(
-                f"the checkpoint was saved {state['rows']:,} rows into an epoch of {state['rows_per_epoch']:,} "
-                f"(data.seed {state['seed']}), and an epoch now has {ours['rows_per_epoch']:,} (data.seed "
-                f"{ours['seed']}): the rest of this epoch repeats some documents and omits others"
+                f"the checkpoint was saved {state['rows']:,} rows into an epoch of {rows:,} (data.seed {seed}), and an "
+                f"epoch now has {now['rows_per_epoch']:,} (data.seed {now['seed']}): the rest of this epoch repeats "
+                "some documents and omits others"
             )
-
-    def _order(self) -> dict[str, int]:
-        return {"rows_per_epoch": len(self.sampler.rows), "seed": self.sampler.seed}
 
 
 def bucket_by_length(numbers: Sequence[int], lengths: Sequence[int], *, window: int) -> list[int]:
     """Sort the numbers by length, longest first, within consecutive windows, so that batches need little padding.
 
     Windows instead of one sort of all, so that the first questions are answered first.
-
-    Args:
-        numbers: of the questions, in their order.
-        lengths: of each of them.
-        window: how many numbers are sorted together.
     """
-    pairs = list(zip(numbers, lengths, strict=True))
-    windows = (pairs[start : start + window] for start in range(0, len(pairs), window))
-    return [number for part in windows for number, _ in sorted(part, key=lambda pair: -pair[1])]
+    length = dict(zip(numbers, lengths, strict=True))
+    windows = (numbers[start : start + window] for start in range(0, len(numbers), window))
+    return [number for part in windows for number in sorted(part, key=lambda n: -length[n])]

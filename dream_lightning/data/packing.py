@@ -31,15 +31,14 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     rows: list[list[int]] = []
     rows_by_room: list[list[int]] = [[] for _ in range(budget + 1)]  # room left → rows
     for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[document]
-        room = next((r for r in range(length, budget + 1) if rows_by_room[r]), None)
+        room = next((room for room in range(lengths[document], budget + 1) if rows_by_room[room]), None)
         if room is None:
-            rows.append([document])
-            rows_by_room[budget - length].append(len(rows) - 1)
-        else:
-            row = rows_by_room[room].pop()
-            rows[row].append(document)
-            rows_by_room[room - length].append(row)
+            room = budget
+            rows_by_room[room].append(len(rows))
+            rows.append([])
+        row = rows_by_room[room].pop()
+        rows[row].append(document)
+        rows_by_room[room - lengths[document]].append(row)
     return rows
 
 
@@ -75,18 +74,21 @@ def collate_with_cutoff(
         kept: the response length; by default drawn as a function of the seed and the first document's key.
     """
     keyed = [row[0] for row in rows]
-    bare = [_without_final_eos(document.response_ids, eos_token_id) for _, document in keyed]
+    bare = []  # response lengths without eos
+    for _, document in keyed:
+        final_eos = itertools.takewhile(lambda token: token == eos_token_id, reversed(document.response_ids))
+        bare.append(len(document.response_ids) - len(list(final_eos)))
     if kept is None:
         first = keyed[0][0]
-        kept = max(1, len(random.Random(f"cutoff {seed} {first.epoch} {first.order}").choice(bare)))
+        kept = max(1, random.Random(f"cutoff {seed} {first.epoch} {first.order}").choice(bare))
     longest_prompt = max(len(document.prompt_ids) for _, document in keyed)
     batch = _padding(len(rows), longest_prompt + kept, pad_token_id)
     batch.padded = any(len(document.prompt_ids) < longest_prompt for _, document in keyed)
     batch.position_ids.fill_(1)  # the authors' position of left padding; nothing attends to it
     for b, (key, document) in enumerate(keyed):
-        fill = max(0, kept - len(bare[b]))
-        response = bare[b][:kept] + [eos_token_id] * fill
-        weight = (document.response_weight[: len(bare[b])] + [1.0] * fill)[:kept]
+        end = min(bare[b], kept)
+        response = document.response_ids[:end] + [eos_token_id] * (kept - end)
+        weight = document.response_weight[:end] + [1.0] * (kept - end)
         cut = Document(document.id, document.prompt_ids, response, weight)
         _write(batch, b, longest_prompt - len(document.prompt_ids), key, cut)
     return batch
@@ -96,31 +98,31 @@ def collate_prompts(
     rows: Sequence[Sequence[tuple[SampleKey, tuple[Example, list[int]]]]], *, pad_token_id: int
 ) -> PromptBatch:
     """One question a row with the ids of its prompt, padded on the left to the longest."""
-    keyed = [row[0] for row in rows]
-    length = max(len(ids) for _, (_, ids) in keyed)
-    padding = [length - len(ids) for _, (_, ids) in keyed]
+    keys, items = zip(*(row[0] for row in rows), strict=True)
+    examples, prompts = zip(*items, strict=True)
+    length = max(map(len, prompts))
+    padding = [length - len(ids) for ids in prompts]
     return PromptBatch(
-        input_ids=torch.tensor([[pad_token_id] * n + ids for n, (_, (_, ids)) in zip(padding, keyed, strict=True)]),
+        input_ids=torch.tensor([[pad_token_id] * n + ids for n, ids in zip(padding, prompts, strict=True)]),
         attention_mask=torch.arange(length) >= torch.tensor(padding)[:, None],
-        sample_ids=torch.tensor([key.index for key, _ in keyed]),
-        counted=torch.tensor([key.counted for key, _ in keyed]),
-        examples=[example for _, (example, _) in keyed],
+        sample_ids=torch.tensor([key.index for key in keys]),
+        counted=torch.tensor([key.counted for key in keys]),
+        examples=list(examples),
     )
 
 
 def _bounds(lengths: list[list[int]], length: int) -> torch.Tensor:
     """Where documents begin, see DocumentBounds."""
     starts = [0]
-    for b, row in enumerate(lengths):
+    for b, row in enumerate(lengths, 1):
         starts += itertools.accumulate(row[1:], initial=starts[-1] + row[0])
-        if starts[-1] < (b + 1) * length:
-            starts.append((b + 1) * length)
+        if starts[-1] < b * length:
+            starts.append(b * length)
     starts += [starts[-1]] * (-(len(starts) - 1) % _BOUNDS)
     return torch.tensor(starts, dtype=torch.int32)
 
 
 def _padding(rows: int, length: int, pad_token_id: int) -> Batch:
-    """A batch of padding only."""
     full = partial(torch.full, (rows, length))
     return Batch(
         input_ids=full(pad_token_id),
@@ -144,10 +146,3 @@ def _write(batch: Batch, b: int, start: int, key: SampleKey, document: Document)
     batch.sample_ids[b, start:end] = key.index
     batch.epochs[b, start:end] = key.epoch
     batch.extra_weight[b, response:end] = torch.tensor(document.response_weight)
-
-
-def _without_final_eos(ids: list[int], eos_token_id: int) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == eos_token_id:
-        end -= 1
-    return ids[:end]

@@ -27,13 +27,19 @@ def encode_prompt(
     style: Style = "chat",
     system_prompt: str | None = None,
 ) -> list[int]:
-    """Ids of everything before the response, which is all that a prediction needs."""
-    if style == "plain":
-        return plain_ids(_plain_prompt(example, system_prompt), tokenizer)
-    messages = [m for m in example.prompt if system_prompt is None or m["role"] != "system"]
+    """Ids of everything before the response."""
+    messages = list(example.prompt)
     if system_prompt is not None:
-        messages = [Message(role="system", content=system_prompt), *messages]
-    return _template_ids(messages, tokenizer)
+        system = Message(role="system", content=system_prompt)
+        messages = [system, *(m for m in messages if m["role"] != "system")]
+    if style == "chat":
+        return _template_ids(messages, tokenizer)
+    system_texts = [m["content"] for m in messages if m["role"] == "system"]
+    if len(messages) - len(system_texts) > 1:
+        raise UserError(f"{example.origin} has several messages, the plain style holds one: use the chat style")
+    lead = "\n".join(system_texts)
+    question = f"Question: {messages[-1]['content']}\n\nLet's think step by step.\n"
+    return _plain_ids(f"{lead}\n\n{question}" if lead else question, tokenizer)
 
 
 def response_text(example: Example, *, style: Style = "chat", thinking: bool = True) -> str:
@@ -41,24 +47,13 @@ def response_text(example: Example, *, style: Style = "chat", thinking: bool = T
     trace = example.thinking if thinking else None
     if style == "chat":
         return f"<think>\n{trace}\n</think>\n{example.answer}" if trace else example.answer
-    answer = final_answer(example)
+    answer = _final_answer(example)
     if not trace:
         return f"Therefore, the final answer is: {answer}" if answer else ""
     return f"{trace} Therefore, the final answer is: {answer}"
 
 
-def _plain_prompt(example: Example, system_prompt: str | None) -> str:
-    if len([m for m in example.prompt if m["role"] != "system"]) > 1:
-        raise UserError(
-            f"{example.origin} has several messages, but the plain style holds one question: use the chat style"
-        )
-    system = [m["content"] for m in example.prompt if m["role"] == "system"]
-    lead = system_prompt if system_prompt is not None else "\n".join(system)
-    question = f"Question: {example.prompt[-1]['content']}\n\nLet's think step by step.\n"
-    return f"{lead}\n\n{question}" if lead else question
-
-
-def final_answer(example: Example) -> str:
+def _final_answer(example: Example) -> str:
     """The short answer after the trace: the last `\\boxed{…}`, a one-line reference, or the whole answer.
 
     The box comes first because a record's reference may contradict its trace (82 against 148 in one s1K row): the text
@@ -91,11 +86,11 @@ def _template_ids(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -
     rendered = tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
     ids, start = [], 0
     for found in pattern.finditer(rendered):
-        ids += [*plain_ids(rendered[start : found.start()].replace(unused, ""), tokenizer), special[found[0]]]
+        ids += [*_plain_ids(rendered[start : found.start()].replace(unused, ""), tokenizer), special[found[0]]]
         start = found.end()
-    return ids + plain_ids(rendered[start:].replace(unused, ""), tokenizer)
+    return ids + _plain_ids(rendered[start:].replace(unused, ""), tokenizer)
 
 
-def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a text; special tokens in it are encoded as ordinary text."""
+def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens in the text are encoded as ordinary text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dream_lightning.batch import Example, Message
 from dream_lightning.data.sources import Row, read_rows
@@ -26,7 +26,6 @@ from dream_lightning.errors import UserError
 
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input")
 _RESPONSES = ("response", "completion", "output")
-_REFERENCES = ("reference", "answer", "solution")
 _IDS = ("id", "unique_id")
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _THINKING = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*(.*)", re.DOTALL)
@@ -47,7 +46,7 @@ class Schema(NamedTuple):
 
     detect: Callable[[Set[str]], bool]  # from the column names of the first row
     read: Callable[[Row, Columns], Content]
-    references: tuple[str, ...] = _REFERENCES  # columns that hold the reference, the first one found
+    references: tuple[str, ...] = ("reference", "answer", "solution")  # columns of the reference, the first one found
 
 
 def read_examples(
@@ -80,30 +79,23 @@ def read_examples(
         UserError: naming file, row and remedy: an unknown schema, a missing column, an empty or broken file, a field
             that is null or not text, an empty prompt, a chat without a user message, an unknown role, a duplicate id.
     """
-    rows = list(read_rows(source, split, subset))
-    if filters:
-        rows = keep_rows(rows, filters)
+    rows = keep_rows(list(read_rows(source, split, subset)), filters or {})
     if schema == "auto":
         schema = "prompt-response" if prompt_column or response_column else _detect(rows[0])
     if schema not in SCHEMAS:
         raise UserError(f"schema is {schema!r}, wanted auto or one of {', '.join(SCHEMAS)}")
-    chosen = SCHEMAS[schema]
     if schema == "prompt-response":
-        prompt_column = prompt_column or _find(rows[0], _PROMPTS, "prompt_column", needed=True)
-        response_column = response_column or _find(rows[0], _RESPONSES, "response_column", needed=False)
+        prompt_column = prompt_column or _find(rows[0], _PROMPTS, "prompt_column")
+        response_column = response_column or _find(rows[0], _RESPONSES, "response_column")
     if reference_column is None:
-        present = [name for name in chosen.references if name in rows[0].values and name != response_column]
-        reference_column = present[0] if present else None
+        present = (name for name in SCHEMAS[schema].references if name in rows[0].values and name != response_column)
+        reference_column = next(present, None)
     columns = Columns(prompt_column, response_column, reference_column)
     examples: dict[str, Example] = {}
     for row in rows:
-        example = _example(row, chosen, columns, task)
-        if example.id in examples:
-            raise UserError(
-                f"{row.origin} has the id {example.id!r}, and so has {examples[example.id].origin}: make ids unique, "
-                "or remove that column and rows are numbered"
-            )
-        examples[example.id] = example
+        example = _example(row, SCHEMAS[schema], columns, task)
+        if (same := examples.setdefault(example.id, example)) is not example:
+            raise UserError(f"{row.origin} has the id {example.id!r}, and so has {same.origin}: make ids unique")
     return list(examples.values())
 
 
@@ -133,30 +125,26 @@ def _read_s1k_11(row: Row, columns: Columns, *, model: str) -> Content:
 def _read_chat(row: Row, columns: Columns, *, column: str) -> Content:
     """A list of `{role, content}` or `{from, value}`; the response is the last message, if the assistant wrote it."""
     chat = row.value(column)
-    if not isinstance(chat, list) or not chat or not all(isinstance(message, dict) for message in chat):
+    if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
         raise UserError(f"{row.origin}: {column} is not a list of messages; wanted [{{'role': …, 'content': …}}, …]")
-    messages = [_message(message, f"{row.origin}, message {number}") for number, message in enumerate(chat, 1)]
+    messages = []
+    for number, message in enumerate(chat, 1):
+        role = str(message.get("role", message.get("from")))
+        content = message.get("content", message.get("value"))
+        if role not in _ROLES or not isinstance(content, str):
+            raise UserError(
+                f"{row.origin}, message {number} has the role {role!r} and a {type(content).__name__}, wanted system, "
+                "user or assistant (or system, human, gpt) and a text: correct or delete that row"
+            )
+        messages.append(Message(role=_ROLES[role], content=content))
     roles = ", ".join(message["role"] for message in messages)
-    response = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+    response = messages.pop()["content"] if roles.endswith("assistant") else ""
     if not messages or messages[-1]["role"] != "user":
         raise UserError(
             f"{row.origin}: no user message before the response, the roles are {roles}; a chat ends with user, "
             "assistant (or user alone, to be answered): correct or delete that row"
         )
     return messages, *split_thinking(response)
-
-
-def _message(message: dict[str, Any], origin: str) -> Message:
-    role = str(message.get("role", message.get("from")))
-    content = message.get("content", message.get("value"))
-    if role not in _ROLES:
-        raise UserError(
-            f"{origin} has the role {role!r}, wanted system, user or assistant (or system, human, gpt): rename it or "
-            "delete that row"
-        )
-    if not isinstance(content, str):
-        raise UserError(f"{origin} has no text ({type(content).__name__}): correct or delete that row")
-    return Message(role=_ROLES[role], content=content)
 
 
 def _read_prompt_response(row: Row, columns: Columns) -> Content:
@@ -189,12 +177,10 @@ def _detect(row: Row) -> str:
     )
 
 
-def _find(row: Row, names: tuple[str, ...], option: str, *, needed: bool) -> str | None:
+def _find(row: Row, names: tuple[str, ...], option: str) -> str | None:
     found = [name for name in names if name in row.values]
-    if len(found) > 1:
-        raise UserError(f"{row.file} has {' and '.join(found)}: set {option} to the one you mean")
-    if needed and not found:
-        raise UserError(f"{row.file} has the columns {', '.join(row.values)}: set {option} to one of them")
+    if len(found) > 1 or (names == _PROMPTS and not found):
+        raise UserError(f"{row.file} has the columns {', '.join(found or row.values)}: set {option} to one of them")
     return found[0] if found else None
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from dream_lightning.data.additions import sample_rows
 from dream_lightning.errors import UserError
 
-BUNDLED = "bundled"  # the source's name of the package's own set
+_BLANK = object()  # an empty line of a .jsonl file, which counts
 
 
 class Row(NamedTuple):
@@ -26,16 +26,13 @@ class Row(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """As error messages name it."""
         return f"{self.file}, row {self.number}"
 
     def value(self, column: str) -> Any:
         """The value of a column; UserError if there is no such column."""
         if column not in self.values:
-            raise UserError(
-                f"{self.origin} has no column {column!r}, it has {', '.join(self.values)}: set schema, prompt_column, "
-                "response_column or reference_column to what the file holds"
-            )
+            names = ", ".join(self.values)
+            raise UserError(f"{self.origin} has no column {column!r}, it has {names}: set the schema or column options")
         return self.values[column]
 
     def text(self, column: str, *, or_integer: bool = False) -> str:
@@ -60,9 +57,9 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
         UserError: the source does not exist, is of an unknown kind, has a broken line or no rows.
     """
     path = Path(source).expanduser()
-    if source == BUNDLED:
+    if source == "bundled":
         part = "train" if split == "train" else "validation"
-        rows = _numbered(sample_rows(part), f"{BUNDLED}-{part}")
+        rows = _numbered(sample_rows(part), f"bundled-{part}")
     elif path.is_file():
         rows = _read_file(path)
     elif path.is_dir():
@@ -76,37 +73,32 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
     yield from rows
 
 
-def _numbered(records: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+def _numbered(records: Iterable[Any], name: str) -> Iterator[Row]:
     for number, record in enumerate(records, 1):
+        if record is _BLANK:
+            continue
         if not isinstance(record, dict):
-            raise UserError(f"{name}, row {number} is a {type(record).__name__}, wanted an object: correct it")
+            raise UserError(f"{name}, row {number} is a {type(record).__name__}, wanted a JSON object: correct it")
         yield Row(record, name, number)
 
 
 def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix not in _READERS:
         raise UserError(f"{path.name} is a {path.suffix or 'nameless'} file, wanted {', '.join(_READERS)}: convert it")
-    return _READERS[path.suffix](path)
+    return _numbered(_READERS[path.suffix](path), path.name)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:  # split at \n only: str.splitlines also splits at other separators inside a text
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = Row(_parse_json(line, f"{path.name}, row {number}"), path.name, number)
-            if not isinstance(row.values, dict):
-                raise UserError(
-                    f"{row.origin} is a {type(row.values).__name__}, wanted a JSON object: correct that line"
-                )
-            yield row
+            yield _parse_json(line, f"{path.name}, row {number}") if line.strip() else _BLANK
 
 
-def _read_json(path: Path) -> Iterator[Row]:
+def _read_json(path: Path) -> list[Any]:
     records = _parse_json(path.read_bytes(), path.name)
     if not isinstance(records, list):
         raise UserError(f"{path.name} holds a {type(records).__name__}, wanted a list of objects: use .jsonl instead")
-    return _numbered(records, path.name)
+    return records
 
 
 def _parse_json(content: bytes, origin: str) -> Any:
@@ -116,28 +108,24 @@ def _parse_json(content: bytes, origin: str) -> Any:
         raise UserError(f"{origin}: not valid JSON ({error}); correct it (.jsonl holds one object a line)") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[Any]:
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path.name} is not a parquet file ({error}): download or write it again") from error
-    return _numbered((record for batch in batches for record in batch.to_pylist()), path.name)
+    return (record for batch in batches for record in batch.to_pylist())
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
-        number = 0
         try:
-            for number, record in enumerate(table, 1):
+            for record in table:
                 if None in record or None in record.values():
-                    raise UserError(
-                        f"{path.name}, row {number} has not as many fields as the header ({len(table.fieldnames)}): "
-                        "quote fields that contain commas"
-                    )
-                yield Row(record, path.name, number)
+                    raise csv.Error(f"wanted {len(table.fieldnames)} fields as in the header; quote those with commas")
+                yield record
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path.name}, row {number + 1}: {error}; write the file as UTF-8 .jsonl") from error
+            raise UserError(f"{path.name}, line {table.line_num}: {error}; correct it, or use UTF-8 .jsonl") from error
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
@@ -148,17 +136,15 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
         data = datasets.load_from_disk(str(folder))
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
-                raise UserError(
-                    f"{folder} has no split {split!r}, it has {', '.join(data)}: name the folder of one of them"
-                )
+                raise UserError(f"{folder} has no split {split!r}, it has {', '.join(data)}: name the folder of one")
             data = data[split]
         return _numbered(data, folder.name)
-    files = sorted(f for place in (folder, folder / "data") for f in place.glob("*") if f.suffix in _READERS)
+    files = sorted(file for place in (folder, folder / "data") for file in place.glob("*") if file.suffix in _READERS)
     chosen = [file for file in files if file.name.startswith(split)]
     if not chosen:
         raise UserError(
             f"{folder} has no {', '.join(_READERS)} file whose name starts with {split!r}, it has "
-            f"{', '.join(f.name for f in files) or 'no such file'}: name the file itself"
+            f"{', '.join(file.name for file in files) or 'no such file'}: name the file itself"
         )
     return (row for file in chosen for row in _read_file(file))
 
@@ -167,11 +153,9 @@ def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(tuple(_READERS)):
         raise UserError(f"{name} does not exist: name a file, a folder, or a hub data set as owner/name")
     try:
-        data = datasets.load_dataset(name, subset, split=split)
+        return _numbered(datasets.load_dataset(name, subset, split=split), name)
     except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"no data from {name!r}: there is no such file or folder, and the hub gave {type(error).__name__}: "
-            f"{error}. Check the name, the subset ({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE), or name a "
-            "local file"
+            f"no data from {name!r}: no such file or folder, and the hub gave {type(error).__name__}: {error}. "
+            f"Check the name, the subset ({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE), or name a local file"
         ) from error
-    return _numbered(data, name)

@@ -5,6 +5,7 @@ Every choice is a function of the records (and a seed), not of their order or of
 
 import hashlib
 import re
+from collections import Counter
 
 from dream_lightning.batch import Example
 from dream_lightning.data.sources import Row
@@ -18,15 +19,11 @@ def keep_rows(rows: list[Row], filters: dict[str, list[str]]) -> list[Row]:
         UserError: a row lacks the column; nothing is left.
     """
     for column, values in filters.items():
-        for row in rows:
-            if column not in row.values:
-                raise UserError(f"{row.origin} has no column {column!r} to filter by, it has {', '.join(row.values)}")
-        present = sorted({str(row.values[column]) for row in rows})
-        rows = [row for row in rows if str(row.values[column]) in {str(value) for value in values}]
+        present = {str(row.value(column)) for row in rows}
+        rows = [row for row in rows if str(row.values[column]) in map(str, values)]
         if not rows:
-            raise UserError(
-                f"filters leave nothing: no row has {column} in {values}; values found: {', '.join(present[:10])}"
-            )
+            found = ", ".join(sorted(present)[:10])
+            raise UserError(f"filters leave nothing: no row has {column} in {values}; values found: {found}")
     return rows
 
 
@@ -41,20 +38,18 @@ def split(
     Raises:
         UserError: one of the two sides would be empty.
     """
-    groups: dict[str, int] = {}
-    for example in examples:
-        groups[question_key(example)] = groups.get(question_key(example), 0) + 1
+    counts = Counter(map(question_key, examples))
     wanted, taken, held = round(validation_fraction * len(examples)), 0, set()
-    for key in sorted(groups, key=lambda key: _rank(seed, key)):
+    for key in sorted(counts, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).hexdigest()):
         if taken >= wanted:
             break
         held.add(key)
-        taken += groups[key]
+        taken += counts[key]
     training = [example for example in examples if question_key(example) not in held]
     validation = [example for example in examples if question_key(example) in held]
     if not training or not validation:
         raise UserError(
-            f"{len(examples)} examples with {len(groups)} different questions and validation_fraction "
+            f"{len(examples)} examples with {len(counts)} different questions and validation_fraction "
             f"{validation_fraction} leave {len(training)} for training and {len(validation)} for validation: change "
             "validation_fraction, or name a validation file"
         )
@@ -76,7 +71,3 @@ def question_key(example: Example) -> str:
     """
     text = "\n".join(message["content"] for message in example.prompt if message["role"] == "user")
     return " ".join(re.findall(r"[^\W_]+|[-+*/^=<>]", text.casefold())) or "".join(text.split())
-
-
-def _rank(seed: int, text: str) -> str:
-    return hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()

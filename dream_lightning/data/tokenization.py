@@ -60,14 +60,13 @@ def encode(
     text = response_text(example, style=style, thinking=thinking)
     if not text.strip():
         raise UserError(
-            f"{example.origin} has no response to train on: name its column in response_column, or use the file for "
-            "prediction only"
+            f"{example.origin} has no response to train on: set response_column, or use the file for predict only"
         )
-    response = _Tokens.of(text, tokenizer).and_eos(tokenizer.eos_token_id)
+    response = _with_eos(text, tokenizer)
     full_length = len(prompt_ids) + len(response.ids)
     dropped = Encoded(None, len(prompt_ids), full_length)
-    if max_length is not None and full_length > max_length:
-        room = max_length - len(prompt_ids)
+    room = max_length - len(prompt_ids) if max_length is not None else len(response.ids)  # tokens of the response
+    if len(response.ids) > room:
         if overflow == "drop":
             return dropped
         if overflow == "truncate_right":
@@ -83,7 +82,7 @@ def encode(
             )
     filled = 0
     if eos_fill_to is not None and response.ids[-1] == tokenizer.eos_token_id:
-        limit = eos_fill_to if max_length is None else min(eos_fill_to, max_length - len(prompt_ids))
+        limit = eos_fill_to if max_length is None else min(eos_fill_to, room)
         filled = max(limit - len(response.ids), 0)
     weight = _weights(response, extra_weight or {}) + [1.0] * filled
     document = Document(example.id, prompt_ids, response.ids + [tokenizer.eos_token_id] * filled, weight)
@@ -109,10 +108,6 @@ class _Tokens(NamedTuple):
         encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         return cls(text, encoding["input_ids"], encoding["offset_mapping"])
 
-    def and_eos(self, eos_token_id: int) -> "_Tokens":
-        end = len(self.text)
-        return _Tokens(self.text, [*self.ids, eos_token_id], [*self.spans, (end, end)])
-
     def first(self, count: int) -> "_Tokens":
         """The first `count` tokens, or one or two fewer so that no character of several tokens is split."""
         count = max(count, 0)
@@ -126,6 +121,10 @@ class _Tokens(NamedTuple):
         return _Tokens(self.text + other.text, self.ids + other.ids, self.spans + moved)
 
 
+def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+    return _Tokens.of(text, tokenizer).then(_Tokens("", [tokenizer.eos_token_id], [(0, 0)]))
+
+
 def _shorten_trace(
     response: _Tokens, thinking: str, tokenizer: PreTrainedTokenizerBase, *, style: Style, room: int
 ) -> _Tokens:
@@ -135,7 +134,7 @@ def _shorten_trace(
     the text does not. Tokenizing the joined text again until it fits took three times as long.
     """
     head = "<think>\n" if style == "chat" else ""
-    after = _Tokens.of(response.text[len(head) + len(thinking) :], tokenizer).and_eos(tokenizer.eos_token_id)
+    after = _with_eos(response.text[len(head) + len(thinking) :], tokenizer)
     kept = response.first(room - len(after.ids))
     return (kept if len(kept.text) >= len(head) else _Tokens.of(head, tokenizer)).then(after)
 

@@ -18,7 +18,7 @@ def test_filters_keep_listed_values_of_every_column():
     assert len(keep_rows(rows, {"kind": ["a", "b"]})) == 4
     got = keep_rows(rows, {"kind": ["a", "b"], "level": ["2"]})
     assert [row.values for row in got] == [{"kind": "a", "level": 2}, {"kind": "b", "level": 2}]
-    with pytest.raises(UserError, match="no column 'size' to filter by"):
+    with pytest.raises(UserError, match="no column 'size', it has kind, level"):
         keep_rows(rows, {"size": ["a"]})
     with pytest.raises(UserError, match=r"filters leave nothing: .* values found: a, b, c"):
         keep_rows(rows, {"kind": ["x"]})

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
@@ -21,7 +21,6 @@ from dream_lightning.atomic import PARTIAL, atomic_write
 from dream_lightning.batch import Answers, PromptBatch
 from dream_lightning.errors import UserError
 
-T = TypeVar("T")
 REMEDY = "Move it away, or set --trainer.callbacks.path=FILE or --trainer.callbacks.overwrite=true"
 
 
@@ -29,29 +28,23 @@ class PredictionFile:
     """The file at `path`, and next to it what makes `predict` safe to kill and resume.
 
     - `<path>.rank-<r>.jsonl`: what rank r has answered, one JSON object per line, in any order. The rank holds a lock
-      on its part while it runs. A kill can tear only the last line, which is then ignored and answered again.
+      on its part while it runs. A kill can tear only the last line, which is then removed and answered again.
     - `<path>.settings.json`: what the answers depend on.
-    - `<path>`: all answers, sorted by `number`, the position of the question. Written in one atomic step at the end;
-      then the parts are removed.
+    - `<path>`: all answers, sorted by `number`, the position of the question. Written atomically at the end.
+
+    Rank 0 calls all methods, the others only `append` and `close`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._settings_path = path.with_name(f"{path.name}.settings.json")
+        self._settings = path.with_name(f"{path.name}.settings.json")
         self._part: BinaryIO | None = None
-
-    # Methods of rank 0
 
     def open(self, settings: dict[str, Any], *, resumable: bool = True, overwrite: bool = False) -> set[int]:
         """Lock the file and return the numbers of the questions that are answered.
 
-        Args:
-            settings: what the answers depend on, as far as it is known.
-            resumable: whether questions can be left out.
-            overwrite: remove the answers that are there.
-
         Raises:
-            UserError: another process is writing; there are answers with other settings, or not resumable ones.
+            UserError: another process is writing; the answers have other settings, or are there and not `resumable`.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part = self._locked(self._part_of(0))
@@ -62,54 +55,26 @@ class PredictionFile:
             self.path.unlink(missing_ok=True)
         answered = self._read()
         if not answered and not (self.path.exists() and self.path.stat().st_size):
-            self._settings_path.unlink(missing_ok=True)  # of a run that ended before its first answer
+            self._settings.unlink(missing_ok=True)  # of a run that ended before its first answer
             return set()
         self.check(settings)
         if not resumable:
-            raise UserError(
-                f"{self.path} has answers, but these dataloaders cannot leave questions out: predict with an "
-                f"S1KDataModule. {REMEDY}"
-            )
+            raise UserError(f"{self.path} has answers, and only an S1KDataModule leaves their questions out. {REMEDY}")
         return set(answered)
 
     def check(self, settings: dict[str, Any]) -> None:
-        """Compare settings with those of the answers.
-
-        Raises:
-            UserError: a value differs, or the answers have no settings.
-        """
-        stated = json.loads(self._settings_path.read_text("utf-8")) if self._settings_path.exists() else {}
-        settings = json.loads(json.dumps(settings))  # tuples become lists
-        changed = [name for name, value in settings.items() if stated.get(name, ...) != value]
+        """Raise UserError if a setting differs from that of the answers, or they have none."""
+        before = json.loads(self._settings.read_text("utf-8")) if self._settings.exists() else {}
+        now = json.loads(json.dumps(settings))  # tuples become lists
+        changed = [name for name in now if before.get(name, ...) != now[name]]
         if changed:
-            told = "; ".join(_difference(name, stated.get(name), settings[name]) for name in changed)
-            raise UserError(
-                f"{self.path} was written with other settings ({', '.join(changed)} differ): {told}. {REMEDY}"
-            )
+            told = "; ".join(f"{name} was {before.get(name)!r:.160} and is {now[name]!r:.160}" for name in changed)
+            raise UserError(f"{self.path} was written with other settings: {told}. {REMEDY}")
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Save what the answers depend on. Comes before the first answer."""
-        with atomic_write(self._settings_path) as partial:
+        with atomic_write(self._settings) as partial:
             partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def merge(self, count: int) -> None:
-        """Write all answers in order and remove the parts, when every rank has closed its own.
-
-        Raises:
-            UserError: there are not `count` answers.
-        """
-        lines = self._read()
-        if len(lines) != count:
-            raise UserError(
-                f"{count} answers were written but {len(lines)} found: all ranks must see the folder of {self.path} "
-                "(copy the files .rank-… there and run predict again), and sample ids must not repeat"
-            )
-        with atomic_write(self.path) as partial, partial.open("wb") as file:
-            file.writelines(lines[number] for number in sorted(lines))
-        for leftover in (*self._parts(), *self.path.parent.glob(f"{glob.escape(self.path.name)}*{PARTIAL}")):
-            leftover.unlink()
-
-    # Methods of every rank
 
     def append(self, rank: int, answers: dict[int, dict[str, Any]]) -> None:
         """Append answers, keyed by the number of the question, to the rank's part."""
@@ -118,6 +83,19 @@ class PredictionFile:
         lines = [json.dumps({"number": n, **answer}, ensure_ascii=False) + "\n" for n, answer in answers.items()]
         self._part.write("".join(lines).encode())
         self._part.flush()
+
+    def merge(self, count: int) -> None:
+        """Write all `count` answers in order and remove the parts. The other ranks have closed theirs."""
+        lines = self._read()
+        if len(lines) != count:
+            raise UserError(
+                f"{count} answers were written but {len(lines)} found: all ranks must see the folder of {self.path} "
+                "(copy the files .rank-… there and run predict again), and sample ids must not repeat"
+            )
+        with atomic_write(self.path) as partial:
+            partial.write_bytes(b"".join(lines[number] for number in sorted(lines)))
+        for leftover in (*self._parts(), *self.path.parent.glob(f"{glob.escape(self.path.name)}*{PARTIAL}")):
+            leftover.unlink()
 
     def close(self) -> None:
         """Release the lock, and remove a part without answers."""
@@ -152,26 +130,27 @@ class PredictionFile:
         lines: dict[int, bytes] = {}
         for file in (self.path, *self._parts()):
             for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
-                if line.endswith(b"\n"):
-                    lines.setdefault(_number(line, file), line)
+                try:
+                    if line.endswith(b"\n"):
+                        lines.setdefault(json.loads(line)["number"], line)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(f"{file} has a line that is no prediction ({line!r:.160}). {REMEDY}") from error
         return lines
 
 
 class PredictionWriter(L.Callback):
     """Write the answers of `predict` to a JSON Lines file, one question per line, in the order of the questions.
 
-    If `predict` is started again with the same weights, questions and sampling, also after a kill or on another number
-    of processes, it keeps the answers that are there and adds the missing ones. The progress bar (Lightning's
-    TQDMProgressBar) shows tokens per second: those of rank 0 times the number of processes.
+    `predict` resumes: with the same weights, questions and sampling, also after a kill or on another number of
+    processes, it adds the missing answers. Lightning's TQDMProgressBar shows tokens per second of all processes.
 
     Args:
-        path: the file, by default `predictions.jsonl` in the folder of the logger's name, such as
-            `lightning_logs/tiny`. All processes must see that folder; see `PredictionFile` for the other files in it.
+        path: by default `predictions.jsonl` in the folder of the logger's name, such as `lightning_logs/tiny`. All
+            processes must see that folder.
         overwrite: discard the answers that are there.
 
     Raises:
-        UserError: there are answers from other weights, questions, prompts, sampling or precision; another process is
-            writing the file.
+        UserError: there are answers with other settings; another process is writing the file.
     """
 
     def __init__(self, path: str | None = None, overwrite: bool = False) -> None:
@@ -183,16 +162,16 @@ class PredictionWriter(L.Callback):
         """Find the answered questions before the questions are put into batches."""
         if stage != "predict":
             return
-        if self.path is None:
-            self.path = _logger_folder(trainer) / "predictions.jsonl"
+        if self.path is None:  # not in the folder of one version of the logger: predict resumes
+            logger = trainer.logger
+            named = logger is not None and logger.save_dir
+            folder = Path(logger.save_dir, logger.name or "") if named else Path(trainer.default_root_dir)
+            self.path = folder / "predictions.jsonl"
         data = trainer.datamodule
         resumable = hasattr(data, "skip_questions")
-        self._settings = {
-            "pretrained": pl_module.pretrained,
-            "sampling": asdict(pl_module.sampling),
-            "precision": trainer.precision,
-            **(data.question_settings() if resumable else {"questions": None}),
-        }
+        self._settings = {"pretrained": pl_module.pretrained, "precision": trainer.precision}
+        self._settings |= {f"sampling.{name}": value for name, value in asdict(pl_module.sampling).items()}
+        self._settings |= data.question_settings() if resumable else {"questions": None}
         self._file = file = PredictionFile(self.path)
         self._started, self._written, self._tokens = False, 0, 0
         self._answered = _on_rank_zero(
@@ -203,26 +182,15 @@ class PredictionWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare the weights, too: Lightning loads a checkpoint after `setup`."""
-        settings = {**self._settings, "weights": weights_fingerprint(pl_module)}
-
-        def start() -> None:
-            if self._answered:
-                self._file.check(settings)
-            self._file.write_settings(settings)
-
-        _on_rank_zero(trainer, start)
+        self._settings["weights"] = weights_fingerprint(pl_module)
+        if self._answered:
+            _on_rank_zero(trainer, lambda: self._file.check(self._settings))
+        _on_rank_zero(trainer, lambda: self._file.write_settings(self._settings))
         self._started, self._since = True, time.perf_counter()
 
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Answers,
-        batch: PromptBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Answers, batch: PromptBatch, *indices: int
     ) -> None:
-        """Append a batch to this rank's part."""
         rows = zip(batch.sample_ids.tolist(), outputs.predictions, outputs.counted, strict=True)
         answers = {number: asdict(prediction) for number, prediction, counted in rows if counted}
         self._file.append(trainer.global_rank, answers)
@@ -234,7 +202,6 @@ class PredictionWriter(L.Callback):
             bar.predict_progress_bar.set_postfix_str(f"{speed:,.0f} tokens/s")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge the parts when the last rank is done."""
         if not trainer.is_global_zero:
             self._file.close()
         written = trainer.strategy.reduce(torch.tensor(self._written, device=pl_module.device), reduce_op="sum")
@@ -251,11 +218,10 @@ class PredictionWriter(L.Callback):
                 self._file.check({**self._settings, "weights": weights_fingerprint(pl_module)})
             self._file.merge(len(self._answered))
         self._file.close()
-        with self.path.open(encoding="utf-8") as file:
-            predictions = [(p["answer"], p["correct"]) for p in map(json.loads, file)]
-        verdicts = [correct for _, correct in predictions if correct is not None]
+        predictions = [json.loads(line) for line in self.path.read_bytes().splitlines()]
+        verdicts = [p["correct"] for p in predictions if p["correct"] is not None]
         score = f"{sum(verdicts)} of {len(verdicts)} scored are correct" if verdicts else "none could be scored"
-        unparsed = sum(answer is None for answer, _ in predictions)
+        unparsed = sum(p["answer"] is None for p in predictions)
         print(f"{len(predictions)} questions, {unparsed} without an answer; {score}: {self.path.resolve()}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -265,10 +231,7 @@ class PredictionWriter(L.Callback):
 
 
 def weights_fingerprint(module: L.LightningModule) -> str:
-    """A hash of about a thousand elements of every weight, independent of the file they came from (10 s for 7B).
-
-    All processes must call it: sharded weights are gathered one by one.
-    """
+    """A hash of about a thousand elements of every weight (10 s for 7B). All processes must call it: it gathers."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -278,7 +241,7 @@ def weights_fingerprint(module: L.LightningModule) -> str:
     return digest.hexdigest()
 
 
-def _on_rank_zero(trainer: L.Trainer, act: Callable[[], T]) -> T:
+def _on_rank_zero(trainer: L.Trainer, act: Callable[[], Any]) -> Any:
     """Broadcasts what `act` returns on rank 0, or its UserError, so that all ranks raise it."""
     outcome = None
     if trainer.is_global_zero:
@@ -290,32 +253,3 @@ def _on_rank_zero(trainer: L.Trainer, act: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message)
     return result
-
-
-def _logger_folder(trainer: L.Trainer) -> Path:
-    """Where all versions of the logger's name are; without a logger the trainer's own folder."""
-    logger = trainer.logger
-    if logger is None or logger.save_dir is None:
-        return Path(trainer.default_root_dir)
-    return Path(logger.save_dir) / (logger.name or "")
-
-
-def _number(line: bytes, file: Path) -> int:
-    try:
-        return json.loads(line)["number"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} has a line that is no prediction ({_short(line.decode(errors='replace'))}): remove it. {REMEDY}"
-        ) from error
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):  # name only the entries that differ
-        entries = [entry for entry in {**before, **now} if before.get(entry, ...) != now.get(entry, ...)]
-        return "; ".join(_difference(f"{name}.{entry}", before.get(entry), now.get(entry)) for entry in entries)
-    return f"{name} was {_short(before)} and is {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 160 else f"{text[:160]}…"

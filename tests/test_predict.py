@@ -21,7 +21,7 @@ from dream_lightning.batch import Answers, Prediction, PromptBatch
 from dream_lightning.errors import UserError
 from dream_lightning.predict import PredictionFile, PredictionWriter, weights_fingerprint
 
-SETTINGS = {"weights": "w", "sampling": {"steps": 4, "alg": "origin"}}
+SETTINGS = {"weights": "w", "sampling.steps": 4}
 ANSWERS = {n: {"id": f"q{n}", "prediction": "½" * (n % 7)} for n in range(40)}
 WHOLE = "".join(json.dumps({"number": n} | row, ensure_ascii=False) + "\n" for n, row in ANSWERS.items()).encode()
 
@@ -121,13 +121,13 @@ def test_answers_in_parts_are_guarded_like_the_file(path):
     simulated_run(path, random.Random(0), 2, batches=2)
     assert not path.exists()
     for other, told in (
-        ({"weights": "other"}, r"\(weights differ\): weights was w and is other\."),
-        ({"sampling": {"steps": 5, "alg": "origin"}}, r"\(sampling differ\): sampling\.steps was 4 and is 5\."),
-        ({"precision": "32"}, r"\(precision differ\): precision was null and is 32\."),
+        ({"weights": "other"}, "settings: weights was 'w' and is 'other'. Move"),
+        ({"sampling.steps": 5}, "settings: sampling.steps was 4 and is 5. Move"),
+        ({"precision": "32"}, "settings: precision was None and is '32'. Move"),
     ):
         with pytest.raises(UserError, match=told):
             PredictionFile(path).open(SETTINGS | other)
-    with pytest.raises(UserError, match="cannot leave questions out"):
+    with pytest.raises(UserError, match="only an S1KDataModule leaves their questions out"):
         PredictionFile(path).open(SETTINGS, resumable=False)
     assert len(PredictionFile(path).open(SETTINGS)) == 6
     assert PredictionFile(path).open({"weights": "other"}, overwrite=True) == set()
@@ -146,7 +146,7 @@ def test_missing_and_repeated_answers_are_an_error(path):
 def test_a_line_that_is_no_prediction_is_an_error_and_stays(path):
     simulated_run(path, random.Random(0), 1, batches=99)
     path.write_text("not JSON\n")
-    with pytest.raises(UserError, match=r"a line that is no prediction \(not JSON"):
+    with pytest.raises(UserError, match=r"a line that is no prediction \(b'not JSON"):
         PredictionFile(path).open(SETTINGS)
     assert path.read_text() == "not JSON\n"
 
@@ -206,31 +206,36 @@ def test_a_finished_file_is_not_asked_again_and_its_score_is_printed(sums, tmp_p
     assert "4 questions, 0 without an answer; 4 of 4 scored are correct" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changed", ["pretrained", "sampling", "questions", "prompting", "filter", "column", "file"])
-def test_other_settings_are_refused_and_nothing_is_lost(sums, tmp_path, path, changed):
-    rows = [{"question": f"{n}?", "reference": "1", "other": "2", "kind": "ab"[n % 2]} for n in range(6)]
-    options = {"source": sums, "predict_source": write_jsonl(tmp_path / "rows.jsonl", rows)}
-    options |= {"reference_column": "reference"}
-    ask(path, tmp_path, **options)
+ROWS = [{"question": f"{n}?", "reference": "1", "other": "2", "kind": "ab"[n % 2]} for n in range(6)]
+PUZZLES = [{"question": "Make it.", "nums": "30,100,93", "target": str(n), "reference": "1"} for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "changed"),
+    [
+        ({"model": {"pretrained": "another-parrot"}}, ROWS, "pretrained was 'a-parrot' and is 'another-parrot'. Move"),
+        ({"model": {"sampling": SamplingParams(steps=7)}}, ROWS, "sampling.steps was 256 and is 7. Move"),
+        ({"system_prompt": "Be brief."}, ROWS, "system_prompt was None and is 'Be brief.'. Move"),
+        ({"filters": {"kind": ["a"]}}, ROWS, "records was '6, hash .* and is '3, hash .*'. Move"),
+        ({"reference_column": "other"}, ROWS, "records was .*. Move"),
+        ({}, [{**row, "question": row["question"] + " "} for row in ROWS], "records was .*. Move"),
+        ({"task": "countdown"}, [{**row, "target": "7"} for row in PUZZLES], "records was .*. Move"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_is_lost(sums, tmp_path, path, options, rows, changed):
+    file = tmp_path / "rows.jsonl"
+    usual = {"source": sums, "predict_source": file, "reference_column": "reference", "task": options.get("task")}
+    write_jsonl(file, PUZZLES if usual["task"] else ROWS)
+    ask(path, tmp_path, **usual)
+    write_jsonl(file, rows)
     whole, other = path.read_bytes(), Parrot()
-    if changed == "pretrained":
-        other.pretrained = "another-parrot"
-    elif changed == "sampling":
-        other.sampling = SamplingParams(steps=7)
-    elif changed == "file":
-        write_jsonl(tmp_path / "rows.jsonl", [{**row, "question": row["question"] + " "} for row in rows])
-    options |= {
-        "questions": {"predict_source": write_jsonl(tmp_path / "others.jsonl", rows[:4])},
-        "prompting": {"system_prompt": "Be brief."},
-        "filter": {"filters": {"kind": ["a"]}},
-        "column": {"reference_column": "other"},
-    }.get(changed, {})
-    told = {"questions": "questions, records", "filter": "records", "column": "records", "file": "records"}
-    with pytest.raises(UserError, match=rf"\({told.get(changed, changed)} differ\)"):
+    vars(other).update(options.get("model", {}))
+    options = usual | {name: value for name, value in options.items() if name != "model"}
+    with pytest.raises(UserError, match=f"with other settings: {changed}"):
         ask(path, tmp_path, model=other, **options)
     assert path.read_bytes() == whole and other.asked == [] and files(path) == FINISHED
     asked, ids = ask(path, tmp_path, model=other, overwrite=True, **options)
-    assert sorted(asked) == sorted(ids) and len(ids) == {"questions": 4, "filter": 3}.get(changed, 6)
+    assert sorted(asked) == sorted(ids) and len(ids) == (3 if "filters" in options else 6)
 
 
 @pytest.mark.parametrize("answered", ["some", "all"])
@@ -251,7 +256,7 @@ def test_another_checkpoint_of_the_same_name_is_refused(sums, tmp_path, path, an
             ask(path, tmp_path, source=sums, checkpoint=checkpoint)
     model = Parrot()
     path.write_bytes(whole)
-    with pytest.raises(UserError, match=r"\(weights differ"):
+    with pytest.raises(UserError, match="with other settings: weights was"):
         ask(path, tmp_path, source=sums, checkpoint=checkpoint, model=model)
     assert path.read_bytes() == whole and model.asked == []
 
@@ -287,7 +292,7 @@ def test_another_dataloader_writes_but_does_not_resume(sums, tmp_path, path):
     writer = PredictionWriter(str(path))
     trainer(tmp_path, writer).predict(Parrot(), loader, return_predictions=False)
     assert len(ids_in(path)) == 4
-    with pytest.raises(UserError, match="cannot leave questions out"):
+    with pytest.raises(UserError, match="only an S1KDataModule leaves their questions out"):
         trainer(tmp_path, writer).predict(Parrot(), loader, return_predictions=False)
 
 
@@ -311,7 +316,7 @@ def test_any_precision(sums, tmp_path, path):
     half = trainer(tmp_path, PredictionWriter(str(path)), precision="bf16-true")
     half.predict(Parrot(), data, return_predictions=False)
     assert len(ids_in(path)) == 4
-    with pytest.raises(UserError, match=r"precision was bf16-true and is 32-true"):
+    with pytest.raises(UserError, match=r"precision was 'bf16-true' and is '32-true'"):
         ask(path, tmp_path, source=sums)
 
 

@@ -1,4 +1,4 @@
-"""The answering road in one call: prompts → masks filled → text → grade; and gaps in a text filled."""
+"""Answers to prompts, graded; and gaps in a text filled."""
 
 import time
 from dataclasses import replace
@@ -28,18 +28,10 @@ def answer_questions(
     Args:
         model: a DreamModel or its CompiledDenoiser.
         with_history: keep the states of denoising.
-        run_every_step: see `diffusion_generate`.
     """
     start = time.perf_counter()
-    out = diffusion_generate(
-        model,
-        batch.input_ids,
-        batch.attention_mask,
-        params=params,
-        return_history=with_history,
-        sample_ids=batch.sample_ids,
-        run_every_step=run_every_step,
-    )
+    options = {"return_history": with_history, "sample_ids": batch.sample_ids, "run_every_step": run_every_step}
+    out = diffusion_generate(model, batch.input_ids, batch.attention_mask, params=params, **options)
     prompt_length = batch.input_ids.shape[1]
     rows = out.sequences[:, prompt_length:].tolist()
     seconds = (time.perf_counter() - start) / len(rows)
@@ -49,20 +41,17 @@ def answer_questions(
         if tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(tokenizer.eos_token_id)]
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        graded = grade_response(text, example)
         predictions.append(
             Prediction(
                 id=example.id,
                 prompt=example.prompt[-1]["content"],
                 prediction=text,
-                thinking=graded.thinking,
-                answer=graded.answer,
                 reference=example.reference,
-                correct=graded.correct,
                 tokens=len(ids),
                 seconds=round(seconds, 4),
                 forwards=forwards[b],
                 filled=filled[b],
+                **vars(grade_response(text, example)),
             )
         )
     return Answers(predictions, batch.counted.tolist(), out.history, prompt_length)
@@ -77,12 +66,12 @@ def complete(
     marker: str = "…",
     params: SamplingParams | None = None,
 ) -> str:
-    """Fill the gaps of a text, from what comes before and after it: `complete(model, tokenizer, "The … is blue.")`.
+    """Fill the gaps of a text from both sides: `complete(model, tokenizer, "The … is blue.")`.
 
     Args:
         text: with a `marker` for every gap; special tokens in it are plain text.
-        tokens_per_gap: the number of tokens in each gap, none of them eos.
-        params: how to fill; `max_new_tokens` is not used. None fills one token a step, the most certain first.
+        tokens_per_gap: tokens in each gap, none of them eos.
+        params: `max_new_tokens` is not used. None fills one token a step, the most certain first.
 
     Raises:
         UserError: the text has no gap, or a gap no token; as `diffusion_generate`.

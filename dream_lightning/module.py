@@ -23,7 +23,7 @@ from dream_lightning.errors import UserError
 from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.sampling import SamplingParams, release_compiled
-from dream_lightning.tasks import AnswerAccuracy, MeanLoss, TokensPerForward
+from dream_lightning.tasks import AnswerScores, MeanLoss
 from dream_lightning.training import checkpointing, fsdp
 from dream_lightning.training.optimizer import AdamW8bit, adamw, decay_groups, zero_gradients
 from dream_lightning.training.step_accumulator import StepAccumulator, divide_gradients, scaled_loss
@@ -131,7 +131,7 @@ class DreamModule(L.LightningModule):
         self._saved_optimizer: str | None = None  # in the checkpoint that training resumes from
         self._saved_step: int | None = None  # of the checkpoint that is evaluated outside of training
         self._accumulates_in_place = False
-        self.val_nll, self.val_answers, self.val_speed = MeanLoss(), AnswerAccuracy(), TokensPerForward()
+        self.val_nll, self.val_answers = MeanLoss(), AnswerScores()
 
     def setup(self, stage: str) -> None:
         fsdp.refuse_untested(
@@ -381,8 +381,8 @@ class DreamModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics: `trainer.validate` makes them in inference mode, where `fit` cannot add to them."""
-        for metric in (self.val_nll, self.val_answers, self.val_speed):
-            metric.reset()
+        self.val_nll.reset()
+        self.val_answers.reset()
 
     def validation_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> Answers | None:
         """Likelihood of a Batch, or scored answers to a PromptBatch."""
@@ -394,9 +394,7 @@ class DreamModule(L.LightningModule):
             self.val_nll.update(diffusion.reduce_nll(nll, weight, maskable_count=batch.maskable.sum()))
             return None
         answers = self.answer(batch, with_history=batch_idx == 0)
-        predictions = answers.predictions
-        self.val_answers.update(predictions, answers.counted)
-        self.val_speed.update([p.filled for p in predictions], [p.forwards for p in predictions], answers.counted)
+        self.val_answers.update(answers)
         return answers
 
     def on_validation_epoch_end(self) -> None:
@@ -414,10 +412,8 @@ class DreamModule(L.LightningModule):
         if self.val_nll.update_called:
             self.log(f"{stage}/nll", self.val_nll.compute(), prog_bar=True)
         if self.val_answers.update_called:
-            scores = self.val_answers.compute()
-            self.log(f"{stage}/accuracy", scores["accuracy"], prog_bar=True)
-            self.log(f"{stage}/unparsed", scores["unparsed"])
-            self.log(f"{stage}/tokens_per_forward", self.val_speed.compute())
+            for name, score in self.val_answers.compute().items():
+                self.log(f"{stage}/{name}", score, prog_bar=name == "accuracy")
         if self._saved_step is not None:  # loggers take it as the step of the others
             self.log("step", float(self._saved_step))
 

@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 from dream_lightning import DreamModel, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.answering import answer_questions
 from dream_lightning.cli import readable_errors
-from dream_lightning.tasks import AnswerAccuracy, TokensPerForward
+from dream_lightning.tasks import AnswerScores
 
 CACHES = ("no blocks", "none", "prefix", "dual")
 ALGORITHMS = ("maskgit_plus", "topk_margin", "entropy", "origin")
@@ -97,13 +97,12 @@ def measure(model, tokenizer, data, options: tuple[str, str, str, float], new_to
     params = SamplingParams(
         **{"max_new_tokens": new_tokens, "steps": new_tokens, "alg": alg, "forbid_mask": True, **blocks, way: value}
     )
-    accuracy, speed, started = AnswerAccuracy(), TokensPerForward(), time.perf_counter()
+    scores, started = AnswerScores(), time.perf_counter()
     for batch in data.predict_dataloader():
-        answers = answer_questions(model, tokenizer, batch.to(model.device), params).predictions
-        accuracy.update(answers, batch.counted)
-        speed.update([p.filled for p in answers], [p.forwards for p in answers], batch.counted.tolist())
+        scores.update(answer_questions(model, tokenizer, batch.to(model.device), params))
+    found = {name: score.item() for name, score in scores.compute().items()}
     seconds = time.perf_counter() - started
-    return Point(alg, cache, way, value, accuracy.compute()["accuracy"].item(), speed.compute().item(), seconds)
+    return Point(alg, cache, way, value, found["accuracy"], found["tokens_per_forward"], seconds)
 
 
 def table(points: list[Point], *, questions: int, source: str, new_tokens: int, block: int) -> str:

@@ -21,7 +21,7 @@ from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.splits import split
 from dream_lightning.data.tokenization import Overflow
 from dream_lightning.errors import UserError
-from dream_lightning.tasks import import_task, with_task_prompt
+from dream_lightning.tasks import apply_task, load_task, task_of
 
 # Batches per process that predict sorts by length together. In batches of 8, padding is then 13 % of the prompts'
 # positions for s1K, 5 % for GSM8K and 19 % for MATH-500, instead of 48, 31 and 58 % in file order. With 64 it is 5, 1
@@ -45,7 +45,8 @@ class S1KDataModule(L.LightningDataModule):
         response_column: column of the response; None finds the usual names.
         reference_column: column that predictions are scored against; None finds the usual names.
         task: how questions are asked and answers graded: math, countdown, sudoku, choice, exact, or the import path of
-            a `tasks.Task`; None is math. A record's own `task` column takes precedence.
+            your own, see docs/evaluation.md; None is math. A record's own `task` column takes precedence if it names a
+            task.
         filters: column → values that a record must have one of, such as {cot_type: [math]}.
         first_n: only the first records of the training set.
         style: `chat` uses the tokenizer's template; `plain` is "Question: … Let's think step by step. …".
@@ -114,7 +115,7 @@ class S1KDataModule(L.LightningDataModule):
                 if value is not None and not value >= least:  # written so that NaN is refused
                     raise UserError(f"{name} is {value}, wanted at least {least}")
         if task is not None:
-            import_task(task)
+            task = load_task(task)
         self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
         self.validation_fraction, self.first_n = validation_fraction, first_n
@@ -148,7 +149,9 @@ class S1KDataModule(L.LightningDataModule):
         return training[: self.first_n], validation
 
     def _examples(self, source: str, part: str) -> list[Example]:
-        return [with_task_prompt(example) for example in read_examples(source, split=part, **self.reading)]
+        return [
+            apply_task(example, self.reading["task"]) for example in read_examples(source, split=part, **self.reading)
+        ]
 
     def tokenized(self, examples: Sequence[Example], name: str = "") -> TokenizedSet:
         """Documents of the examples, cached; a `name` prints a summary."""
@@ -175,12 +178,12 @@ class S1KDataModule(L.LightningDataModule):
 
     def question_settings(self) -> dict[str, Any]:
         """What the prompts and grades of `predict` depend on, as text and hashes."""
-        records = [(e.id, e.prompt, e.reference, e.task) for e in self.questions]
+        records = [(e.id, e.prompt, e.reference, e.task, task_of(e).reference(e)) for e in self.questions]
         tokenizer = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
         return {
             "questions": self.predict_source or f"validation part of {self.validation_source or self.source}",
             "records": f"{len(records)}, hash {_hash(records)}",
-            "prompting": self.prompting,
+            **self.prompting,
             "tokenizer": f"hash {_hash(tokenizer)}",
         }
 
@@ -255,4 +258,4 @@ class KeyedItems(Dataset):
 
 
 def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, default=repr).encode()).hexdigest()[:16]

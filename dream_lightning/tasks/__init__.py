@@ -1,33 +1,8 @@
-"""Grading of generated answers. An import registers the tasks choice, countdown, exact, math and sudoku."""
+"""Tasks, which grade generated answers, and the metrics of the verdicts."""
 
-from dream_lightning.tasks import choice, countdown, exact, math, sudoku
-from dream_lightning.tasks.metrics import AnswerAccuracy, MeanLoss, TokensPerForward
-from dream_lightning.tasks.registry import (
-    Grade,
-    Task,
-    get_task,
-    grade_response,
-    import_task,
-    register,
-    split_thinking,
-    with_task_prompt,
-)
+from dream_lightning.tasks import choice, countdown, exact, math, sudoku  # noqa: F401 (they add themselves to TASKS)
+from dream_lightning.tasks.metrics import AnswerScores, MeanLoss
+from dream_lightning.tasks.registry import TASKS, Task, apply_task, grade_response, load_task, split_thinking, task_of
 
-__all__ = [
-    "AnswerAccuracy",
-    "Grade",
-    "MeanLoss",
-    "Task",
-    "TokensPerForward",
-    "choice",
-    "countdown",
-    "exact",
-    "get_task",
-    "grade_response",
-    "import_task",
-    "math",
-    "register",
-    "split_thinking",
-    "sudoku",
-    "with_task_prompt",
-]
+__all__ = ["TASKS", "AnswerScores", "MeanLoss", "Task"]
+__all__ += ["apply_task", "grade_response", "load_task", "split_thinking", "task_of"]

@@ -6,7 +6,7 @@ import re
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
 from dream_lightning.tasks.math import stated_answer
-from dream_lightning.tasks.registry import Task, register
+from dream_lightning.tasks.registry import TASKS, Task
 
 TEXT_MACRO = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 LETTER = re.compile(r"\W*([A-J])(?:\W*$|[).:*])")  # "C", "(C)", "**C**", "C. Paris"
@@ -15,28 +15,21 @@ IN_TEXT = re.compile(r"\(([A-J])\)|^\W*([A-J])(?:[).:*]|\W*$)", re.MULTILINE)
 
 def extract(response: str) -> str | None:
     """The letter of the stated answer (a box, "the answer is …"), else the last "(C)" or line that begins with "C."."""
-    stated = LETTER.match(TEXT_MACRO.sub(r"\1", stated_answer(response) or ""))
-    if stated:
+    if stated := LETTER.match(TEXT_MACRO.sub(r"\1", stated_answer(response) or "")):
         return stated[1]
     letters = IN_TEXT.findall(response)
-    return letters[-1][0] or letters[-1][1] if letters else None
+    return "".join(letters[-1]) if letters else None
 
 
 def reference(example: Example) -> str | None:
-    """The letter in the reference column.
-
-    Raises:
-        UserError: the column holds no letter.
-    """
-    if example.reference is None:
-        return None
-    letter = LETTER.match(example.reference.strip())
-    if letter is None:
+    """The letter in the reference column. Raises UserError if it holds none."""
+    letter = LETTER.match((example.reference or "").strip())
+    if example.reference is not None and letter is None:
         raise UserError(
             f"{example.origin}: the reference {example.reference!r:.80} is not a letter from A to J: set "
             "reference_column to the column with the letter, or the task to exact"
         )
-    return letter[1]
+    return letter and letter[1]
 
 
-register(Task("choice", extract, operator.eq, reference))
+TASKS["choice"] = Task(extract, operator.eq, reference)

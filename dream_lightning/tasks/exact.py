@@ -1,7 +1,7 @@
 """Exact match: the answer is the text of the reference, except for white space. Case counts."""
 
 from dream_lightning.tasks.math import stated_answer
-from dream_lightning.tasks.registry import Task, register
+from dream_lightning.tasks.registry import TASKS, Task
 
 
 def extract(response: str) -> str | None:
@@ -9,4 +9,4 @@ def extract(response: str) -> str | None:
     return stated_answer(response) or response.strip() or None
 
 
-register(Task("exact", extract, lambda answer, reference: answer.split() == reference.split()))
+TASKS["exact"] = Task(extract, lambda answer, reference: answer.split() == reference.split())

@@ -7,8 +7,7 @@ import logging
 import re
 from fractions import Fraction
 
-from dream_lightning.batch import Example
-from dream_lightning.tasks.registry import Task, register
+from dream_lightning.tasks.registry import TASKS, Task
 from dream_lightning.tasks.symbolic import checker
 
 logger = logging.getLogger(__name__)
@@ -37,21 +36,17 @@ RATIONAL = re.compile(
 POWER_OF_TEN = re.compile(r"(?<=\d) ?(?:\\times|\\cdot|\*|×|x) ?10\^(?:\{([+-]?\d{1,3})\}|(\d{1,3}))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 THOUSANDS = re.compile(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])")
-TRUTH = {"yes": "true", "no": "false"}
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer in a text (a response without its thinking), or None ("unparsed").
-
-    In this order, the last one of a kind:
+    r"""The answer in a text (a response without its thinking), or None. The last one of the first kind that is there:
 
     1. `\boxed{…}` or `\fbox{…}` with balanced braces, or `\boxed 5`; any content. A box cut off midway is skipped.
-    2. The text up to the end of the sentence or line after "(the) final answer is", "the answer is", "Answer:" at the
-       start of a line, or GSM8K's "####"; at most 100 characters, any content (letters, crossword words).
+    2. The sentence or line after "(the) final answer is", "the answer is", "Answer:" at the start of a line, or GSM8K's
+       "####"; at most 100 characters, any content.
     3. The last number: sign, thousands separators, decimals, 3/4, \frac{3}{4}, percent.
     """
-    stated = stated_answer(text)
-    if stated is not None:
+    if (stated := stated_answer(text)) is not None:
         return stated
     numbers = LAST_NUMBER.findall(text.replace("−", "-"))
     return re.sub(r"\\?\$|\\(?=%)|\s", "", numbers[-1]) if numbers else None
@@ -77,36 +72,25 @@ def reference_answer(solution: str) -> str | None:
 def is_equivalent(prediction: str, reference: str) -> bool:
     """Whether two extracted answers mean the same. Not symmetric: Math-Verify follows the form of the reference.
 
-    1. The same text, after LaTeX spacing and dollar signs; words without case and punctuation; choices "(C)" = "C",
-       "A, B" = "AB"; yes = true, no = false.
-    2. Two rational numbers: exactly, without thousands separators, currency and units; 50 % is 50 or 0.5. A decimal of
-       at least 6 significant digits may also be the other one rounded. Step 3 is skipped.
-    3. Math-Verify (`verify(gold, target)`). Over 400 characters, or undecided after 5 seconds of CPU time: False, with
-       a warning.
-
-    Raises:
-        UserError: step 3 is reached and math-verify is not installed.
+    1. The same text without LaTeX spacing; words without case and punctuation; "(C)" = "C", "A, B" = "AB", yes = true.
+    2. Rational numbers exactly, without thousands separators, currency and units; 50 % is 50 or 0.5. A decimal of 6
+       significant digits or more may be the other one rounded. Decides alone if both are numbers.
+    3. Math-Verify's `verify`. Over 400 characters, or after 5 seconds of CPU time: False, with a warning. Raises
+       UserError if it is not installed.
     """
     ours, gold = _clean(prediction), _clean(reference)
-    if not ours or not gold:
-        return False
-    if ours == gold:
-        return True
+    if ours == gold or not ours or not gold:
+        return ours == gold != ""
     ours_words, gold_words = _words(ours, gold), _words(gold, ours)
     if ours_words is not None and gold_words is not None:
         return ours_words == gold_words
     ours_number, gold_number = _rational(ours), _rational(gold)
     if ours_number is not None and gold_number is not None:
         return _same_number(ours, ours_number, gold, gold_number)
-    if max(len(ours), len(gold)) > MAX_SYMBOLIC_CHARS:
-        logger.warning("an answer of %d characters is not compared symbolically", max(len(ours), len(gold)))
+    if (longest := max(len(ours), len(gold))) > MAX_SYMBOLIC_CHARS:
+        logger.warning("an answer of %d characters is not compared symbolically", longest)
         return False
     return checker.equal(gold, ours)
-
-
-def reference(example: Example) -> str | None:
-    """What the reference column, an answer or a worked solution, can be scored against."""
-    return None if example.reference is None else reference_answer(example.reference)
 
 
 def stated_answer(text: str) -> str | None:
@@ -124,9 +108,9 @@ def stated_answer(text: str) -> str | None:
 
 
 def tagged_answer(text: str) -> str | None:
-    """The last text in `<answer>` tags, as some puzzle prompts ask for; None if there is none."""
+    """The last text in `<answer>` tags, as some puzzle prompts ask for, else the stated answer."""
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return tagged[-1].strip() if tagged else None
+    return (tagged and tagged[-1].strip()) or stated_answer(text)
 
 
 def _balanced(text: str, start: int) -> str | None:
@@ -160,7 +144,7 @@ def _words(answer: str, other: str) -> str | None:
     if re.fullmatch(r"\W*[A-J]\b(?:\W|\b(?:and|[A-J])\b)*", text):
         text = text.replace("and", "")
     plain = "".join(c for c in text.casefold() if c.isalnum())
-    return TRUTH.get(plain, plain)
+    return {"yes": "true", "no": "false"}.get(plain, plain)
 
 
 def _rational(answer: str) -> Fraction | None:
@@ -192,4 +176,4 @@ def _same_number(ours: str, ours_value: Fraction, gold: str, gold_value: Fractio
     return False
 
 
-register(Task("math", extract_answer, is_equivalent, reference))
+TASKS["math"] = Task(extract_answer, is_equivalent, lambda example: reference_answer(example.reference or ""))

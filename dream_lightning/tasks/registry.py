@@ -1,17 +1,38 @@
-"""A task says what the answer in a response is and when it is right; a name chooses it, per option or per record.
+"""A task says what the answer in a response is and when it is right; `TASKS` maps names to tasks.
 
-`S1KDataModule(task=…)` sets the task of a data set, a record's own `task` field that of one record; the default is
-`math`. To add a task, write its functions and pass them to `register`.
+To add a task, write its functions and put them into `TASKS`.
 """
 
-import difflib
 import importlib
+import operator
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+    """How questions are asked and responses graded.
+
+    Args:
+        extract: text after the thinking → the stated answer, None if there is none.
+        grade: (answer, reference) → whether the answer is right. A malformed answer is wrong, not an error.
+        reference: example → what `grade` compares with, None if the example cannot be scored. Raises UserError for a
+            malformed record. Default: the reference column.
+        prompt: example → the text of the user's message. Default: the prompt of the record.
+    """
+
+    extract: Callable[[str], str | None]
+    grade: Callable[[str, Any], bool]
+    reference: Callable[[Example], Any] = operator.attrgetter("reference")
+    prompt: Callable[[Example], str] = lambda example: example.prompt[-1]["content"]
+
+
+TASKS: dict[str, Task] = {}
 
 
 @dataclass(frozen=True)
@@ -23,100 +44,50 @@ class Grade:
     correct: bool | None  # None = not scored: the record has nothing to compare with
 
 
-def _reference_column(example: Example) -> str | None:
-    return example.reference
+def load_task(path: str) -> str:
+    """The name in an option. For `my_tasks.parity`, imports the module `my_tasks`, which adds `parity` to `TASKS`."""
+    module, _, name = path.rpartition(".")
+    try:
+        if module:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"the task {path!r} was not imported: {error}. Run where {module} can be imported") from error
+    return name
 
 
-@dataclass(frozen=True)
-class Task:
-    """How responses are graded.
-
-    Args:
-        name: what `--data.task` and a record's `task` field say.
-        extract: text after the thinking → the stated answer, None if there is none.
-        grade: (answer, reference) → whether the answer is right. A malformed answer is wrong, not an error.
-        reference: example → what `grade` compares with, None if the example cannot be scored. Raises UserError for a
-            malformed record. Default: the reference column.
-        prompt: example → the text of the user's message. Default: the prompt of the record.
-    """
-
-    name: str
-    extract: Callable[[str], str | None]
-    grade: Callable[[str, Any], bool]
-    reference: Callable[[Example], Any] = _reference_column
-    prompt: Callable[[Example], str] | None = None
-
-
-_TASKS: dict[str, Task] = {}
-DEFAULT = "math"
-
-
-def register(task: Task) -> Task:
-    """Make a task known by its name; a task of the same name is replaced."""
-    _TASKS[task.name] = task
-    return task
-
-
-def get_task(name: str) -> Task:
-    """The registered task of this name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name in _TASKS:
-        return _TASKS[name]
-    guess = difflib.get_close_matches(name, _TASKS, n=1)
+def task_of(example: Example) -> Task:
+    """The task that an example names, by default `math`. Raises UserError if there is none; imports nothing."""
+    if (name := example.task or "math") in TASKS:
+        return TASKS[name]
     raise UserError(
-        f"there is no task {name!r}{f' (did you mean {guess[0]!r}?)' if guess else ''}; the tasks are "
-        f"{', '.join(sorted(_TASKS))}. Name your own by its import path, such as my_tasks.parity"
+        f"{example.origin}: there is no task {name!r}, wanted {', '.join(sorted(TASKS))}: rename or drop the column "
+        "task, or set --data.task to one of these or to the import path of your own, such as my_tasks.parity"
     )
 
 
-def import_task(path: str) -> Task:
-    """Register the task at an import path such as `my_tasks.parity` under that path. Registered names pass through.
+def apply_task(example: Example, default: str | None) -> Example:
+    """The example as its task asks it. Raises UserError if the task is unknown or cannot use the record.
 
-    For names from options only: a name from a data file must not import code.
-
-    Raises:
-        UserError: the path does not lead to a Task.
+    `default` is the task for an example that names none or, with a warning, an unknown one.
     """
-    module, _, attribute = path.rpartition(".")
-    if path in _TASKS or not module:
-        return get_task(path)
-    try:
-        task = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"the task {path!r} was not imported: {error}. Run where {module} can be imported") from error
-    if not isinstance(task, Task):
-        raise UserError(f"{path} is a {type(task).__name__}, wanted a dream_lightning.tasks.Task")
-    return register(replace(task, name=path))
-
-
-def with_task_prompt(example: Example) -> Example:
-    """The example as the task that it names asks it. A malformed record fails here, before anything is generated.
-
-    Raises:
-        UserError: the task is unknown, or cannot use the record.
-    """
+    if default and example.task not in TASKS:
+        if example.task:
+            warnings.warn(f"there is no task {example.task!r}, as records say: {default} is used", stacklevel=2)
+        example = replace(example, task=default)
     if example.task is None:
         return example
-    task = get_task(example.task)
+    task = task_of(example)
     task.reference(example)
-    if task.prompt is None:
-        return example
-    last = {**example.prompt[-1], "content": task.prompt(example)}
-    return replace(example, prompt=(*example.prompt[:-1], last))
+    *earlier, last = example.prompt
+    return replace(example, prompt=(*earlier, {**last, "content": task.prompt(example)}))
 
 
-def grade_response(text: str, example: Example, default_task: str | None = None) -> Grade:
-    """Grade a whole response. The record's task decides, then `default_task`, then `math`.
+def grade_response(text: str, example: Example) -> Grade:
+    """Grade a whole response by the task of its example. Raises UserError as `apply_task`.
 
-    `correct` is None if the record cannot be scored, and False if it can but the response states no answer.
-
-    Raises:
-        UserError: the task is unknown, or cannot use the record.
+    `correct` is None if the example cannot be scored, and False if it can but the response states no answer.
     """
-    task = get_task(example.task or default_task or DEFAULT)
+    task = task_of(example)
     thinking, response = split_thinking(text)
     answer, reference = task.extract(response), task.reference(example)
     if reference is None:
@@ -127,8 +98,7 @@ def grade_response(text: str, example: Example, default_task: str | None = None)
 def split_thinking(text: str) -> tuple[str | None, str]:
     """Splits "<think>…</think>…" into (thinking, rest), both stripped; without tags: (None, text unchanged).
 
-    The last `</think>` divides; its opening tag may be missing. An open `<think>` means that the response is
-    incomplete: all of it is thinking and the rest is "".
+    The last `</think>` divides; its opening tag may be missing. After an open `<think>` all is thinking, the rest "".
     """
     head, closing, rest = text.rpartition("</think>")
     if "<think>" in rest:

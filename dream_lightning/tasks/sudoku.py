@@ -5,8 +5,8 @@ from math import isqrt
 
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
-from dream_lightning.tasks.math import stated_answer, tagged_answer
-from dream_lightning.tasks.registry import Task, record_value, register
+from dream_lightning.tasks.math import tagged_answer
+from dream_lightning.tasks.registry import TASKS, Task, record_value
 
 IGNORED = re.compile(r"[\s,|\[\]]")  # what may be between the digits of a grid
 GRID = re.compile(r"\d[\d\s,|\[\]]*")
@@ -14,8 +14,7 @@ GRID = re.compile(r"\d[\d\s,|\[\]]*")
 
 def extract(response: str) -> str | None:
     """The last grid of 16 or 81 digits: in `<answer>` tags, in a box or after "the answer is", else in the text."""
-    stated = tagged_answer(response) or stated_answer(response) or ""
-    for text in (stated, *reversed(GRID.findall(response))):
+    for text in (tagged_answer(response) or "", *reversed(GRID.findall(response))):
         cells = IGNORED.sub("", text)
         if re.fullmatch(r"\d{16}|\d{81}", cells, re.ASCII):
             return cells
@@ -23,19 +22,19 @@ def extract(response: str) -> str | None:
 
 
 def reference(example: Example) -> str:
-    """The puzzle of a record, from its column `puzzle` or `input`, else its prompt.
-
-    Raises:
-        UserError: it is not 16 or 81 digits.
-    """
+    """The puzzle in the column `puzzle` or `input`, else in the prompt, as digits. Raises UserError if it is none."""
     puzzle = record_value(example, "puzzle", "input")
     puzzle = IGNORED.sub("", example.prompt[-1]["content"] if puzzle is None else str(puzzle))
-    _check(puzzle, f"{example.origin}: ")
+    if len(puzzle) not in (16, 81) or not set(puzzle) <= set("0123456789"[: isqrt(len(puzzle)) + 1]):
+        raise UserError(
+            f"{example.origin}: the puzzle is {puzzle!r:.100}, wanted 16 digits 0-4 or 81 digits 0-9, row by row with "
+            "0 = empty, in a column puzzle"
+        )
     return puzzle
 
 
 def prompt(example: Example) -> str:
-    """The record's prompt if it is in words; a problem is put for a record that has only the puzzle."""
+    """The record's prompt if it is in words, else a question."""
     text = example.prompt[-1]["content"]
     if re.search("[A-Za-z]{2}", text):
         return text
@@ -48,17 +47,8 @@ def prompt(example: Example) -> str:
     )
 
 
-def sudoku_correct(grid: str, puzzle: str) -> bool:
-    """Whether `grid` is a valid completion of `puzzle`.
-
-    Args:
-        grid: an answer, row by row; white space, commas, bars and square brackets between the digits are ignored.
-        puzzle: 16 digits row by row (4 × 4 with 2 × 2 boxes), or 81; 0 = empty.
-
-    Raises:
-        UserError: `puzzle` is not 16 or 81 digits between 0 and its side.
-    """
-    _check(puzzle)
+def is_solution(grid: str, puzzle: str) -> bool:
+    """Whether a grid, with or without separators between its digits, is a valid completion of a puzzle."""
     cells = IGNORED.sub("", grid)
     if len(cells) != len(puzzle) or any(clue not in ("0", cell) for clue, cell in zip(puzzle, cells, strict=True)):
         return False
@@ -72,12 +62,4 @@ def sudoku_correct(grid: str, puzzle: str) -> bool:
     return all(sorted(group) == list("123456789"[:side]) for group in groups.values())
 
 
-def _check(puzzle: str, origin: str = "") -> None:
-    if len(puzzle) not in (16, 81) or not set(puzzle) <= set("0123456789"[: isqrt(len(puzzle)) + 1]):
-        raise UserError(
-            f"{origin}a puzzle is 16 digits 0-4 or 81 digits 0-9, row by row with 0 = empty, in a column puzzle; got "
-            f"{puzzle!r:.100}"
-        )
-
-
-register(Task("sudoku", extract, sudoku_correct, reference, prompt))
+TASKS["sudoku"] = Task(extract, is_solution, reference, prompt)

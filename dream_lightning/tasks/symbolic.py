@@ -1,8 +1,7 @@
 """Math-Verify in a process that can be killed.
 
-Math-Verify's own time limit is `signal.alarm`, which fails outside the main thread, takes SIGALRM from the trainer, and
-cannot interrupt one long C call such as 9**9**9**9. The subprocess is this file run as a script: it imports the
-standard library and Math-Verify only (0.6 s to start, 60 MB). It starts on first use.
+Its own time limit is `signal.alarm`, which fails outside the main thread and cannot interrupt one long C call such as
+9**9**9**9. The subprocess is this file run as a script (0.6 s to start, 60 MB). It starts on first use.
 """
 
 import atexit
@@ -19,49 +18,46 @@ import threading
 logger = logging.getLogger(__name__)
 
 CHECK_SECONDS = 5.0  # CPU time, so that no verdict depends on the machine's load; a usual check takes 5-50 ms
-WAIT_SECONDS = 120.0  # wall-clock time, for a check on a busy machine or importing sympy from a cold network disk
+WAIT_SECONDS = 120.0  # wall-clock time, on a busy machine or to import sympy from a cold network disk
 
 
 class SymbolicChecker:
-    """Client of the subprocess: one line of JSON in, one line "1" or "0" out. After a timeout it is started again."""
+    """Client of the subprocess: a line of JSON in, "1" or "0" out. After a timeout it is started again."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # a forked data worker must not write into its parent's pipe
         self._lock = threading.Lock()
 
     def equal(self, gold: str, target: str) -> bool:
         """Whether Math-Verify's `verify(gold, target)` holds; False with a warning if it exceeds the CPU time."""
         with self._lock:
-            process = self._running()
-            process.stdin.write(json.dumps([CHECK_SECONDS, gold, target]).encode() + b"\n")
-            in_time = select.select([process.stdout], [], [], WAIT_SECONDS)[0]
-            reply = process.stdout.readline() if in_time else b""
+            self._start()
+            self._process.stdin.write(json.dumps([CHECK_SECONDS, gold, target]).encode() + b"\n")
+            reply = self._reply()
             if not reply:  # timeout, or out of memory
                 self.stop()
-                logger.warning(
-                    "no verdict after computing %g s, counted as different: %.80r %.80r", CHECK_SECONDS, target, gold
-                )
+                logger.warning("no verdict after computing %g s, so False: %.80r %.80r", CHECK_SECONDS, target, gold)
             return reply == b"1\n"
 
-    def _running(self) -> "subprocess.Popen[bytes]":
-        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
-            return self._process
+    def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
         if importlib.util.find_spec("math_verify") is None:
             from dream_lightning.errors import UserError  # the subprocess must not import the package
 
             raise UserError("comparing mathematical answers needs math-verify: pip install 'math-verify>=0.9'")
         command = [sys.executable, "-P", os.path.abspath(__file__)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        self._process, self._owner = process, os.getpid()
-        if not select.select([process.stdout], [], [], WAIT_SECONDS)[0] or process.stdout.readline() != b"ready\n":
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        if self._reply() != b"ready\n":
             self.stop()
             raise RuntimeError(f"Math-Verify did not start in {command}: see its error above")
-        return process
+
+    def _reply(self) -> bytes:
+        in_time = select.select([self._process.stdout], [], [], WAIT_SECONDS)[0]
+        return self._process.stdout.readline() if in_time else b""
 
     def stop(self) -> None:
-        """Kill the subprocess."""
-        if self._process is not None and self._owner == os.getpid():
+        if self._process is not None:
             self._process.kill()
             self._process.communicate()
         self._process = None
@@ -69,6 +65,7 @@ class SymbolicChecker:
 
 checker = SymbolicChecker()
 atexit.register(checker.stop)
+os.register_at_fork(after_in_child=checker.__init__)  # a child must not write into its parent's pipe
 
 
 def _serve() -> None:

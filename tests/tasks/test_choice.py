@@ -6,22 +6,18 @@ from dream_lightning.tasks import choice, grade_response
 
 
 @pytest.mark.parametrize(
-    "response",
+    ("response", "answer"),
     [
-        "B", "(B)", "B. Paris", r"\boxed{B}", r"\boxed{\text{(B)}}", "The answer is (B).", "Answer: B",
-        "**B**", "<think>C or D? (A)</think>(A) is wrong, (C) too, so it is (B) here", "A capital.\nB",
+        *((text, "B") for text in ("B", "(B)", "B. Paris", r"\boxed{B}", r"\boxed{\text{(B)}}", "The answer is (B).")),
+        *((text, "B") for text in ("Answer: B", "**B**", "A capital.\nB", "(A) is wrong, (C) too, so it is (B) here")),
+        *((text, None) for text in ("", "A capital city", "I do not know", "AB")),
+        ("<think>C or D? (A)</think>B", "B"),
+        ("C", "C"),
     ],
-)  # fmt: skip
-def test_a_letter_is_found(response):
-    assert grade_response(response, example("?", reference="(B)", task="choice")).correct
-
-
-@pytest.mark.parametrize(
-    ("response", "answer"), [("", None), ("A capital city", None), ("I do not know", None), ("C", "C"), ("AB", None)]
 )
-def test_other_letters_and_no_letter_are_wrong(response, answer):
+def test_the_stated_letter_or_the_last_one_is_found(response, answer):
     graded = grade_response(response, example("?", reference="B", task="choice"))
-    assert (graded.answer, graded.correct) == (answer, False)
+    assert (graded.answer, graded.correct) == (answer, answer == "B")
 
 
 def test_a_reference_that_is_no_letter_is_an_error():

@@ -6,36 +6,35 @@ from test_registry import example
 
 from dream_lightning.errors import UserError
 from dream_lightning.tasks import countdown, grade_response
-from dream_lightning.tasks.countdown import countdown_correct
+from dream_lightning.tasks.countdown import is_solution
+
+PROBLEM = [30, 100, 93], 23
 
 
 @pytest.mark.parametrize(
-    "expression",
-    ["30+93-100", "30 + 93 - 100 = 23", "(30 − (100 - 93))", "-100+93+30", r"30 \times 93 / 93 - 7", "$93-(100-30)$"],
+    ("expression", "problem"),
+    [
+        *((text, PROBLEM) for text in ("30+93-100", "30 + 93 - 100 = 23", "(30 − (100 - 93))", "$93-(100-30)$")),
+        ("-100+93+30", PROBLEM),
+        (r"30 \times 93 / 93 - 7", ([30, 93, 93, 7], 23)),
+        ("8/(3-8/3)", ([8, 3, 8, 3], 24)),  # exact in fractions
+    ],
 )
-def test_countdown_right(expression):
-    numbers = [30, 93, 93, 7] if "times" in expression else [30, 100, 93]
-    assert countdown_correct(expression, numbers, 23)
-
-
-def test_countdown_is_exact_in_fractions():
-    assert countdown_correct("8/(3-8/3)", [8, 3, 8, 3], 24)
-    assert not countdown_correct("8/3", [8, 3], 2)
+def test_a_solution(expression, problem):
+    assert is_solution(expression, problem)
 
 
 @pytest.mark.parametrize(
     "expression",
     [
         "", "23", "30+93", "30+93-100+0", "30+30+93-100-30", "30+93-100=24", "30+93-100=23=23", "30*93-100",
-        "100/(30-30)+93",
-        "9**9**9**9", "30//1", "30+93-100 if 1 else 0", "__import__('os')", "(lambda: 23)()", "30.0+93-100",
-        "0x1e+93-100",
-        "030+93-100", "30+93-100)", "(" * 150, "-" * 190 + "1", "1+" * 5000 + "1", "9" * 5000, "30(93)", "30,93",
-        "\x00", "[30]",
+        "100/(30-30)+93", "9**9**9**9", "30//1", "30+93-100 if 1 else 0", "__import__('os')", "(lambda: 23)()",
+        "30.0+93-100", "0x1e+93-100", "030+93-100", "30+93-100)", "(" * 150, "-" * 190 + "1", "1+" * 5000 + "1",
+        "9" * 5000, "30(93)", "30,93", "\x00", "[30]",
     ],
 )  # fmt: skip
-def test_countdown_wrong_or_hostile(expression):
-    assert countdown_correct(expression, [30, 100, 93], 23) is False
+def test_wrong_or_hostile_expressions(expression):
+    assert is_solution(expression, PROBLEM) is False
 
 
 @pytest.mark.parametrize(
@@ -54,28 +53,16 @@ def test_extract(response, answer):
     assert countdown.extract(response) == answer
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"input": "30,100,93", "output": "23"},
-        {"nums": [30, 100, 93], "target": 23},
-        {"Numbers": "[30 100 93]", "Target": "23"},
-    ],
-)
-def test_columns_in_use(record):
-    assert countdown.reference(example("30,100,93", **record)) == ([30, 100, 93], 23)
+@pytest.mark.parametrize("names", [("input", "output"), ("nums", "target"), ("Numbers", "Target")])
+@pytest.mark.parametrize(("numbers", "target"), [([30, 100, 93], 23), ("30,100,93", "23"), ("[30 100 93]", " 23")])
+def test_columns_in_use(names, numbers, target):
+    assert countdown.reference(example("?", **dict(zip(names, (numbers, target), strict=True)))) == PROBLEM
 
 
 @pytest.mark.parametrize("record", [{}, {"nums": [30, 1.5], "target": 23}, {"nums": [30, 100], "target": "much"}])
 def test_a_malformed_record_is_an_error(record):
     with pytest.raises(UserError, match=r"^rows.jsonl, row 1 has the numbers"):
         countdown.reference(example("Make it.", **record))
-
-
-def test_a_record_of_numbers_is_asked_in_words():
-    asked = countdown.prompt(example("30,100,93", input="30,100,93", output="23"))
-    assert "30, 100, 93" in asked and "to make 23." in asked
-    assert countdown.prompt(example("Make 23.", nums=[30, 100, 93], target=23)) == "Make 23."
 
 
 def test_real_rows_have_a_solution_that_is_accepted(shared):

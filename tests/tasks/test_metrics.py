@@ -1,12 +1,25 @@
 import pytest
 import torch
 
-from dream_lightning.tasks import AnswerAccuracy, Grade, TokensPerForward
+from dream_lightning.batch import Answers, LossTerms, Prediction
+from dream_lightning.tasks import AnswerScores, MeanLoss
 
-RIGHT, WRONG, UNPARSED = Grade(None, "1", True), Grade(None, "9", False), Grade(None, None, False)
-NOT_SCORED = Grade(None, "4", None)
-GRADED = [RIGHT, WRONG, UNPARSED, NOT_SCORED, RIGHT, RIGHT]
+
+def predicted(answer, correct, filled=30, forwards=10):
+    return Prediction("q", "?", "", None, answer, "1", correct, 3, 0.1, forwards, filled)
+
+
+RIGHT, WRONG, UNPARSED, NOT_SCORED = (
+    predicted(*verdict) for verdict in (("1", True), ("9", False), (None, False), ("4", None))
+)
+PREDICTIONS = [RIGHT, WRONG, UNPARSED, NOT_SCORED, RIGHT, predicted("1", True, filled=40)]
 COUNTED = [True, True, True, True, False, True]
+
+
+def scores(predictions, counted=None):
+    metric = AnswerScores()
+    metric.update(Answers(predictions, [True] * len(predictions) if counted is None else counted))
+    return metric
 
 
 def values(metric):
@@ -14,52 +27,38 @@ def values(metric):
 
 
 def test_counts_by_hand():
-    metric = AnswerAccuracy()
-    metric.update(GRADED, COUNTED)
-    assert values(metric) == {"accuracy": 0.5, "unparsed": 0.25, "scored": 4.0}
+    metric = scores(PREDICTIONS, COUNTED)
+    expected = {"accuracy": 0.5, "unparsed": 0.25, "tokens_per_forward": 160 / 50}
+    assert values(metric) == pytest.approx(expected) and metric.scored == 4
     assert all(value.dtype == torch.float32 and value.shape == () for value in metric.compute().values())
 
 
 def test_any_split_into_batches_and_ranks_counts_the_same():
-    whole = AnswerAccuracy()
-    whole.update(GRADED, torch.tensor(COUNTED))
-    ranks = [AnswerAccuracy(), AnswerAccuracy()]
-    for row in range(len(GRADED)):
-        ranks[row % 4 == 0].update(GRADED[row : row + 1], COUNTED[row : row + 1])
-    merged = AnswerAccuracy()
+    ranks, merged = [AnswerScores(), AnswerScores()], AnswerScores()
+    for row in range(len(PREDICTIONS)):
+        ranks[row % 4 == 0].update(Answers(PREDICTIONS[row : row + 1], COUNTED[row : row + 1]))
     for name, reduce in merged._reductions.items():  # what torchmetrics does over ranks
         setattr(merged, name, reduce(torch.stack([getattr(rank, name) for rank in ranks])))
     merged._update_count = 1
-    assert values(merged) == values(whole)
+    assert values(merged) == values(scores(PREDICTIONS, COUNTED))
 
 
-@pytest.mark.parametrize("update", [([], []), ([NOT_SCORED], None), ([RIGHT], [False])])
+@pytest.mark.parametrize("update", [([], []), ([predicted("4", None, 0, 0)], [True]), ([RIGHT], [False])])
 def test_nothing_scored_is_zero_and_not_nan(update):
-    metric = AnswerAccuracy()
-    metric.update(*update)
-    assert values(metric) == {"accuracy": 0.0, "unparsed": 0.0, "scored": 0.0}
+    assert set(values(scores(*update)).values()) == {0.0}
 
 
 def test_counts_are_exact_after_a_cast_to_bfloat16_and_a_reset():
-    metric = AnswerAccuracy().bfloat16()
-    assert metric.total.dtype == torch.long
-    metric.update([WRONG])
+    metric = AnswerScores().bfloat16()
+    metric.update(Answers([WRONG], [True]))
     metric.reset()
-    metric.update([RIGHT] * 300)
-    assert values(metric)["scored"] == 300
+    metric.update(Answers([RIGHT] * 300, [True] * 300))
+    assert metric.scored.dtype == torch.long and metric.scored == 300
 
 
-@pytest.mark.parametrize("update", [([], [True]), ([RIGHT], [True, True])])
-def test_lengths_must_agree(update):
-    with pytest.raises(ValueError, match="zip"):
-        AnswerAccuracy().update(*update)
-
-
-def test_tokens_per_forward_by_hand():
-    metric = TokensPerForward()
-    assert metric.compute().item() == 0
-    metric.update([30, 30, 8], [15, 10, 1], [True, True, False])
-    metric.update([4], [0], [False])
-    assert metric.compute().item() == pytest.approx(60 / 25)
-    with pytest.raises(ValueError, match="zip"):
-        metric.update([1], [1, 2], [True])
+@pytest.mark.parametrize(("sums", "mean"), [([], 0.0), ([3.0, 5.0], 2.0), ([float("nan"), 5.0], float("nan"))])
+def test_the_mean_loss_divides_once_and_keeps_nan(sums, mean):
+    metric = MeanLoss()
+    for count, loss in enumerate(sums, start=1):
+        metric.update(LossTerms(torch.tensor(loss), torch.tensor(count + 0.5)))
+    assert metric.compute().item() == pytest.approx(mean, nan_ok=True)

@@ -1,5 +1,6 @@
 """Rows that are filled: prompts with masks for their answers, and what is known of every position."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,8 +64,7 @@ class Canvas:
 
     def put(self, rows: Tensor, other: "Canvas") -> "Canvas":
         """The same with `other` in these rows [b] int64."""
-        merged = {name: x.index_copy(0, rows, getattr(other, name)) for name, x in self._tensors().items()}
-        return replace(self, **merged)
+        return replace(self, **{n: x.index_copy(0, rows, getattr(other, n)) for n, x in self._tensors().items()})
 
     def repeat(self, times: int) -> "Canvas":
         """Every row `times` times, one after the other, each copy with noise of its own."""
@@ -101,91 +101,66 @@ def prepare(
     """Check the arguments of `diffusion_generate` and append `params.max_new_tokens` masks.
 
     Raises:
-        UserError: a shape or dtype is wrong, an id is outside the vocabulary, padding is not on the left, a row has
-            no real token, prompt and answer are longer than the model's context, the prompt
-            contains masks without `infill`, there is nothing to fill, `infill` with an option that fills from left to
-            right, or `params` names ids that the model does not have.
+        UserError: see `_problems`.
     """
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise UserError(f"input_ids has shape {list(input_ids.shape)}, wanted [B, P] with at least one row and token")
-    if input_ids.dtype != torch.int64:
-        raise UserError(f"input_ids is {input_ids.dtype}, wanted torch.int64: pass token ids, input_ids.long()")
-    _check_params(config, params, infill)
-    batch, prompt_length = input_ids.shape
-    real = torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask is not None:
-        real = _left_padding(attention_mask, input_ids)
-    length, limit = prompt_length + params.max_new_tokens, config.max_position_embeddings
-    if length > limit:
-        raise UserError(
-            f"{prompt_length} prompt tokens and {params.max_new_tokens} new ones are {length}, the model has {limit} "
-            "positions (max_position_embeddings): shorten one of them"
-        )
-    low, high = (int(i) for i in input_ids.aminmax())
-    if low < 0 or high >= config.vocab_size:
-        raise UserError(
-            f"input_ids holds ids from {low} to {high}, the vocabulary is 0 … {config.vocab_size - 1}: was another "
-            "tokenizer used?"
-        )
-    masks = int(((input_ids == config.mask_token_id) & real).sum())
-    if masks and not infill:
-        raise UserError(
-            f"input_ids contains the mask token {config.mask_token_id} {masks} times: pass infill=True to fill these "
-            "positions too, or escape special tokens in the prompt's text"
-        )
     if sample_ids is None:
-        sample_ids = torch.arange(batch)
-    if sample_ids.shape != (batch,) or sample_ids.dtype != torch.int64:
-        got = f"{sample_ids.dtype} {list(sample_ids.shape)}"
-        raise UserError(f"sample_ids is {got}, wanted torch.int64 [{batch}]: pass one id per row")
-    real = F.pad(real, (0, params.max_new_tokens), value=True)  # [B, L]
+        sample_ids = torch.arange(len(input_ids))
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+    for is_wrong, message in _problems(config, input_ids, mask, params, sample_ids, infill):
+        if is_wrong:
+            raise UserError(message)
+    real = F.pad(mask.bool(), (0, params.max_new_tokens), value=True)  # [B, L]
     x = F.pad(input_ids, (0, params.max_new_tokens), value=config.mask_token_id)  # [B, L]
     return Canvas(
         x=x,
         real=real,
         positions=(real.long().cumsum(-1) - 1).masked_fill(~real, 1),
         sample_ids=sample_ids.to(x.device),
-        copies=x.new_zeros(batch),
+        copies=x.new_zeros(len(x)),
         filled_at=torch.full_like(x, -1),
         confidence=torch.zeros_like(x, dtype=torch.float32),
-        forwards=x.new_zeros(batch),
-        prompt_length=prompt_length,
+        forwards=x.new_zeros(len(x)),
+        prompt_length=input_ids.shape[1],
         padded=not bool(real.all()),
         mask_token_id=config.mask_token_id,
         eos_token_id=config.eos_token_id,
     )
 
 
-def _check_params(config: Any, params: SamplingParams, infill: bool) -> None:
-    if not infill and params.max_new_tokens == 0:
-        raise UserError("max_new_tokens is 0, so there is nothing to fill: raise it, or pass infill=True")
+def _problems(
+    config: Any, ids: Tensor, mask: Tensor, params: SamplingParams, sample_ids: Tensor, infill: bool
+) -> Iterator[tuple[bool, str]]:
+    """Whether arguments are wrong, and the error; later checks rely on earlier ones."""
+    got, vocabulary = list(ids.shape), f"the vocabulary is 0 … {config.vocab_size - 1}"
+    yield ids.ndim != 2 or 0 in got, f"input_ids has shape {got}, wanted [B, P] with at least one row and token"
+    yield ids.dtype != torch.int64, f"input_ids is {ids.dtype}, wanted torch.int64: pass token ids, input_ids.long()"
+    low, high = (int(i) for i in ids.aminmax())
+    wrong = low < 0 or high >= config.vocab_size
+    yield wrong, f"input_ids holds ids from {low} to {high}, {vocabulary}: was another tokenizer used?"
+
+    yield list(mask.shape) != got, f"attention_mask has shape {list(mask.shape)}, wanted that of input_ids, {got}"
+    real = mask.bool()
+    yield (mask != real).any(), "attention_mask has values other than 0 and 1: pass 1 for tokens and 0 for padding"
+    empty, broken = ~real.any(1), (real[:, 1:] < real[:, :-1]).any(1)  # [B]
+    yield empty.any(), f"row {int(empty.int().argmax())} of attention_mask has no real token: drop the row"
+    row = int(broken.int().argmax())
+    yield broken.any(), f'row {row} of attention_mask has a 0 after a 1: set tokenizer.padding_side = "left"'
+
+    new, limit = params.max_new_tokens, config.max_position_embeddings
+    message = f"{got[1]} prompt tokens and {new} new ones exceed the model's {limit} positions: shorten one of them"
+    yield got[1] + new > limit, message
+    masks = int(((ids == config.mask_token_id) & real).sum())
+    message = f"input_ids contains the mask token {masks} times: pass infill=True, or escape special tokens in the text"
+    yield masks > 0 and not infill, message
+    yield not infill and new == 0, "max_new_tokens is 0, so there is nothing to fill: raise it, or pass infill=True"
     for name in ("block_length", "stop_at_eos"):
-        if infill and getattr(params, name):
-            raise UserError(
-                f"infill=True with {name}, which fills new tokens from left to right only: leave {name} out"
-            )
+        wrong = infill and bool(getattr(params, name))
+        yield wrong, f"infill=True with {name}, which fills new tokens from left to right only: leave {name} out"
+
+    given, wanted = f"{sample_ids.dtype} {list(sample_ids.shape)}", f"torch.int64 [{len(ids)}]"
+    yield given != wanted, f"sample_ids is {given}, wanted {wanted}: pass one id per row"
     banned = params.banned_tokens or []
-    if unknown := [token for token in banned if not 0 <= token < config.vocab_size]:
-        raise UserError(f"banned_tokens holds {unknown[0]}, the vocabulary is 0 … {config.vocab_size - 1}")
-    if len({config.mask_token_id, *banned}) == config.vocab_size:
-        raise UserError("banned_tokens holds the whole vocabulary: leave some tokens to answer with")
-    if (params.stop_at_eos or params.min_new_tokens) and config.eos_token_id is None:
-        raise UserError("the model's config has no eos_token_id, which stop_at_eos and min_new_tokens need: set it")
-
-
-def _left_padding(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-    """The mask as bool [B, P], or an error that says what is wrong with it."""
-    got, wanted = list(attention_mask.shape), list(input_ids.shape)
-    if got != wanted:
-        raise UserError(f"attention_mask has shape {got}, wanted that of input_ids, {wanted}, without new positions")
-    real = attention_mask.to(input_ids.device).bool()
-    if (attention_mask != attention_mask.bool()).any():
-        raise UserError("attention_mask has values other than 0 and 1: pass 1 for real tokens and 0 for padding")
-    if (empty := ~real.any(-1)).any():
-        raise UserError(f"row {int(empty.nonzero()[0])} of attention_mask has no real token: drop the row")
-    if (broken := (real[:, 1:] < real[:, :-1]).any(-1)).any():
-        raise UserError(
-            f"row {int(broken.nonzero()[0])} of attention_mask has a 0 after a 1: pad on the left "
-            '(tokenizer.padding_side = "left") and leave no holes, because the answer follows the last column'
-        )
-    return real
+    unknown = [token for token in banned if not 0 <= token < config.vocab_size]
+    yield bool(unknown), f"banned_tokens holds {unknown}, {vocabulary}"
+    wrong = (params.stop_at_eos or params.min_new_tokens > 0) and config.eos_token_id is None
+    yield wrong, "the model's config has no eos_token_id, which stop_at_eos and min_new_tokens need: set it"

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from dream_lightning.errors import UserError
 from dream_lightning.sampling.cached_forward import CachedForward
 from dream_lightning.sampling.canvas import Canvas, prepare
-from dream_lightning.sampling.constraints import LogitsHook, TokensHook
 from dream_lightning.sampling.denoise import reverse_process
 from dream_lightning.sampling.params import SamplingParams
+from dream_lightning.sampling.proposer import LogitsHook, TokensHook
 from dream_lightning.sampling.unmasking import UnmaskingRule, rule_of
 
 
@@ -38,7 +38,7 @@ def diffusion_generate(
     return_history: bool = False,
     **options: Any,
 ) -> GenerationOutput:
-    """Answer a batch of prompts.
+    """Answer a batch of prompts; all other arguments and errors are those of `denoising_steps`.
 
     With `params.forbid_mask`, or a model that never predicts the mask token, the answer of a row depends only on the
     weights, its prompt, its sample id and `params`: not on the batch, the order of rows or the padding (up to rounding
@@ -46,10 +46,6 @@ def diffusion_generate(
 
     Args:
         return_history: keep the state after every step.
-        options: these and all other arguments as in `denoising_steps`.
-
-    Raises:
-        UserError: as `denoising_steps`.
     """
     history = []
     for canvas in denoising_steps(model, input_ids, attention_mask, params=params, **options):
@@ -73,7 +69,7 @@ def denoising_steps(
     logits_hook: LogitsHook | None = None,
     tokens_hook: TokensHook | None = None,
 ) -> Iterator[Canvas]:
-    """Iterate over the state after each of the `params.steps` steps: tokens `x` [B, P+N], and see Canvas.
+    """Iterate over the state after each of the `params.steps` steps, see Canvas.
 
     The model is in eval mode until the iterator is exhausted or closed; then its modes are restored.
 
@@ -81,7 +77,6 @@ def denoising_steps(
         model: a DreamModel or its CompiledDenoiser, on the device of `input_ids`.
         input_ids: [B, P] int64, left-padded if the prompts differ in length.
         attention_mask: [B, P] bool or 0/1, 0 = left padding. None: no padding.
-        params: see SamplingParams; None takes its defaults.
         sample_ids: [B] int64, keys of the rows' noise; 0 … B − 1 by default. Rows with equal prompts and equal ids get
             equal answers.
         infill: also fill the masks that the prompt contains; without it they are an error.
@@ -89,39 +84,39 @@ def denoising_steps(
             `params.steps` whatever the data. Ranks that share a sharded model need it.
         num_return_sequences: answers for every prompt, with different noise, B · num_return_sequences rows in all. The
             first answer of a prompt is the same as with one sequence.
-        unmasking: a rule of your own for how many positions are filled, see `unmasking.UnmaskingRule`.
-        logits_hook: changes logits before tokens are chosen, see `constraints.LogitsHook`.
-        tokens_hook: changes tokens after a step, see `constraints.TokensHook`.
+        unmasking: a rule of your own, see UnmaskingRule.
+        logits_hook, tokens_hook: change logits before tokens are chosen, and tokens after a step; see `proposer`.
 
     Raises:
-        UserError: see `canvas.prepare`; logits that are not finite; several sequences without noise; hooks or a rule
-            with options that exclude them; `params.compile` without CUDA.
+        UserError: the arguments are wrong or exclude each other; `params.compile` without CUDA; logits are not finite;
+            a hook or rule returns another shape or dtype than it should.
     """
     params = params or SamplingParams()
     if params.top_k is None:
         params = replace(params, top_k=getattr(model.config, "default_top_k", None))
-    compiled = params.compile or hasattr(model, "into_bucket")
-    if not isinstance(num_return_sequences, int) or num_return_sequences < 1:
-        raise UserError(f"num_return_sequences is {num_return_sequences!r}, wanted an integer of at least 1")
-    if num_return_sequences > 1 and not params.noisy:
-        raise UserError("num_return_sequences above 1 without noise, so that all are the same: set temperature")
-    if tokens_hook and params.cache != "none":
-        raise UserError("tokens_hook may change tokens whose keys and values are cached: set cache to none")
-    if compiled and (logits_hook or tokens_hook):
-        raise UserError("a compiled model pads the batch, which hooks would see: pass the model itself without compile")
-    if (compiled or unmasking) and not params.forbid_mask:
-        raise UserError("a compiled model or a rule of your own needs every chosen position filled: set forbid_mask")
-    if unmasking and (params.rules or params.alg == "origin"):
-        raise UserError(f"unmasking and {(*params.rules, 'alg: origin')[0]} both decide what is filled: set one")
-    canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill).repeat(num_return_sequences)
+    compiled, sequences = params.compile or hasattr(model, "into_bucket"), num_return_sequences
+    hooked, deciding = bool(logits_hook or tokens_hook), [*params.rules, *["alg: origin"] * (params.alg == "origin")]
+    for is_wrong, message in (
+        (sequences < 1, f"num_return_sequences is {sequences}, wanted at least 1"),
+        (sequences > 1 and not params.noisy, "num_return_sequences above 1 needs noise to differ: set temperature"),
+        (tokens_hook and params.cache != "none", "tokens_hook may change tokens in the KV cache: set cache to none"),
+        (compiled and hooked, "a compiled model pads the batch, which hooks would see: pass the model without compile"),
+        (compiled and not params.forbid_mask, "a compiled model needs every chosen position filled: set forbid_mask"),
+        (unmasking and not params.forbid_mask, "unmasking needs every chosen position filled: set forbid_mask"),
+        (unmasking and deciding, f"unmasking and {', '.join(deciding)} both decide what is filled: set one"),
+    ):
+        if is_wrong:
+            raise UserError(message)
+    canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill).repeat(sequences)
     rule = unmasking or rule_of(params, rows_differ=infill or tokens_hook is not None)
-    options = {"logits_hook": logits_hook, "tokens_hook": tokens_hook, "run_every_step": run_every_step}
+    model = _compiled(model) if compiled else model
+    hooks = {"logits_hook": logits_hook, "tokens_hook": tokens_hook}
     # A generator would check all this at the first step only.
-    return _run(_compiled(model) if compiled else model, canvas, params, rule, infill, options)
+    return _run(model, canvas, params, rule, infill, run_every_step=run_every_step, **hooks)
 
 
 def _run(
-    model: Any, canvas: Canvas, params: SamplingParams, rule: UnmaskingRule, infill: bool, options: dict[str, Any]
+    model: Any, canvas: Canvas, params: SamplingParams, rule: UnmaskingRule, infill: bool, **options: Any
 ) -> Iterator[Canvas]:
     (rows, length), span = canvas.x.shape, None
     if hasattr(model, "into_bucket"):
@@ -129,8 +124,7 @@ def _run(
         if not infill:  # the prompt has no masks; a token is predicted from the column before it
             span = (canvas.prompt_length - 1, canvas.x.shape[1] - 1)
     with _evaluating(model):
-        predict = CachedForward(model, canvas, cache=params.cache, refresh_every=params.refresh_every, span=span)
-        for state in reverse_process(predict, canvas, params, rule, **options):
+        for state in reverse_process(CachedForward(model, canvas, params, span), params, rule, **options):
             yield state.cropped(rows, length)
 
 

@@ -1,5 +1,6 @@
 """Options of generation."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal, get_args
@@ -14,8 +15,8 @@ CacheMode = Literal["none", "prefix", "dual"]
 class SamplingParams:
     """How to fill masks. Up to `eps`, names and meaning are those of the authors' `diffusion_generate`.
 
-    For reasoning use `entropy`, temperature 0 … 0.2, and one step for every one or two new tokens. For faster settings
-    and what they cost see docs/sampling.md.
+    For reasoning use `entropy`, temperature 0 … 0.2, and one step for every one or two new tokens. docs/sampling.md
+    explains rules, blocks and caches, and what faster settings cost.
 
     Raises:
         UserError: a field is out of its range, or excludes another one.
@@ -25,49 +26,43 @@ class SamplingParams:
     """Masks appended to the prompt. 0 is for pure infilling."""
     steps: int = 256
     """Denoising steps, at most one forward each. The authors' schedule fills about max_new_tokens / steps positions a
-    step. With any other rule this is the maximum: the last step (of a block) fills all remaining masks, and steps that
-    are not needed cost nothing."""
+    step; with another rule this is the maximum, and the last step (of a block) fills what is left."""
     alg: Algorithm = "entropy"
-    """Which masked positions are filled first: random ones (`origin`), or the most confident by the probability of
-    the chosen token (`maskgit_plus`), by its lead over the second (`topk_margin`), or by negative entropy."""
+    """Which masks are filled first: random ones (`origin`), or the most confident by the token's probability
+    (`maskgit_plus`), its lead over the second (`topk_margin`) or negative entropy."""
     temperature: float = 0.0
     """0 takes the most probable token; above 0, tokens are drawn from softmax(logits / temperature)."""
     top_p: float | None = None
     """Keep the fewest most probable tokens whose probabilities sum to more than this. None or 1 keeps all."""
     top_k: int | None = None
-    """Keep the k most probable tokens, and ties with the last of them. None takes `top_k` from the checkpoint's
-    config.json, as the authors' code does; the official 7B folders have none, and all tokens are kept."""
+    """Keep the k most probable tokens, and ties with the last. None takes `top_k` of the checkpoint's config.json, as
+    the authors' code does; the official 7B folders have none."""
     alg_temp: float | None = None
-    """Above 0, positions are drawn from softmax(confidence / alg_temp), except with `origin`. None or 0: the most
-    confident are taken."""
+    """Above 0, positions are drawn from softmax(confidence / alg_temp), except with `origin`."""
     eps: float = 1e-3
     """The time at which the process ends: t goes from 1 to eps in equal steps."""
     seed: int = 0
     """All noise is a function of (seed, sample id, number of the returned sequence, step, position)."""
     forbid_mask: bool = False
-    """Never predict the mask token. The authors allow it: then a position may remain masked, and at temperature 0 the
-    row changes the other rows of its batch. True makes answers free of masks and independent of the batch."""
+    """Never predict the mask token. The authors allow it: then masks may remain, and at temperature 0 a row changes the
+    others of its batch. True makes answers free of masks and independent of the batch."""
 
     block_length: int | None = None
     """Fill the new tokens in blocks of this many from left to right. Each block gets the same number of steps."""
     tokens_per_step: int | None = None
     """Fill this many of the most confident positions at every step, instead of the authors' schedule."""
     threshold: float | None = None
-    """Fill all positions whose certainty is at least this, at least one a step. Certainty is in [0, 1]: the
-    probability (`maskgit_plus`), the lead over the second (`topk_margin`), or 1 / perplexity (`entropy`).
-    Fast-dLLM (arXiv:2505.22618) uses 0.9 with `maskgit_plus`."""
+    """Fill all positions with at least this certainty, at least one a step: probability (`maskgit_plus`), lead
+    (`topk_margin`) or 1 / perplexity (`entropy`). Fast-dLLM (arXiv:2505.22618) uses 0.9 with `maskgit_plus`."""
     factor: float | None = None
-    """Fill the n most certain positions, with the largest n for which (n + 1)(1 − certainty of the n-th) is below
-    this, at least one a step (the factor rule of Fast-dLLM)."""
+    """Fill the n most certain positions, the largest n with (n + 1)(1 − certainty of the n-th) below this, at least one
+    a step (Fast-dLLM)."""
     cache: CacheMode = "none"
-    """KV cache: none; of everything left of the block (`prefix`), so that a step computes the block and what follows
-    it; or of everything outside the block (`dual`), so that a step computes the block only."""
+    """KV cache of everything left of the block (`prefix`) or everything outside it (`dual`)."""
     refresh_every: int | None = None
-    """Recompute the whole KV cache at the start of a block and then every this many steps. None: at the start only.
-    1 gives exactly what `cache: none` gives."""
+    """Recompute the whole KV cache every this many steps of a block, not only at its start. 1 equals `cache: none`."""
     stop_at_eos: bool = False
-    """Stop working on a row once all positions left of its first eos are filled. The text up to there does not change;
-    the remaining masks become eos without a prediction."""
+    """Finish a row once all positions left of its first eos are filled; the remaining masks become eos."""
     compile: bool = False
     """Run the network as compiled CUDA graphs: faster after a slow first call of every shape. CUDA only."""
     banned_tokens: list[int] | None = None
@@ -80,8 +75,9 @@ class SamplingParams:
             value = getattr(self, name)
             if not (is_allowed(value) if value is not None else getattr(type(self), name) is None):
                 raise UserError(f"{name} is {value!r}, it must be {allowed}")
-        self._check_blocks()
-        self._check_rules()
+        for is_wrong, message in self._conflicts():
+            if is_wrong:
+                raise UserError(message)
 
     @property
     def blocks(self) -> int:
@@ -98,40 +94,29 @@ class SamplingParams:
         """The options that decide how many positions are filled, instead of the authors' schedule."""
         return [n for n in ("tokens_per_step", "threshold", "factor") if getattr(self, n) is not None]
 
-    def _check_blocks(self) -> None:
-        length, new = self.block_length, self.max_new_tokens
-        if self.cache != "none" and length is None:
-            raise UserError(f"cache is {self.cache!r} without blocks: set block_length, such as 32")
-        if self.refresh_every is not None and self.cache == "none":
-            raise UserError(f"refresh_every is {self.refresh_every} without a cache: set cache to prefix or dual")
-        if length is not None and (not new or new % length):
-            raise UserError(f"block_length is {length} and max_new_tokens {new}: set a multiple of block_length")
-        if self.steps % self.blocks:
-            raise UserError(f"steps is {self.steps} for {self.blocks} blocks: set a multiple of {self.blocks}")
-
-    def _check_rules(self) -> None:
-        for name in ("block_length", *self.rules, "stop_at_eos", "compile"):
-            if getattr(self, name) and not self.forbid_mask:
-                raise UserError(
-                    f"{name} is set and forbid_mask is False: set forbid_mask to True, so that masks get filled"
-                )
-        if len(self.rules) > 1:
-            raise UserError(f"{' and '.join(self.rules)} are set: each decides how many positions are filled, set one")
-        if self.rules and self.alg == "origin":
-            raise UserError(f"{self.rules[0]} is set and alg is 'origin', whose order is random: choose another alg")
-        if self.alg_temp and self.rules in (["threshold"], ["factor"]):
-            raise UserError(
-                f"alg_temp is {self.alg_temp}, but {self.rules[0]} draws no positions: set alg_temp to None"
-            )
+    def _conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Whether options exclude each other, and the error; later checks rely on earlier ones."""
+        length, new, steps, rules = self.block_length, self.max_new_tokens, self.steps, self.rules
+        cached, refresh = self.cache != "none", self.refresh_every
+        yield cached and length is None, f"cache is {self.cache!r} without blocks: set block_length, such as 32"
+        yield bool(refresh) and not cached, f"refresh_every is {refresh} without a cache: set cache to prefix or dual"
+        misfit = length is not None and (not new or new % length > 0)
+        yield misfit, f"block_length is {length} and max_new_tokens {new}: set a multiple of block_length"
+        blocks = self.blocks
+        yield steps % blocks > 0, f"steps is {steps} for {blocks} blocks: set a multiple of {blocks}"
+        for name in ("block_length", *rules, "stop_at_eos", "compile"):
+            leaves_masks = bool(getattr(self, name)) and not self.forbid_mask
+            yield leaves_masks, f"{name} is set and forbid_mask is False: set forbid_mask, so that all masks are filled"
+        yield len(rules) > 1, f"{' and '.join(rules)} are set: each decides how many positions are filled, set one"
+        for rule in rules:
+            is_random = self.alg == "origin"
+            yield is_random, f"{rule} is set and alg is 'origin', whose order is random: choose another alg"
+            unused = bool(self.alg_temp) and rule != "tokens_per_step"
+            yield unused, f"alg_temp is {self.alg_temp}, but {rule} draws no positions: set alg_temp to None"
         if self.tokens_per_step is not None:
-            needed = -(-(self.block_length or self.max_new_tokens) // self.tokens_per_step) * self.blocks
-            if self.steps < needed:
-                raise UserError(
-                    f"tokens_per_step is {self.tokens_per_step} and steps {self.steps}: the last step would have to "
-                    f"fill more, set steps to at least {needed}"
-                )
-        if self.min_new_tokens > self.max_new_tokens:
-            raise UserError(f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only {self.max_new_tokens}")
+            needed = -(-(length or new) // self.tokens_per_step) * blocks
+            yield steps < needed, f"tokens_per_step is {self.tokens_per_step} and steps {steps}: set at least {needed}"
+        yield self.min_new_tokens > new, f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only {new}"
 
 
 def _is_integer(value: Any) -> bool:

@@ -30,10 +30,7 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
 def token_probabilities(
     logits: Tensor, *, temperature: float = 0.0, top_p: float | None = None, top_k: int | None = None
 ) -> Tensor:
-    """Probabilities after temperature, then top-p, then top-k. [M, V] → [M, V] float32.
-
-    Temperature 0 does not change the logits: then these probabilities only measure confidence.
-    """
+    """Probabilities [M, V] float32 after temperature (0 does not change the logits), then top-p, then top-k."""
     logits = logits.float()
     if temperature > 0:
         logits = logits / temperature
@@ -47,8 +44,8 @@ def token_probabilities(
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """One token per row by inverting the cumulative distribution: [M, V] and [M] in [0, 1), float32 → [M] int64.
 
-    The sum runs over integers (probability · 2⁵²), so it is exact on every device, in whatever order it is made. A
-    token of probability 0 is never drawn. The resolution is that of the uniforms, 2⁻²⁴.
+    The sum runs over integers (probability · 2⁵²), so it is exact on every device, in whatever order. A token of
+    probability 0 is never drawn. The resolution is that of the uniforms, 2⁻²⁴.
     """
     cumulative = (probs * 2.0**52).to(torch.int64).cumsum(-1)  # [M, V]
     # In float64 u · total < total, since u ≤ 1 − 2⁻²⁴: a token always exists.
@@ -71,10 +68,7 @@ def confidence_of(probs: Tensor, tokens: Tensor, alg: Algorithm) -> Tensor:
 
 
 def certainty(confidence: Tensor, alg: Algorithm) -> Tensor:
-    """Confidences of `confidence_of` on a scale from 0 to 1 = certain; of `entropy` the exponential, 1/perplexity.
-
-    Any shape. The order does not change.
-    """
+    """Confidences on a scale from 0 to 1 = certain, in the same order; of `entropy` the exponential, 1/perplexity."""
     return (confidence.exp() if alg == "entropy" else confidence).clamp(0, 1)
 
 
@@ -86,10 +80,7 @@ def best_tokens(logits: Tensor, alg: Algorithm) -> tuple[Tensor, Tensor]:
 
 
 def _first_maximum(probs: Tensor) -> Tensor:
-    """`probs.max(-1).indices` by parts of each row: compiled for a GPU, one part a row would leave it mostly idle.
-
-    [M, V] → [M] int64.
-    """
+    """`probs.max(-1).indices`, [M, V] → [M], by parts of each row: as one part it would leave a GPU mostly idle."""
     width = math.gcd(probs.shape[-1], 512)
     value, inside = probs.unflatten(-1, (-1, width)).max(-1)  # [M, V / width]
     part = value.max(-1, keepdim=True).indices  # [M, 1]
@@ -102,16 +93,15 @@ def choose_tokens(
     params: SamplingParams,
     best: Callable[[Tensor, Algorithm], tuple[Tensor, Tensor]] = best_tokens,
 ) -> tuple[Tensor, Tensor]:
-    """A token for every masked position, and the confidence in it.
+    """A token for every masked position (at temperature 0 the argmax, the lowest id of a tie), and its confidence.
 
     Args:
         logits: [M, V], already aligned with the positions they predict.
         uniforms: [M] float32 in [0, 1); None at temperature 0.
-        params: alg, temperature, top_p and top_k.
         best: `best_tokens`, or a compiled form of it.
 
     Returns:
-        tokens [M] int64 (at temperature 0 the argmax, the lowest id of a tie) and confidences [M] float32.
+        tokens [M] int64 and confidences [M] float32.
     """
     if params.temperature == 0 and params.top_p in (None, 1) and params.top_k is None:
         return best(logits, params.alg)

@@ -1,9 +1,9 @@
 """How many of the masked positions are filled at a step: one class for each rule.
 
-A rule is any object with `counts(confidence, remaining, step)`. Pass one of your own to `diffusion_generate` as
-`unmasking`.
+A rule is any object with `counts(confidence, remaining, step)`; `diffusion_generate(…, unmasking=…)` takes your own.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from dream_lightning.sampling.params import SamplingParams
 
 
 class UnmaskingRule(Protocol):
-    """How many positions every row fills.
+    """How many of the most certain masked positions every row fills.
 
     A rule that needs `remaining` only sets `counts_known_on_host = True`. It is called on the host before the forward,
     with `confidence` None, and its counts are taken unmodified: a step that fills nothing costs no forward, and its
@@ -23,94 +23,86 @@ class UnmaskingRule(Protocol):
     """
 
     def counts(self, confidence: Tensor, remaining: Tensor, step: int) -> Tensor:
-        """The most certain of the masked positions are filled, this many in each row.
+        """[B] int64, clamped to 1 … `remaining`; the last step fills all that remains.
 
         Args:
             confidence: [B, L] float32, the certainty in [0, 1] of the predicted token; 0 where nothing is masked.
             remaining: [B] int64, masks of the row (in the current block).
             step: counts from 0 in every block.
-
-        Returns:
-            [B] int64. Values are clamped to 1 … `remaining`, and the last step fills all that remains.
         """
 
 
+@dataclass
 class AuthorsSchedule:
     """A fixed share of the remaining masks at every step, rounded down in float32.
 
     Args:
+        shares: of `fill_shares`.
         averaged: take the share of the mean of the rows' masks, as the authors do. It may exceed the masks of a row
             where the model predicts mask tokens, see `reference_topk_overflow`.
     """
 
+    shares: list[float]
+    averaged: bool
     counts_known_on_host = True
-
-    def __init__(self, steps: int, eps: float, *, averaged: bool = False) -> None:
-        self.shares, self.averaged = fill_shares(steps, eps), averaged
 
     def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
         masks = (remaining.sum() / len(remaining)).expand(len(remaining)) if self.averaged else remaining.float()
         return (masks * self.shares[step]).long()
 
 
+@dataclass
 class Origin:
     """The authors' `origin`: every masked position is filled independently with the schedule's share as probability."""
 
+    shares: list[float]
+    seed: int
     counts_known_on_host = True
-
-    def __init__(self, steps: int, eps: float, seed: int) -> None:
-        self.shares, self.seed = fill_shares(steps, eps), seed
 
     def drawn(self, canvas: Canvas, step: int, step_of_block: int) -> Tensor:
         """Whether a position is filled if it is masked, [B, L] bool; only such positions are predicted."""
         return canvas.uniforms(self.seed, step, ORDER) < self.shares[step_of_block]
 
     def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
-        """All of `remaining`, which counts the drawn positions only."""
-        return remaining
+        return remaining  # which counts the drawn positions only
 
 
+@dataclass
 class TokensPerStep:
     """The same number of positions at every step; the last of `steps` fills all that remains."""
 
+    tokens: int
+    steps: int
     counts_known_on_host = True
 
-    def __init__(self, tokens: int, steps: int) -> None:
-        self.tokens, self.last = tokens, steps - 1
-
     def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
-        return remaining if step == self.last else remaining.clamp(max=self.tokens)
+        return remaining if step == self.steps - 1 else remaining.clamp(max=self.tokens)
 
 
+@dataclass
 class Threshold:
     """All positions that are at least this certain. Source: Fast-dLLM (arXiv:2505.22618)."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    threshold: float
 
     def counts(self, confidence: Tensor, remaining: Tensor, step: int) -> Tensor:
         return (confidence >= self.threshold).sum(1)
 
 
+@dataclass
 class Factor:
-    """The more positions are filled together, the more certain each has to be. Source: Fast-dLLM (arXiv:2505.22618)."""
+    """The n most certain, the largest n with (n + 1)(1 − cₙ) < factor. Source: Fast-dLLM (arXiv:2505.22618)."""
 
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
+    factor: float
 
     def counts(self, confidence: Tensor, remaining: Tensor, step: int) -> Tensor:
-        """The largest n with (n + 1)(1 − cₙ) < factor, cₙ the n-th largest."""
         ordered = confidence.sort(dim=1, descending=True).values  # [B, L]; the left side grows with n, so count
         n = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
         return ((n + 1) * (1 - ordered) < self.factor).sum(1)
 
 
 def rule_of(params: SamplingParams, *, rows_differ: bool = False) -> UnmaskingRule:
-    """The rule that `params` names.
-
-    Args:
-        rows_differ: rows have different numbers of masks (infilling, hooks), so that their mean is meaningless.
-    """
+    """The rule that `params` names. The mean of the rows' masks is meaningless if `rows_differ` (infilling, hooks)."""
     steps = params.steps // params.blocks
     if params.tokens_per_step is not None:
         return TokensPerStep(params.tokens_per_step, steps)
@@ -119,15 +111,16 @@ def rule_of(params: SamplingParams, *, rows_differ: bool = False) -> UnmaskingRu
     if params.factor is not None:
         return Factor(params.factor)
     if params.alg == "origin":
-        return Origin(steps, params.eps, params.seed)
+        return Origin(fill_shares(steps, params.eps), params.seed)
     # Noise makes runs of the authors' code irreproducible; without it we follow them to the token.
-    return AuthorsSchedule(steps, params.eps, averaged=not (params.forbid_mask or params.noisy or rows_differ))
+    averaged = not (params.forbid_mask or params.noisy or rows_differ)
+    return AuthorsSchedule(fill_shares(steps, params.eps), averaged)
 
 
 def fill_shares(steps: int, eps: float) -> list[float]:
     """Share of the remaining masks to fill at every step: 1 − tᵢ₊₁/tᵢ with t from 1 to eps in equal steps, last 1.
 
-    In float32 on the CPU, whatever the model's device, so that rounding never differs.
+    In float32 on the CPU, so that rounding does not depend on the model's device.
     """
     t = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
     return [*(1 - t[1:-1] / t[:-2]).tolist(), 1.0]

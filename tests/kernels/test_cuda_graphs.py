@@ -182,7 +182,7 @@ def test_a_new_head_is_seen(prompts, run):
 def test_hooks_do_not_see_padding(deep, prompts, run):
     for name in ("logits_hook", "tokens_hook"):
         for model, options in ((denoiser(deep), {}), (deep, {"compile": True})):
-            with pytest.raises(ValueError, match="pass the model itself without compile"):
+            with pytest.raises(ValueError, match="pass the model without compile"):
                 run(model, prompts(3), **options, **{name: lambda *a: a[-1]})
 
 

@@ -51,7 +51,7 @@ def test_logits_hook(deep, prompts, run, rule):
     out = run(deep, prompts(3), logits_hook=only_even, **rule)
     assert (new(out) % 2 == 0).all()
     assert seen == set(out.filled_at.unique().tolist()) - {-1}
-    with pytest.raises(ValueError, match=r"logits_hook returned NoneType, wanted the logits \[72, 60\]"):
+    with pytest.raises(ValueError, match=r"logits_hook returned NoneType, wanted torch.float32 \[72, 60\]"):
         run(deep, prompts(3), logits_hook=lambda *a: None)
 
 

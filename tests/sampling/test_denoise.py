@@ -202,8 +202,8 @@ def test_finished_rows_leave_the_batch(talker, prompts, run, calls, options):
 class Always(CachedForward):
     """Predicts the same token everywhere, or the mask in one row."""
 
-    def __init__(self, canvas, token, *, masked_row=None, value=9.0, broken_from=99):
-        super().__init__(None, canvas)
+    def __init__(self, canvas, params, token, *, masked_row=None, value=9.0, broken_from=99):
+        super().__init__(None, canvas, params)
         self.token, self.masked_row, self.value, self.broken_from, self.calls = token, masked_row, value, broken_from, 0
 
     def __call__(self, x, row, column, step_of_block):
@@ -215,7 +215,7 @@ class Always(CachedForward):
 
 def denoised(config, ids, params, token, **options):
     canvas = prepare(config, ids, None, params)
-    *_, end = reverse_process(Always(canvas, token, **options), canvas, params, rule_of(params))
+    *_, end = reverse_process(Always(canvas, params, token, **options), params, rule_of(params))
     return end
 
 

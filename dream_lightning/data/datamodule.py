@@ -53,15 +53,13 @@ class S1KDataModule(L.LightningDataModule):
         system_prompt: replaces the record's or the template's.
         thinking: False trains on answers alone.
         max_length: of prompt and response in tokens; also the length of a packed row.
-        overflow: what happens to longer documents: `truncate_trace` (shorten the thinking, keep answer and eos),
-            `truncate_trace_else_drop`, `drop`, `error`, or `truncate_right` (removes the answer).
+        overflow: `truncate_trace` shortens the thinking of longer documents; the others: docs/data.md.
         eos_fill_to: fill shorter responses with eos to this many tokens; teaches the model to stop.
         extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}.
         batch_size: rows of a micro-batch on each process; questions of a batch in generation.
         packing: put several whole documents into a row.
         batch_cutoff: the authors' collation: truncate or fill all responses of a micro-batch to one drawn length.
-        validation_draws: how often each validation document is noised, at evenly spread t; more make `val/nll` less
-            noisy.
+        validation_draws: how often each validation document is noised, at evenly spread t, for a steadier `val/nll`.
         validation_questions: how many validation questions are answered and scored at every validation.
         num_workers: processes that prepare batches.
         cache_dir: where tokenized sets are kept.
@@ -140,7 +138,6 @@ class S1KDataModule(L.LightningDataModule):
                 self.tokenized(examples)
 
     def read(self) -> tuple[list[Example], list[Example]]:
-        """Training and validation examples."""
         training = self._examples(self.source, "train")
         if self.validation_source is None:
             training, validation = split(training, validation_fraction=self.validation_fraction, seed=self.seed)
@@ -165,7 +162,6 @@ class S1KDataModule(L.LightningDataModule):
         return documents
 
     def setup(self, stage: str) -> None:
-        """Read, split and tokenize what the stage needs."""
         if stage == "predict":
             self.questions = self._examples(self.predict_source, "test") if self.predict_source else self.read()[1]
             return
@@ -192,7 +188,6 @@ class S1KDataModule(L.LightningDataModule):
         self._answered = set(numbers)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches in the epoch's order; resumes in the middle of it."""
         collation = partial(collate, pad_token_id=self.tokenizer.pad_token_id)
         if self.batch_cutoff:
             authors = partial(collate_with_cutoff, eos_token_id=self.tokenizer.eos_token_id, seed=self.seed)

@@ -103,11 +103,8 @@ def tokenize(
     """Documents of all examples.
 
     Args:
-        examples: of one set, in the order of their documents.
-        tokenizer: with its chat template.
         num_proc: processes; None takes 1 below 500 examples, up to 8 from there.
-        cache_dir: a second call with the same examples, tokenizer and options reads the result from here; None keeps
-            it in memory. Several processes may fill it at once.
+        cache_dir: a later call with the same arguments reads the result from here; several processes may fill it.
         encoding: options of `tokenization.encode`.
 
     Raises:

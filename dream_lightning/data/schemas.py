@@ -100,7 +100,6 @@ def read_examples(
 
 
 def question(text: str) -> list[Message]:
-    """A prompt of one user message."""
     return [Message(role="user", content=text)]
 
 
@@ -113,8 +112,7 @@ def split_thinking(response: str) -> tuple[str | None, str]:
 def _read_s1k(row: Row, columns: Columns) -> Content:
     traces = row.value("thinking_trajectories")
     if not isinstance(traces, list) or not traces or not isinstance(traces[0], str):
-        got = f"a {type(traces).__name__}"
-        raise UserError(f"{row.origin}: thinking_trajectories is {got}, wanted a list with a text: see s1K")
+        raise UserError(f"{row.origin}: thinking_trajectories is {traces!r:.60}, wanted a list with a text")
     return question(row.text("question")), traces[0], row.text("attempt")
 
 

@@ -13,11 +13,7 @@ from dream_lightning.errors import UserError
 
 
 def keep_rows(rows: list[Row], filters: dict[str, list[str]]) -> list[Row]:
-    """Rows whose value in every named column, as text, is one of the listed ones.
-
-    Raises:
-        UserError: a row lacks the column; nothing is left.
-    """
+    """Rows whose value in every named column, as text, is one of the listed ones; UserError if nothing is left."""
     for column, values in filters.items():
         present = {str(row.value(column)) for row in rows}
         rows = [row for row in rows if str(row.values[column]) in map(str, values)]

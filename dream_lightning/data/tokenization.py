@@ -40,16 +40,13 @@ def encode(
     """Ids of the prompt and of the response with its eos.
 
     Args:
-        example: the record.
-        tokenizer: Dream's (`load_tokenizer`) or a similar one.
         style: `chat` or `plain`, see `prompt_format`.
         system_prompt: replaces the record's system message; None keeps it, or the template's default.
         thinking: False trains on the answer alone.
         max_length: of prompt and response with eos, in tokens; None is no limit.
-        overflow: what happens to a longer document. `truncate_trace` shortens the thinking at its end, keeps
-            `</think>`, the answer and eos, and raises if even that is too long; `truncate_trace_else_drop` drops
-            those (1 of 91 s1K rows at 2,048 tokens, 30 at 1,024); `truncate_right` removes the end, eos included,
-            and so teaches the model not to finish; `drop` drops every longer document; `error` raises.
+        overflow: of longer documents. `truncate_trace` shortens the thinking at its end, keeps `</think>`, the answer
+            and eos, and raises if even that is too long; `truncate_trace_else_drop` drops those (1 of 91 s1K rows at
+            2,048 tokens); `truncate_right` removes the end, eos included; `drop` drops; `error` raises.
         eos_fill_to: a shorter response is filled with eos to this many tokens, as far as max_length allows.
         extra_weight: text → loss weight of the response tokens that overlap an occurrence of that text.
 

@@ -8,14 +8,13 @@ stream in-place.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dream_lightning.model.attention import Attention, Span, within
-from dream_lightning.model.kv_cache import LayerCache
+from dream_lightning.model.attention import within
 from dream_lightning.model.modeling import DreamAttention, DreamBaseModel, DreamDecoderLayer, DreamMLP
 
 Weights = tuple[Tensor, Tensor | None]  # fused weight [sum of out_features, D] and bias
@@ -66,8 +65,7 @@ def fused_projections(trunk: DreamBaseModel, tokens: int) -> Iterator[None]:
             del layer.fused
 
 
-@dataclass(frozen=True)
-class _Fused:
+class _Fused(NamedTuple):
     """Which products of a layer are fused; with None or False its modules are called."""
 
     q_k_v: Weights | None
@@ -79,14 +77,7 @@ class _Fused:
 class _FusedDecoderLayer(DreamDecoderLayer):
     fused: _Fused
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Attention | None,
-        cache: LayerCache | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation, mask, cache=None, span=None) -> Tensor:
         """As `DreamDecoderLayer.forward`; x may change."""
         assert not torch.is_grad_enabled(), "the layer would get no gradients"
         q, k, v = fused_linear(self.input_layernorm(x), _q_k_v(self), self.fused.q_k_v)
@@ -133,17 +124,14 @@ def _gate_up(layer: DreamDecoderLayer) -> list[nn.Module]:
 
 
 def _is_original(layer: nn.Module) -> bool:
-    parts = (layer, DreamDecoderLayer), (layer.self_attn, DreamAttention), (layer.mlp, DreamMLP)
-    hooked = _is_hooked(layer.self_attn) or _is_hooked(layer.mlp)
-    return all(type(part) is kind for part, kind in parts) and not hooked
+    parts_are_plain = _is_plain(layer.self_attn, DreamAttention) and _is_plain(layer.mlp, DreamMLP)
+    return type(layer) is DreamDecoderLayer and parts_are_plain
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and not _is_hooked(layer)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def _is_plain(module: nn.Module, kind: type = nn.Linear) -> bool:
+    """Whether it is of this very class and has no hooks."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooked
 
 
 def _parameters(layers: list[nn.Module]) -> list[list[Tensor]]:

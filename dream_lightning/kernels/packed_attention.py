@@ -37,7 +37,6 @@ def enable_dynamic_cudnn_plans() -> None:
 
 
 def install(model: DreamModel) -> None:
-    """Use these kernels in the model's forwards on a GPU."""
     model.model.make_attention = partial(make_packed_attention, head_dim=model.config.head_dim)
 
 
@@ -99,7 +98,7 @@ def _has_dynamic_cudnn_plans(device: torch.device) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental
         log_sum = torch._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1]
-    return _by_position(log_sum)
+    return log_sum.transpose(1, 2).is_contiguous()
 
 
 def _suits_cudnn(starts: Tensor) -> bool:
@@ -111,7 +110,7 @@ def _suits_cudnn(starts: Tensor) -> bool:
 def _runs(starts: Tensor) -> list[tuple[slice, int]]:
     """The tokens of adjacent documents of one length, and that length."""
     runs, first = [], 0
-    for length, same in groupby(length for length in starts.diff().tolist() if length):
+    for length, same in groupby(filter(None, starts.diff().tolist())):
         last = first + length * len(list(same))
         runs.append((slice(first, last), length))
         first = last
@@ -130,10 +129,6 @@ def _end_to_end(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _by_position(log_sum: Tensor) -> bool:
-    return log_sum.transpose(1, 2).is_contiguous()
-
-
 @torch.library.custom_op("dream_lightning::cudnn_attention", mutates_args=())
 def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """Output [T, H, E], and the logarithm of each softmax's sum [T, H, 1] float32."""
@@ -141,8 +136,7 @@ def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[T
     for run in _runs(starts):
         inputs = (_documents(x, run) for x in (q, k, v))
         out, log_sum, *_ = _aten._scaled_dot_product_cudnn_attention(*inputs, None, True)
-        if not _by_position(log_sum):
-            raise RuntimeError("cuDNN's softmax sums have another layout than this code expects")
+        assert log_sum.transpose(1, 2).is_contiguous(), "cuDNN's softmax sums have another layout than expected"
         outs.append(out)
         log_sums.append(log_sum)
     return _end_to_end(outs), _end_to_end(log_sums)
@@ -168,15 +162,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_cudnn_attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, starts: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup_context(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, starts = inputs
-    ctx.save_for_backward(q, k, v, *output, starts)
+    *q_k_v, starts = inputs
+    ctx.save_for_backward(*q_k_v, *output, starts)
 
 
 def _backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -30,12 +30,10 @@ def within(span: Span | None) -> slice:
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor | None = None) -> Tensor:
-    """torch's attention, with fewer key/value heads than heads."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def prefers_cudnn(device: torch.device | None = None) -> bool:
-    """Whether torch's attention on this GPU is cuDNN's."""
     capable = torch.cuda.get_device_capability(device) in CUDNN_CAPABILITIES
     return capable and torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -81,7 +79,6 @@ class MaskedAttention:
             )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span | None = None) -> Tensor:
-        """See `Attention`."""
         if self.repeat_kv:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = scaled_dot_product(q[:, :, within(span)], k, v, self.may_attend)

@@ -48,10 +48,7 @@ class DreamConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.auto_map is None:  # so that transformers finds the authors' code
-            self.auto_map = {
-                "AutoConfig": "configuration_dream.DreamConfig",
-                "AutoModel": "modeling_dream.DreamModel",
-            }
+            self.auto_map = {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"}
         super().__post_init__(**kwargs)
         self._check()
 
@@ -60,8 +57,7 @@ class DreamConfig(PreTrainedConfig):
         unsupported = ("rope_scaling", "use_sliding_window", "tie_word_embeddings", "attention_dropout")
         if self.hidden_size % heads or self.head_dim % 2:
             raise UserError(
-                f"hidden_size is {self.hidden_size} and num_attention_heads {heads}: their quotient, the size of a "
-                "head, must be a whole even number"
+                f"hidden_size is {self.hidden_size}, wanted num_attention_heads ({heads}) times an even number"
             )
         if heads % kv_heads:
             raise UserError(f"num_attention_heads is {heads}, wanted a multiple of num_key_value_heads ({kv_heads})")
@@ -72,16 +68,11 @@ class DreamConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "DreamConfig":
-        """The configuration in a folder or of a hub id, as in transformers.
-
-        Raises:
-            UserError: no config.json, not JSON, or not a Dream's.
-        """
+        """As in transformers; UserError: no config.json, not JSON, or not a Dream's."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
@@ -92,11 +83,6 @@ class DreamConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DreamConfig":
-        """A configuration from the content of config.json.
-
-        Raises:
-            UserError: it is another architecture's.
-        """
         if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise UserError(
                 f"config.json says model_type {model_type!r}, wanted {cls.model_type!r}: another kind of model; "

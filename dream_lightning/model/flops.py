@@ -18,7 +18,6 @@ class TrainingCost:
     per_prediction: int  # the head, at masked positions only
 
     def of(self, tokens: int, pairs: int, predictions: int) -> int:
-        """FLOPs of so many tokens, pairs and predictions."""
         return self.per_token * tokens + self.per_pair * pairs + self.per_prediction * predictions
 
 

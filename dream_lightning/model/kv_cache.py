@@ -23,7 +23,7 @@ class KeyValueCache:
         self.generation = 0  # counts the generations that use it: a compiled model has one cache for all
 
     def of_layer(self, layer: int, columns: Tensor) -> LayerCache:
-        """What a layer needs to compute the columns [W] int64."""
+        """For the columns [W] int64 to compute."""
         return self._keys[layer], self._values[layer], columns
 
 

@@ -36,9 +36,8 @@ def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOIN
             unnamed = isinstance(error, HFValidationError)  # a path, not an id
             why = "no such folder" if unnamed else f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             raise UserError(
-                f"{str(path_or_hub_id)!r} is neither a folder here nor a hub id that can be fetched "
-                f"({why}). Check the spelling; without network name a local folder, "
-                "with a mirror set HF_ENDPOINT"
+                f"{str(path_or_hub_id)!r} is neither a folder here nor a hub id that can be fetched ({why}). Check the "
+                "spelling; without network name a local folder, with a mirror set HF_ENDPOINT"
             ) from error
     if any(fnmatch("config.json", pattern) for pattern in files) and not (path / "config.json").is_file():
         raise UserError(

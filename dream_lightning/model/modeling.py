@@ -30,8 +30,7 @@ class DreamRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape [..., D]."""
+    def forward(self, x: Tensor) -> Tensor:  # [..., D]
         h = x.float()
         # A product, not pow(2): the CPU's pow costs a seventh of a training step of the tiny model.
         return self.weight * (h * torch.rsqrt((h * h).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
@@ -46,8 +45,7 @@ class DreamMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape [..., D]."""
+    def forward(self, x: Tensor) -> Tensor:  # [..., D]
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -132,7 +130,6 @@ class DreamRotaryEmbedding(nn.Module):
         self.head_dim, self.theta = config.head_dim, config.rope_theta
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[B, L] → cos and sin [B, 1, L, E]."""
         return rotary_angles(position_ids, self.head_dim, self.theta, dtype)
 
 
@@ -236,16 +233,15 @@ class DreamModel(DreamPreTrainedModel):
             attention_mask: None (everything is attended); bool or int [B, L], nonzero = a real token; bool
                 [B, 1, L, L], True = may attend; or the DocumentBounds of packed rows.
             position_ids: [B, L] or [1, L] int64; 0 … L − 1 by default.
-            labels: refused, see Raises.
+            labels: refused.
 
         Raises:
             UserError: `labels` are given, or a mask has another shape or type.
         """
         if labels is not None:
             raise UserError(
-                "DreamModel computes no loss from labels: on clean input a bidirectional model reads the answer. "
-                "Train with dream_lightning.DreamModule, or use corrupt, token_weights and masked_nll_loss of "
-                "dream_lightning.diffusion"
+                "DreamModel computes no loss from labels, as on clean input a bidirectional model reads the answer: "
+                "use dream_lightning.DreamModule, or masked_nll_loss of dream_lightning.diffusion"
             )
         logits = self.lm_head(self.model(input_ids, attention_mask, position_ids))
         return MaskedLMOutput(logits=logits) if return_dict else (logits,)
@@ -270,19 +266,8 @@ class DreamModel(DreamPreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, max_shard_size: str = "5GB", **kwargs: Any) -> None:
         """Write an official folder, with the `generation_config.json` that the authors' loader needs."""
         super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
-        generation = {
-            "_from_model_config": True,
-            "alg": "origin",
-            "alg_temp": None,
-            "eps": 1e-3,
-            "steps": 512,
-            "temperature": 0.0,
-            "top_k": None,
-            "top_p": None,
-            **{f"{n}_token_id": getattr(self.config, f"{n}_token_id") for n in ("bos", "eos", "pad", "mask")},
-            "transformers_version": "4.46.2",
-        }
+        sampling = {"alg": "origin", "alg_temp": None, "eps": 1e-3, "steps": 512}
+        sampling |= {"temperature": 0.0, "top_k": None, "top_p": None}
+        tokens = {f"{n}_token_id": getattr(self.config, f"{n}_token_id") for n in ("bos", "eos", "pad", "mask")}
+        generation = {"_from_model_config": True, **sampling, **tokens, "transformers_version": "4.46.2"}
         Path(save_directory, "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
-
-__all__ = ["DreamBaseModel", "DreamDecoderLayer", "DreamModel"]

@@ -21,15 +21,8 @@ _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_FILES = [
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-]
+_OFFICIAL = ("vocab.json", "merges.txt", "tokenizer_config.json")
+_FILES = (*_OFFICIAL, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -53,11 +46,10 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"no tokenizer: {error}. The package's own tokenizer is called bytes") from error
     if (folder / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    missing = [name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if not (folder / name).exists()]
-    if missing:
+    if missing := [name for name in _OFFICIAL if not (folder / name).exists()]:
         raise UserError(
-            f"no tokenizer in {folder}: it has neither tokenizer.json nor {', '.join(missing)}; copy vocab.json, "
-            "merges.txt and tokenizer_config.json there from the official model folder, or name another folder"
+            f"no tokenizer in {folder}: it has neither tokenizer.json nor {', '.join(missing)}; copy "
+            f"{', '.join(_OFFICIAL)} there from the official model folder, or name another folder"
         )
     return _dream_tokenizer(folder)
 
@@ -93,8 +85,7 @@ def _dream_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise UserError(
             f"{folder / 'tokenizer_config.json'} lacks {', '.join(missing)}: it is not Dream's; use the official file"
         )
-    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

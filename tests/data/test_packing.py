@@ -39,45 +39,14 @@ def test_a_document_without_a_prompt_is_refused():
         collate([[(SampleKey(0, 0, 0), document([1], [2])), (SampleKey(0, 1, 1), document([], [3]))]], pad_token_id=0)
 
 
-def least_rows(lengths: list[int], budget: int) -> int:
-    """No packing of whole documents needs fewer rows (Martello and Toth 1990, the bound L2).
-
-    For each k: documents over budget − k share a row with none of at least k, those over half with none of their own
-    kind; those of the others, down to k, that do not fit next to the second kind need rows of their own.
-    """
-    least = 0
-    for k in {0, *(n for n in lengths if n <= budget // 2)}:
-        alone = sum(n > budget - k for n in lengths)
-        halves = [n for n in lengths if budget / 2 < n <= budget - k]
-        rest = sum(n for n in lengths if k <= n <= budget / 2) - (len(halves) * budget - sum(halves))
-        least = max(least, alone + len(halves) + max(0, -(-rest // budget)))
-    return least
-
-
-@pytest.fixture(scope="module")
-def s1k_lengths(tmp_path_factory):
-    """budget → tokens of 91 real s1K rows, and of 1,000 drawn from them."""
+@pytest.mark.parametrize(("budget", "least"), [(8_192, 0.91), (16_384, 0.97)])
+def test_rows_of_s1k_are_nearly_full(budget, least):
+    """At 8,192 most documents are longer than half a row and too few are short enough to fill the rest."""
     examples = read_examples(str(shared_path("data/s1k/s1k_gemini_traces.jsonl")))
     tokenizer = load_tokenizer(shared_path("data/dream-v0-instruct-7b"))
-    full = tokenize(examples, tokenizer).full_length
-    lengths = {}
-    for budget in (8_192, 16_384):
-        kept = full.clip(max=budget).tolist()  # what truncate_trace leaves
-        lengths[budget] = (kept, random.Random(0).choices(kept, k=1000))
-    return lengths
-
-
-def test_s1k_rows_of_16384_are_over_97_percent_full(s1k_lengths):
-    for lengths in s1k_lengths[16_384]:
-        assert sum(lengths) >= 0.97 * 16_384 * len(pack(lengths, 16_384))
-
-
-def test_s1k_rows_of_8192_are_as_full_as_whole_documents_allow(s1k_lengths):
-    """92 and 93 %: most documents are longer than half a row and too few are short enough to fill the rest."""
-    for lengths in s1k_lengths[8_192]:
-        rows = pack(lengths, 8_192)
-        assert len(rows) <= least_rows(lengths, 8_192) + 1
-        assert 0.91 < sum(lengths) / (8_192 * len(rows)) < 0.94
+    lengths = tokenize(examples, tokenizer).full_length.clip(max=budget).tolist()  # what truncate_trace leaves
+    for documents in (lengths, random.Random(0).choices(lengths, k=1000)):
+        assert sum(documents) >= least * budget * len(pack(documents, budget))
 
 
 @torch.no_grad()
@@ -97,25 +66,22 @@ def test_a_packed_document_gets_the_logits_it_gets_alone():
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 
-def test_the_first_token_of_a_document_is_never_maskable():
+def test_a_documents_first_token_and_uncounted_documents_are_not_maskable():
     keyed = [(SampleKey(0, i, i), document([1, 2], [3, 4, 5])) for i in range(5)]
     for batch in (collate([keyed[:2], keyed[2:]], pad_token_id=0), collate([[d] for d in keyed], pad_token_id=0)):
         assert not batch.maskable[batch.position_ids == 0].any()
-
-
-def test_uncounted_keys_have_nothing_maskable():
-    rows = [[(SampleKey(0, 0, 0), document([1], [2, 3]))], [(SampleKey(0, 0, 0, counted=False), document([1], [2, 3]))]]
-    assert collate(rows, pad_token_id=0).maskable.sum(1).tolist() == [2, 0]
+    uncounted = (SampleKey(0, 0, 0, counted=False), document([1], [2, 3]))
+    assert collate([keyed[:1], [uncounted]], pad_token_id=0).maskable.sum(1).tolist() == [3, 0]
 
 
 @pytest.mark.parametrize("kept", [5, 9, 12])
 def test_batch_cutoff_equals_the_authors(shared, kept):
     golden = load_file(shared("golden/dream-tiny/golden.safetensors"))
-    rows = []
-    for i, (ids, loss_mask) in enumerate(
-        zip(golden["cutoff.input_ids"], golden["cutoff.loss_mask"].bool(), strict=True)
-    ):
-        rows.append([(SampleKey(0, i, i), document(ids[~loss_mask].tolist(), ids[loss_mask].tolist()))])
+    masks = golden["cutoff.loss_mask"].bool()
+    rows = [
+        [(SampleKey(0, i, i), document(ids[~mask].tolist(), ids[mask].tolist()))]
+        for i, (ids, mask) in enumerate(zip(golden["cutoff.input_ids"], masks, strict=True))
+    ]
     batch = collate_with_cutoff(rows, pad_token_id=499, eos_token_id=499, seed=0, kept=kept)
     prefix = f"cutoff.kept{kept}."
     assert torch.equal(batch.input_ids, golden[prefix + "input_ids"])

@@ -150,7 +150,11 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ([QA[0], {"question": "q"}], {}, "row 2 has no column 'response'"),
         ([QA[0], {"question": None, "response": "r"}], {}, "row 2: question is null, wanted text"),
         ([{"question": "q", "response": 3}], {}, "row 1: response is a int, wanted text"),
-        ([{"question": "q", "thinking_trajectories": [], "attempt": "a"}], {}, "thinking_trajectories is a list"),
+        (
+            [{"question": "q", "thinking_trajectories": [], "attempt": "a"}],
+            {},
+            "trajectories is \\[\\], wanted",
+        ),
         ([{"question": "q", "thinking_trajectories": ["t"]}], {}, "no column 'attempt'"),
         ([QA[0], {"question": " \n", "response": "r"}], {}, "row 2 has an empty prompt"),
         ([{"instruction": "a", "input": "b"}], {}, "the columns instruction, input: set prompt_column to one"),

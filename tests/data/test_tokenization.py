@@ -11,6 +11,7 @@ from dream_lightning.batch import Example
 from dream_lightning.data.prompt_format import encode_prompt, response_text
 from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.tokenization import encode
+from dream_lightning.errors import UserError
 from dream_lightning.model.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -34,10 +35,6 @@ def example(question="1+1?", thinking="one and one", answer="2", reference=None,
     return Example("x", tuple(messages), thinking, answer, reference, "train.jsonl, row 17")
 
 
-def decode(ids, tokenizer=BYTES):
-    return tokenizer.decode(ids)
-
-
 def test_all_s1k_rows_have_the_authors_ids(dream, s1k, shared):
     golden = json.loads(shared("golden/tokenizer.json").read_text())["s1k"]
     for wanted in golden:
@@ -53,10 +50,13 @@ def test_multi_turn_has_the_authors_ids(dream, shared):
         assert encode_prompt(replace(example(), prompt=tuple(chat["messages"])), dream) == chat["ids"]
 
 
-@pytest.mark.parametrize("name", ["bytes", "dream"])
+@pytest.fixture(params=["bytes", "dream"])
+def tokenizer(request):
+    return BYTES if request.param == "bytes" else request.getfixturevalue("dream")
+
+
 @pytest.mark.parametrize("style", ["chat", "plain"])
-def test_text_never_becomes_a_special_token(name, style, request):
-    tokenizer = BYTES if name == "bytes" else request.getfixturevalue("dream")
+def test_text_never_becomes_a_special_token(tokenizer, style):
     special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     harmless = encode(example("a", "b", "c", system="d"), tokenizer, style=style).document
     generator = random.Random(0)
@@ -71,16 +71,11 @@ def test_text_never_becomes_a_special_token(name, style, request):
         assert tokenizer.decode(got.response_ids) == response + tokenizer.eos_token
 
 
-def test_text_without_look_alikes_has_the_ids_of_the_whole_text(dream, s1k):
-    for one in s1k[::10]:
-        rendered = dream.apply_chat_template(list(one.prompt), tokenize=False, add_generation_prompt=True)
-        assert encode_prompt(one, dream) == dream.encode(rendered)
-
-
 def test_both_styles():
     one = example(reference="two", system="S")
-    assert decode(encode_prompt(one, BYTES)).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n1+1?")
-    assert decode(encode_prompt(one, BYTES, style="plain")) == "S\n\nQuestion: 1+1?\n\nLet's think step by step.\n"
+    assert BYTES.decode(encode_prompt(one, BYTES)).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n1+1?")
+    plain = BYTES.decode(encode_prompt(one, BYTES, style="plain"))
+    assert plain == "S\n\nQuestion: 1+1?\n\nLet's think step by step.\n"
     assert response_text(one) == "<think>\none and one\n</think>\n2"
     assert response_text(one, thinking=False) == "2"
     assert response_text(one, style="plain") == "one and one Therefore, the final answer is: two"
@@ -105,14 +100,12 @@ def test_plain_ends_with_the_short_answer(answer, reference, final):
 def test_system_prompt_replaces_the_records():
     for one in (example(), example(system="old")):
         for style in ("chat", "plain"):
-            text = decode(encode_prompt(one, BYTES, style=style, system_prompt="new"))
+            text = BYTES.decode(encode_prompt(one, BYTES, style=style, system_prompt="new"))
             assert "new" in text and "old" not in text
 
 
 @pytest.mark.parametrize("style", ["chat", "plain"])
-@pytest.mark.parametrize("name", ["bytes", "dream"])
-def test_truncate_trace_keeps_the_answer_and_fills_the_room(name, style, request):
-    tokenizer = BYTES if name == "bytes" else request.getfixturevalue("dream")
+def test_truncate_trace_keeps_the_answer_and_fills_the_room(tokenizer, style):
     one = example(thinking="Zählen wir: " + "eins 😀 und 中文, é… " * 20, answer="Die Antwort ist **2** 😀.")
     whole, _, full_length, _ = encode(one, tokenizer, style=style)
     head = "<think>\n" if style == "chat" else ""
@@ -127,12 +120,11 @@ def test_truncate_trace_keeps_the_answer_and_fills_the_room(name, style, request
         assert one.thinking.startswith(text.removeprefix(head).removesuffix(tail + tokenizer.eos_token))
         assert len(got.document.response_weight) == len(got.document.response_ids)
     assert encode(one, tokenizer, style=style, max_length=full_length).document == whole
-    with pytest.raises(ValueError, match=r"row 17 has .* does not fit even without its thinking; set overflow"):
+    with pytest.raises(UserError, match=r"row 17 has .* does not fit even without its thinking; set overflow"):
         encode(one, tokenizer, style=style, max_length=least - 1)
-    assert encode(one, tokenizer, style=style, max_length=least, overflow="truncate_trace_else_drop").document
-    assert (
-        encode(one, tokenizer, style=style, max_length=least - 1, overflow="truncate_trace_else_drop").document is None
-    )
+    for max_length in (least, least - 1):
+        got = encode(one, tokenizer, style=style, max_length=max_length, overflow="truncate_trace_else_drop")
+        assert (got.document is None) == (max_length < least)
 
 
 def test_real_rows_fit_and_keep_their_answers(dream, s1k):
@@ -149,29 +141,23 @@ def test_other_overflows():
     assert encode(one, BYTES, max_length=limit, overflow="drop") == (None, len(whole.prompt_ids), full_length, 0)
     right = encode(one, BYTES, max_length=limit, overflow="truncate_right", eos_fill_to=1000).document
     assert right.prompt_ids + right.response_ids == (whole.prompt_ids + whole.response_ids)[:limit]
-    with pytest.raises(ValueError, match=rf"row 17 has {full_length} tokens .*max_length is {limit}: set overflow to"):
+    with pytest.raises(UserError, match=rf"row 17 has {full_length} tokens .*max_length is {limit}: set overflow to"):
         encode(one, BYTES, max_length=limit, overflow="error")
     for overflow in ("error", "truncate_trace", "truncate_right"):
-        with pytest.raises(ValueError, match=r"row 17 has .* raise max_length"):
+        with pytest.raises(UserError, match=r"row 17 has .* raise max_length"):
             encode(one, BYTES, max_length=len(whole.prompt_ids), overflow=overflow)
     for overflow in ("drop", "error", "truncate_trace", "truncate_trace_else_drop", "truncate_right"):
         assert encode(one, BYTES, max_length=full_length, overflow=overflow).document == whole
 
 
-def test_too_long_without_thinking():
-    with pytest.raises(ValueError, match="row 17"):
+def test_what_cannot_be_encoded_is_named():
+    with pytest.raises(UserError, match="row 17"):
         encode(example(thinking=None, answer="long " * 50), BYTES, max_length=100)
-
-
-def test_no_response_to_train_on():
     for one, thinking in ((example(thinking=None, answer=""), True), (example(answer=""), False)):
-        with pytest.raises(ValueError, match="row 17 has no response to train on"):
+        with pytest.raises(UserError, match="row 17 has no response to train on"):
             encode(one, BYTES, thinking=thinking)
-
-
-def test_plain_refuses_several_messages():
     messages = [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]
-    with pytest.raises(ValueError, match="use the chat style"):
+    with pytest.raises(UserError, match="use the chat style"):
         encode(replace(example(), prompt=tuple(messages)), BYTES, style="plain")
 
 
@@ -181,19 +167,13 @@ def test_eos_fill(fill):
     got = encode(example(), BYTES, eos_fill_to=fill)
     added = max(0, fill - len(bare.response_ids))
     assert got.document.response_ids == bare.response_ids + [EOS] * added
-    assert (got.filled, got.full_length, len(got.document.response_weight)) == (
-        added,
-        len(bare),
-        len(got.document.response_ids),
-    )
-    assert len(encode(example(), BYTES, eos_fill_to=fill, max_length=len(bare) + 3).document) == len(bare) + min(
-        added, 3
-    )
+    assert (got.filled, got.full_length) == (added, len(bare))
+    assert len(got.document.response_weight) == len(got.document.response_ids)
+    limited = encode(example(), BYTES, eos_fill_to=fill, max_length=len(bare) + 3)
+    assert len(limited.document) == len(bare) + min(added, 3)
 
 
-@pytest.mark.parametrize("name", ["bytes", "dream"])
-def test_extra_weight_covers_every_token_of_every_occurrence(name, request):
-    tokenizer = BYTES if name == "bytes" else request.getfixturevalue("dream")
+def test_extra_weight_covers_every_token_of_every_occurrence(tokenizer):
     one = example(thinking="é 😀 wait, wait. " * 30, answer="wait: e\u0301 2")
     for max_length in (None, 150):
         got = encode(one, tokenizer, extra_weight={"</think>": 2.0, "wait": 3.0}, max_length=max_length).document

@@ -136,7 +136,8 @@ def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[T
     for run in _runs(starts):
         inputs = (_documents(x, run) for x in (q, k, v))
         out, log_sum, *_ = _aten._scaled_dot_product_cudnn_attention(*inputs, None, True)
-        assert log_sum.transpose(1, 2).is_contiguous(), "cuDNN's softmax sums have another layout than expected"
+        if not log_sum.transpose(1, 2).is_contiguous():
+            raise RuntimeError("cuDNN's softmax sums have another layout than this code expects")
         outs.append(out)
         log_sums.append(log_sum)
     return _end_to_end(outs), _end_to_end(log_sums)

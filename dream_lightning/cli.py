@@ -8,7 +8,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,8 +19,6 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from rich.console import Console
-from rich.table import Table
 
 from dream_lightning.atomic import disk_refuses
 from dream_lightning.data import S1KDataModule
@@ -31,23 +29,20 @@ from dream_lightning.training import Autosave, ProgressBar
 from dream_lightning.training.checkpointing import SafeCheckpointIO
 from dream_lightning.viewer import commands
 
-# A folder of its own: jsonargparse changes into the folder of a config.
-DEFAULTS = Path(__file__).parent / "defaults"
-# In a wheel the shipped configs are package data; in a checkout they are the folder next to the package.
+DEFAULTS = Path(__file__).parent / "defaults"  # a separate folder: jsonargparse changes into that of a config
+# Package data in a wheel, the folder next to the package in a checkout.
 CONFIGS = next(p / "configs" for p in Path(__file__).parents if (p / "configs").is_dir())
-TRACEBACK = "DREAM_TRACEBACK"  # environment variable: with 1 every error shows its traceback
+_CHECK_OPTIONS = ("torch.optim.", "jsonargparse.", "lightning.pytorch.trainer.")  # raise ValueErrors about options
+TRACEBACK = "DREAM_TRACEBACK"  # environment variable; 1 shows the traceback of every error
 
 
 class _Parser(LightningArgumentParser):
     """Reports a wrong option in one or two lines, with a guess, instead of several screens of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2."""
         if message.startswith("unrecognized arguments"):
-            known = {o for parser in getattr(self, "family", [self]) for o in _options(parser.format_help())}
-            for word in _options(message):
-                for near in difflib.get_close_matches(word, known, n=1):
-                    message += f"\n{word}: did you mean {near}?"
+            known = set(_options(getattr(self, "of_command", self).format_help()))
+            message += "".join(f"\n{word}: {guess}" for word in _options(message) if (guess := _guess(word, known)))
         command = " ".join(sys.argv[1:2])
         print(f"error: {message}\n(every option: dream-lightning {command} --help)", file=sys.stderr)
         self.exit(2)
@@ -57,33 +52,31 @@ def _options(text: str) -> list[str]:
     return re.findall(r"--[\w.]+", text)
 
 
+def _guess(word: str, known: Iterable[str]) -> str:
+    return "".join(f"did you mean {near}? " for near in difflib.get_close_matches(word, known, n=1))
+
+
 class _Trainer(L.Trainer):
-    """The Trainer, whose methods are the commands, and one command that needs no Trainer."""
+    """The Trainer, whose methods are commands, and one more command."""
 
     @staticmethod
-    def plan(
-        ckpt_path: str | None = None, weights_only: bool | None = None, gpu_memory_gib: float | None = None
-    ) -> None:
-        """Report how much GPU memory fit needs and what this machine has. Loads nothing.
+    def plan(ckpt_path: Any = None, weights_only: Any = None, gpu_memory_gib: float | None = None) -> None:
+        """Report how much GPU memory fit needs and what this machine has.
 
         Args:
-            ckpt_path: accepted so that the options can be those of fit; has no effect.
-            weights_only: likewise.
-            gpu_memory_gib: memory of the card to plan for. Default: that of this machine.
+            ckpt_path: an option of fit, without effect.
+            weights_only: an option of fit, without effect.
+            gpu_memory_gib: memory of the GPU to plan for. Default: that of this machine.
         """
 
 
 class DreamCLI(LightningCLI):
-    """One command of the Trainer. Every config is merged into `defaults/base.yaml`.
-
-    Args:
-        command: fit, validate, test, predict or plan.
-    """
+    """One of `TRAINER_COMMANDS`; configs are merged into `defaults/base.yaml`."""
 
     def __init__(self, command: str) -> None:
         extra = {"validate": ["evaluate"], "test": ["evaluate"], "predict": ["predict"]}.get(command, [])
         files = [str(DEFAULTS / f"{name}.yaml") for name in ("base", *extra)]
-        self.command, self.parsers = command, []
+        self.command = command
         try:
             super().__init__(
                 DreamModule,
@@ -94,55 +87,36 @@ class DreamCLI(LightningCLI):
                 parser_kwargs={command: {"default_config_files": files}, "prog": "dream-lightning"},
             )
         except torch.OutOfMemoryError as error:
-            raise UserError(out_of_memory(setting_from(self.options), error)) from error
+            raise UserError(out_of_memory(setting_from(self.config[command]), error)) from error
 
     def subcommands(self) -> dict[str, set[str]]:
-        """Only the one that runs: building a parser takes a second."""
+        # Only the one that runs: building a parser takes a second.
         return {self.command: LightningCLI.subcommands().get(self.command, set())}
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Each parser knows all of them, for guesses at a wrong option."""
-        parser = super().init_parser(**kwargs)
-        self.parsers.append(parser)
-        parser.family = self.parsers
-        return parser
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data takes the model's tokenizer. There are two checkpoints: the best by a metric, and the newest."""
+        self.parser.of_command = parser  # for guesses at a wrong option
         parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Autosave, "autosave")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and keep the options of the command."""
-        super().parse_arguments(parser, args)
-        self.options = self.config[self.command]
-
     def _parse_ckpt_path(self) -> None:
-        """Not done: Lightning reads the whole checkpoint (46 GB) for hyperparameters that it does not hold."""
+        """Do nothing: Lightning reads the whole checkpoint (46 GB) for hyperparameters that it does not hold."""
 
     def before_instantiate_classes(self) -> None:
-        """Check what can be checked before anything is loaded; `plan` ends here."""
+        """Check the options before anything is loaded; `plan` ends here."""
+        options = self.config[self.command]
         if self.command == "plan":
-            print(report(setting_from(self.options), self.options.gpu_memory_gib))
+            print(report(setting_from(options), options.gpu_memory_gib))
             raise SystemExit(0)
-        if self.options.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-            raise UserError(
-                f"trainer.accelerator is {self.options.trainer.accelerator} and torch sees no GPU: look at nvidia-smi "
-                f"and CUDA_VISIBLE_DEVICES, install a CUDA build of torch (this one is {torch.__version__}), or set "
-                "--trainer.accelerator=cpu"
-            )
-        folders = {self.options.checkpoint.dirpath, self.options.autosave.dirpath}
-        is_last = self.command != "fit" and self.options.ckpt_path == "last" and None not in folders
+        folders = {options.checkpoint.dirpath, options.autosave.dirpath}
+        is_last = self.command != "fit" and options.ckpt_path == "last" and None not in folders
         if is_last and not any(list(Path(folder).glob("last*.ckpt")) for folder in folders):
             raise UserError(  # Lightning would warn and use the initial weights
-                f"ckpt_path is `last` and there is no last.ckpt in {', '.join(sorted(folders))}: train first, set "
-                "autosave.dirpath to the folder of the run, or name a file; without ckpt_path the initial weights are "
-                "used"
+                f"no last.ckpt in {', '.join(sorted(folders))}: train first, or set autosave.dirpath"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Checkpoints are written atomically, unless `trainer.plugins` names another way."""
+        """Write checkpoints atomically, unless `trainer.plugins` names another way."""
         options = self.config_init[self.command].trainer
         if options.enable_progress_bar is False and options.callbacks:  # the bar in base.yaml would contradict it
             options.callbacks = [c for c in options.callbacks if not isinstance(c, ProgressBar)]
@@ -152,13 +126,9 @@ class DreamCLI(LightningCLI):
         return trainer
 
     def after_validate(self) -> None:
-        """Print the scores once: Lightning's own table repeats them in a column for each dataloader."""
-        if not self.trainer.is_global_zero:
-            return
-        table = Table("score", "value")
-        for name, value in sorted(self.trainer.callback_metrics.items()):
-            table.add_row(name, f"{float(value):.5g}")
-        Console().print(table)
+        """Print each score once: Lightning's own table repeats them in a column for each dataloader."""
+        for name, value in sorted(self.trainer.callback_metrics.items()) if self.trainer.is_global_zero else ():
+            print(f"{name:24} {float(value):.5g}")
 
     after_test = after_validate
 
@@ -175,29 +145,23 @@ def configs(parser: LightningArgumentParser, arguments: list[str]) -> None:
     if not words:
         for name, file in shipped.items():
             print(f"{name:24} {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
-        return
-    if len(words) != 2 or words[0] != "copy":
+    elif len(words) != 2 or words[0] != "copy":
         raise UserError(f"got configs {' '.join(words)}, wanted nothing or: configs copy NAME")
-    file = Path(config_path(words[1]))
-    if Path(file.name).exists():
-        raise UserError(f"{file.name} exists here: rename it first")
-    shutil.copyfile(file, file.name)
-    print(f"wrote {file.name}: --config {file.name}")
+    elif Path(new := f"{Path(words[1]).stem}.yaml").exists():
+        raise UserError(f"{new} exists here: rename it first")
+    else:
+        shutil.copyfile(config_path(words[1]), new)
+        print(f"wrote {new}: --config {new}")
 
 
 def config_path(name: str) -> str:
-    """The file of a shipped config's name; anything else, such as a path, is returned unchanged.
-
-    Raises:
-        UserError: neither a file nor a shipped config.
-    """
+    """The file of a shipped config; a path or YAML is returned unchanged."""
     shipped = shipped_configs()
-    if Path(name).is_file() or ":" in name or "{" in name:  # a file, or YAML in place of one
+    if Path(name).is_file() or ":" in name or "{" in name:
         return name
     if name in shipped:
         return str(shipped[name])
-    near = difflib.get_close_matches(name.removesuffix(".yaml"), shipped, n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
+    guess = _guess(name.removesuffix(".yaml"), shipped)
     raise UserError(f"config {name} is neither a file nor shipped: {guess}`dream-lightning configs` lists them")
 
 
@@ -208,18 +172,11 @@ TRAINER_COMMANDS = {
     "predict": "Answer questions into a JSON-lines file.",
     "plan": "Report the GPU memory that fit needs.",
 }
-COMMANDS: dict[str, Callable[[LightningArgumentParser, list[str]], None]] = {
-    "chat": commands.chat,
-    "show-denoising": commands.show_denoising,
-    "data-report": commands.data_report,
-    "show": commands.show,
-    "export": commands.export,
-    "configs": configs,
-}
+_FUNCTIONS = (commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export, configs)
+COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 
 
 def run(arguments: list[str]) -> None:
-    """Run one command."""
     summaries = TRAINER_COMMANDS | {name: f.__doc__.splitlines()[0] for name, f in COMMANDS.items()}
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
@@ -238,17 +195,12 @@ def run(arguments: list[str]) -> None:
         sys.argv[1:] = [command, *rest]  # Lightning starts the other processes with it
         DreamCLI(command)
     else:
-        near = difflib.get_close_matches(command, summaries, n=1)
-        raise UserError(f"there is no command {command}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+        raise UserError(f"there is no command {command}: {_guess(command, summaries)}--help lists them")
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """On an error that users can correct, print its message alone and exit with status 1; all others propagate.
-
-    These are `UserError`, errors of Lightning, jsonargparse and optimizers about their options, and disks that are full
-    or must not be written.
-    """
+    """Print only the message of an error that users can correct, and exit with status 1; other errors propagate."""
     try:
         yield
     except Exception as error:
@@ -261,25 +213,18 @@ def readable_errors() -> Iterator[None]:
 
 def _for_users(error: BaseException) -> str | None:
     """The innermost message for users in the chain of causes: the parser wraps what classes raise."""
+    if isinstance(error, OSError) and disk_refuses(error):
+        return f"{error}: make room, or set trainer.logger.init_args.save_dir and data.cache_dir to another disk"
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    if isinstance(error, OSError) and disk_refuses(error):
-        return (
-            f"{error}: free some space, or choose other folders: trainer.logger.init_args.save_dir for logs, "
-            "data.cache_dir for tokenized data. Checkpoints that were written are complete: resume with --ckpt_path "
-            "last"
-        )
-    for kind in (UserError, MisconfigurationException, ValueError):
+    for kind, modules in ((UserError, ""), (MisconfigurationException, ""), (ValueError, _CHECK_OPTIONS)):
         for e in reversed(chain):
-            if isinstance(e, kind) and (kind is not ValueError or _is_about_options(e)):
-                return str(e)
+            if isinstance(e, kind):
+                *_, (frame, _) = traceback.walk_tb(e.__traceback__)
+                if frame.f_globals["__name__"].startswith(modules):
+                    return str(e)
     return None
-
-
-def _is_about_options(error: ValueError) -> bool:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__name__"].startswith(("torch.optim.", "jsonargparse.", "lightning.pytorch.trainer."))
 
 
 # True in general but not here: batches are made in microseconds from memory-mapped ids, and scores are summed over
@@ -295,8 +240,7 @@ _WARNINGS = (
 def tune_gc() -> None:
     """Run the full garbage collector a hundred times less often.
 
-    Imports and compilation leave some 800,000 long-lived objects. Traversing them takes 0.2 to 0.5 s, in which the GPU
-    is idle.
+    It takes 0.2 to 0.5 s for the 800,000 long-lived objects of imports and compilation, and the GPU is idle meanwhile.
     """
     gc.freeze()
     young, middle, _ = gc.get_threshold()
@@ -304,7 +248,6 @@ def tune_gc() -> None:
 
 
 def main() -> None:
-    """Entry point of `dream-lightning` and `python -m dream_lightning`."""
     tune_gc()
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")

@@ -42,16 +42,13 @@ def export_model(
     tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Write the official folder of an unmodified model, bit for bit.
+    """Write the official folder of a model, bit for bit.
 
     Args:
-        model: whole on this process, in one floating-point type, without adapters.
+        model: unsharded, in one floating-point type, without adapters.
         folder: new or empty; written atomically.
-        tokenizer: a tokenizer, or a folder, hub id or `bytes` to take it from; none is written by default.
+        tokenizer: a tokenizer, or a folder, hub id or `bytes` to take it from. Default: none is written.
         max_shard_size: of one file; the default gives the official four files for the 7B.
-
-    Raises:
-        UserError: the folder is not empty; the disk is full; the model is not as described above.
     """
     _check_plain(model)
     with new_folder(folder, size=sum(t.nbytes for t in model.state_dict().values())) as partial:
@@ -73,19 +70,14 @@ def export_checkpoint(
     """Write the official folder of the weights in a Lightning checkpoint of `DreamModule`.
 
     Args as in `export_model`, and:
-        ckpt_path: a file, which is memory-mapped, so that optimizer states take no memory; or the folder of a sharded
-            checkpoint, whose weights are read into memory.
-        pretrained: the model that training started from, for the tokenizer and, without `dream_config`, for the sizes;
-            a checkpoint of adapters names it.
+        ckpt_path: a file, which is memory-mapped, or the folder of a sharded checkpoint.
+        pretrained: the model that training started from, for the tokenizer; a checkpoint of adapters names it.
         dtype: element type to write: as stored, or rounded to bfloat16 like the official weights.
-
-    Raises:
-        UserError: as `export_model` and `model_from_checkpoint`.
     """
     checkpoint = _read_checkpoint(Path(ckpt_path))
     if pretrained is None and "base" in checkpoint:
         pretrained = checkpoint["base"]["name"]
-    model = _model(checkpoint, ckpt_path, pretrained)
+    model = _model(checkpoint, pretrained)
     if dtype != "keep":
         model.to(getattr(torch, dtype))
     return export_model(model, folder, tokenizer=tokenizer or pretrained, max_shard_size=max_shard_size)
@@ -96,17 +88,12 @@ def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str
 
     `PeftModel.from_pretrained(base, folder)` puts them on the official base, in the authors' code or in ours.
 
-    Args:
-        ckpt_path: as in `export_checkpoint`.
-        folder: new or empty; written atomically.
-        pretrained: name of the base for `adapter_config.json`, such as its hub id; by default that of the training run.
-
-    Raises:
-        UserError: not a complete checkpoint, or one without adapters; the folder is not empty; the disk is full.
+    Args as in `export_checkpoint`, and:
+        pretrained: name of the base for `adapter_config.json`, such as its hub id. Default: that of the training run.
     """
     checkpoint = _read_checkpoint(Path(ckpt_path))
     if "lora" not in checkpoint:
-        raise UserError(f"{ckpt_path} holds no adapters, all its weights were trained: export the official folder")
+        raise UserError(f"{ckpt_path} holds no adapters: export the official folder")
     state = adapter_state(_state(checkpoint))
     with new_folder(folder, size=sum(tensor.nbytes for tensor in state.values())) as partial:
         base_name = str(pretrained or checkpoint["base"]["name"])
@@ -115,42 +102,35 @@ def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str
 
 
 def model_from_checkpoint(ckpt_path: str | Path, *, pretrained: str | Path | None = None) -> DreamModel:
-    """The network of a Lightning checkpoint, on the CPU.
-
-    Its sizes are in the checkpoint (`dream_config`), otherwise in the config.json of `pretrained`.
+    """The network of a Lightning checkpoint, on the CPU, with adapters merged.
 
     Raises:
-        UserError: not a complete checkpoint, or one with more than tensors and plain values; adapters of another base;
-            no sizes; tensors that do not fit the sizes.
+        UserError: not a complete checkpoint; more than tensors and plain values; another base.
     """
-    return _model(_read_checkpoint(Path(ckpt_path)), ckpt_path, pretrained)
+    return _model(_read_checkpoint(Path(ckpt_path)), pretrained)
 
 
 def base_of(ckpt_path: str | Path) -> str | None:
-    """The folder or hub id whose adapters a checkpoint holds; None for one of whole weights."""
+    """The folder or hub id of the base of a checkpoint of adapters, otherwise None."""
     return _read_checkpoint(Path(ckpt_path)).get("base", {}).get("name")
 
 
-def _model(checkpoint: dict[str, Any], ckpt_path: str | Path, pretrained: str | Path | None) -> DreamModel:
+def _model(checkpoint: dict[str, Any], pretrained: str | Path | None) -> DreamModel:
     state = _state(checkpoint)
     if "lora" in checkpoint:
         return _merged(checkpoint, state, pretrained or checkpoint["base"]["name"])
     with torch.device("meta"):
-        model = DreamModel(_config(checkpoint, ckpt_path, pretrained))
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{ckpt_path} does not fit the model that training started from: {str(error)[:999]}") from error
+        model = DreamModel(DreamConfig.from_dict(checkpoint["dream_config"]))
+    model.load_state_dict(state, assign=True)
     return model
 
 
 def _state(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The state dict of the network, without the LightningModule's prefix."""
     return {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str | Path) -> None:
-    """Write a tokenizer into a folder for fast and slow classes, with the authors' code if its own folder has it."""
+    """Write a tokenizer for fast and slow classes, with the authors' code if its own folder has it."""
     fast = tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else load_tokenizer(tokenizer)
     folder = Path(folder)
     fast.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -158,7 +138,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str 
     flags = ("lstrip", "normalized", "rstrip", "single_word")
     fields = ("content", *flags, "special")
     added = {i: {name: getattr(token, name) for name in fields} for i, token in fast.added_tokens_decoder.items()}
-    named = {f"{n}_token": getattr(fast, f"{n}_token") for n in ("bos", "eos", "mask", "pad")}
+    named = {name: getattr(fast, name) for name in ("bos_token", "eos_token", "mask_token", "pad_token")}
     named = {name: content for name, content in named.items() if content is not None}
     additional = {"additional_special_tokens": [named[n] for n in ("bos_token", "mask_token") if n in named]}
     settings = {  # tests compare them with the official file
@@ -184,14 +164,14 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str 
 
 @contextmanager
 def new_folder(folder: str | Path, *, size: int) -> Iterator[Path]:
-    """A path for a new folder of `size` bytes, which takes its name when the block ends.
+    """`atomic_write` of a new or empty folder with `size` bytes.
 
     Raises:
-        UserError: `folder` is neither new nor empty; the disk has less room than `size`, or becomes full.
+        UserError: `folder` is neither new nor empty; the disk is full.
     """
     folder = Path(folder).expanduser().resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: name a new one")
     with atomic_write(folder, needed_bytes=size) as partial:
         partial.mkdir()
         yield partial
@@ -205,11 +185,10 @@ def _check_plain(model: DreamModel) -> None:
     state = model.state_dict()
     if odd := sorted(expected ^ state.keys()):
         raise UserError(
-            f"the model has {len(odd)} tensors too many or too few for a DreamModel ({', '.join(odd[:3])}, …): merge "
-            "adapters first, into the bfloat16 base"
+            f"the model has {len(odd)} tensors too many or too few ({', '.join(odd[:3])}, …): merge adapters first"
         )
     if any(isinstance(tensor, DTensor) or tensor.is_meta for tensor in state.values()):
-        raise UserError("the model's weights are not all here (sharded or meta): export a checkpoint of it instead")
+        raise UserError("the model is sharded or on the meta device: export a checkpoint of it")
     types = {tensor.dtype for tensor in state.values()}
     if len(types) > 1 or not next(iter(types)).is_floating_point:
         raise UserError(f"the model holds {types}, wanted one floating-point type: call model.to(torch.bfloat16)")
@@ -220,7 +199,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         return read_sharded(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["state_dict"].keys()
+        checkpoint["state_dict"].keys(), checkpoint["dream_config"]
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a complete checkpoint of a DreamModule: {str(error)[:500]}") from error
     return checkpoint
@@ -228,22 +207,13 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _merged(checkpoint: dict[str, Any], state: dict[str, torch.Tensor], pretrained: str) -> DreamModel:
     """The unquantized base with the adapters merged into its weights."""
-    folder = local_folder(pretrained)
-    base = checkpoint["base"]
+    folder, base = local_folder(pretrained), checkpoint["base"]
     check_base(base["hash"], base_hash(weight_files(folder)), saved_base=base["name"], loaded_base=pretrained)
     model = DreamModel.from_pretrained(folder)
     add_lora(model, LoraParams(**checkpoint["lora"]))
     load_adapter_state(model, adapter_state(state))
     merge_lora(model)
     return model
-
-
-def _config(checkpoint: dict[str, Any], path: str | Path, pretrained: str | Path | None) -> DreamConfig:
-    if "dream_config" in checkpoint:
-        return DreamConfig.from_dict(checkpoint["dream_config"])
-    if pretrained is None:
-        raise UserError(f"{path} does not hold the sizes of its model: pass the model it started from as pretrained")
-    return DreamConfig.from_pretrained(pretrained)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""From options to a network: new or pretrained, quantized or not, with adapters or without, and how it computes."""
+"""From options to a network: new or pretrained, quantized or not, with or without adapters, and how it computes."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,7 +15,7 @@ from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
 from dream_lightning.training.fsdp import read_shards
 
-_SIZES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}  # of a new model, required
+_REQUIRED = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
 def check_kind(
@@ -25,12 +25,9 @@ def check_kind(
     if quantize is not None and not lora:
         raise UserError(f"quantize is {quantize}, but quantized weights do not train: set model.lora too")
     if float8_products and lora:
-        raise UserError(
-            "float8_products is for weights that train, and with adapters they are frozen: set model.quantize to "
-            "float8 or nf4_float8 instead"
-        )
+        raise UserError("float8_products is for trained weights, lora freezes them: set model.quantize to float8")
     if lora and pretrained is None:
-        raise UserError("model.lora needs model.pretrained: a new random model is no base for adapters")
+        raise UserError("model.lora adapts a pretrained model: set model.pretrained")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> None:
@@ -38,26 +35,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> 
     if len(tokenizer) > config.vocab_size or tokenizer.mask_token_id != config.mask_token_id:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens and mask token {tokenizer.mask_token_id}, the model "
-            f"{config.vocab_size} and {config.mask_token_id}: they do not belong together; set model.tokenizer to the "
-            "checkpoint's own folder or hub id"
+            f"{config.vocab_size} and {config.mask_token_id}: set model.tokenizer to the model's own folder or hub id"
         )
 
 
 def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamConfig:
-    """The configuration of a new Dream; vocabulary and special ids are the tokenizer's.
-
-    Args:
-        sizes: fields of `DreamConfig`, at least the four of `_SIZES`. By default there are as many key/value heads as
-            heads.
-
-    Raises:
-        UserError: a size that is missing, unknown or impossible.
-    """
+    """The configuration of a new Dream with the tokenizer's ids; sizes are fields of `DreamConfig`."""
     known = {f.name for f in fields(DreamConfig)}
     if unknown := sorted(set(sizes) - known):
         raise UserError(f"new_model has {', '.join(unknown)}; a Dream's sizes are {', '.join(sorted(known))}")
-    if missing := sorted(_SIZES - set(sizes)):
-        raise UserError(f"new_model lacks {', '.join(missing)}: these sizes have no default")
+    if missing := sorted(_REQUIRED - set(sizes)):
+        raise UserError(f"new_model lacks {', '.join(missing)}: set them, they have no default")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")}
     vocab_size = -(-len(tokenizer) // 64) * 64  # whole tiles for the head's matrix product
     heads = {"num_key_value_heads": sizes["num_attention_heads"]}
@@ -65,27 +53,18 @@ def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase
 
 
 def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamModel:
-    """A Dream with random weights; see `new_config`."""
     return DreamModel(new_config(sizes, tokenizer))
 
 
 def quantized_model(pretrained: str, kind: Quantize, device: torch.device) -> DreamModel:
-    """A checkpoint whose layers are quantized on the device, tensor by tensor.
-
-    Raises:
-        UserError: as `DreamModel.from_pretrained` and `load_quantized`.
-    """
+    """A pretrained model whose layers are quantized on the device, tensor by tensor."""
     model = empty_model(pretrained)
     load_quantized(model, weight_files(local_folder(pretrained)), kind=kind, device=device)
     return model
 
 
 def empty_model(pretrained: str) -> DreamModel:
-    """A checkpoint's model on the meta device, to be sharded and then filled by `fill`.
-
-    Raises:
-        UserError: as `DreamModel.from_pretrained`.
-    """
+    """A pretrained model on the meta device, to be sharded and then filled by `fill`."""
     folder = local_folder(pretrained)
     with torch.device("meta"):
         model = DreamModel(DreamConfig.from_pretrained(folder))
@@ -94,7 +73,7 @@ def empty_model(pretrained: str) -> DreamModel:
 
 
 def fill(model: DreamModel, pretrained: str, device: torch.device) -> None:
-    """Read the weights of a sharded model that are on the meta device, each process its own shard."""
+    """Read the weights of a sharded model that are on the meta device; each process reads its shards."""
     files = weight_files(local_folder(pretrained))
     read_shards(model, files, device=device, official_name=lambda name: name.replace(".base_layer.", "."))
 
@@ -112,11 +91,7 @@ def _has_kernels() -> bool:
 
 
 def accumulate_in_place(model: DreamModel, enable: bool) -> bool:
-    """Let trained linear layers accumulate their weight gradients in place, or leave that to autograd again.
-
-    Returns:
-        Whether they accumulate in place; never without the folder kernels/.
-    """
+    """Let trained linear layers accumulate their weight gradients in place, or autograd; returns whether they do."""
     if not _has_kernels():
         return False
     from dream_lightning.kernels import gradient_accumulation
@@ -128,10 +103,9 @@ def accumulate_in_place(model: DreamModel, enable: bool) -> bool:
 
 
 def install_kernels(model: DreamModel, *, training: bool) -> None:
-    """Use the kernels for packed rows on a CUDA GPU; without the folder kernels/ torch's own attention stays.
+    """Use the kernels for packed rows on a CUDA GPU.
 
-    Args:
-        training: also let cuDNN plan for many lengths; in the whole process, so call this before the first attention.
+    `training` also enables cuDNN plans for all lengths, in the whole process: call this before the first attention.
     """
     if torch.cuda.is_available() and _has_kernels():
         from dream_lightning.kernels import packed_attention
@@ -142,11 +116,7 @@ def install_kernels(model: DreamModel, *, training: bool) -> None:
 
 
 def start_compilers(device: torch.device) -> None:
-    """Start the compiler's worker processes for a GPU while weights are read; returns at once.
-
-    torch starts them at the first compilation, and compiles one kernel after the other until they run: 3 seconds with
-    torch in the file cache, more without.
-    """
+    """Start the compiler's worker processes while weights are read: the first compilation would wait 3 s for them."""
     if device.type == "cuda":
         from torch._inductor.async_compile import maybe_warm_pool
 
@@ -154,11 +124,7 @@ def start_compilers(device: torch.device) -> None:
 
 
 def compile_layers(model: DreamModel, **options: Any) -> None:
-    """Compile each decoder layer at its first call, for rows of all lengths. Sets torch's options in the whole process.
-
-    Args:
-        options: of torch.compile.
-    """
+    """Compile each decoder layer at its first call, for rows of all lengths; `options` are those of torch.compile."""
     if torch.cuda.is_available() and _has_kernels():
         from dream_lightning.kernels import activation_budget
 

@@ -93,7 +93,7 @@ class PackedRows(Dataset):
 
 
 class Clock(L.Callback):
-    """When training began and each optimiser step ended, the loss, and memory."""
+    """When training began and each optimizer step ended, the loss, and memory."""
 
     def __init__(self) -> None:
         self.ends, self.losses = [], []
@@ -114,12 +114,12 @@ class Clock(L.Callback):
 
 
 def fused_adamw(groups):
-    """The optimiser of adapters."""
+    """The optimizer of adapters."""
     return torch.optim.AdamW(groups, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=torch.cuda.is_available())
 
 
 def adamw_8bit(groups):
-    """The optimiser of full fine-tuning on one GPU."""
+    """The optimizer of full fine-tuning on one GPU."""
     from dream_lightning.training.optimizer import AdamW8bit
 
     return AdamW8bit(groups, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01)
@@ -136,7 +136,7 @@ def options_of(case: Case) -> dict[str, Any]:
 
 
 def time_ours(case: Case, pretrained: str, steps: int) -> dict[str, Any]:
-    """Fit through DreamModule and Lightning; the first two of the optimiser steps are left out."""
+    """Fit through DreamModule and Lightning; the first two of the optimizer steps are left out."""
     started, clock = time.perf_counter(), Clock()
     trainer = L.Trainer(
         devices=1,
@@ -199,7 +199,7 @@ def main(
     reference: bool = True,
     steps: int = 5,
 ) -> None:
-    """Train a few optimiser steps of every case and of its reference, and print a table.
+    """Train a few optimizer steps of every case and of its reference, and print a table.
 
     Host memory is the most that the process has held until training began, interpreter and libraries included; it never
     falls, so only the first case of a run says what its own loading takes.
@@ -209,7 +209,7 @@ def main(
         cases: names in CASES.
         authors_code: folder of the authors' modeling_dream.py, which then is the reference's model.
         reference: also time a plain loop: full logits, PEFT's and bitsandbytes' own layers, not compiled.
-        steps: optimiser steps; the mean leaves the first two out.
+        steps: optimizer steps; the mean leaves the first two out.
     """
     os.environ["TORCH_CUDNN_SDPA_AVOID_RECOMPILE"] = "0"  # rows of one length; see `model.documents`
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -24,7 +24,7 @@ CALIBRATION = 2  # first steps, left out of speeds: compilation, first allocatio
 
 
 class Probe(L.Callback):
-    """Writes a line an optimiser step, and one when training starts, into the file that DREAM_PROBE names."""
+    """Writes a line an optimizer step, and one when training starts, into the file that DREAM_PROBE names."""
 
     def _write(self, trainer: L.Trainer, **line) -> None:
         cuda = torch.cuda.is_available()

@@ -155,7 +155,7 @@ def main() -> None:
     spent = {name: sum(seconds) for name, seconds in profiler.recorded_durations.items()}
     loop = spent["run_training_epoch"]
     parts = {part: sum(s for n, s in spent.items() if n.endswith(end)) for part, end in ACTIONS.items()}
-    parts["everything else: noise, optimiser, logging, Lightning"] = loop - sum(parts.values())
+    parts["everything else: noise, optimizer, logging, Lightning"] = loop - sum(parts.values())
     print(f"\n| part of the training loop ({loop:.1f} s) | share |\n|---|---:|")
     for part, seconds in parts.items():
         print(f"| {part} | {100 * seconds / loop:.1f} % |")

@@ -93,7 +93,7 @@ def reference_model(work: str, pretrained: str, targets: Any, authors_code: str 
 def time_reference(
     case: Any, pretrained: str, batches: list[Batch], options: dict[str, Any], authors_code: str | None
 ) -> dict[str, Any]:
-    """Mean over the micro-batches after the first optimiser step."""
+    """Mean over the micro-batches after the first optimizer step."""
     model = reference_model(case.work, pretrained, case.targets, authors_code)
     device = next(p for p in model.parameters()).device
     optimizer = options["optimizer"]([p for p in model.parameters() if p.requires_grad])

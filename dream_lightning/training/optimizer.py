@@ -13,7 +13,7 @@ BLOCK = 256  # elements of a moment that share a scale
 SMALL = 4096  # smaller parameters (biases, norms), and those that do not fill their blocks, keep float32 moments
 _NO_LOW_BITS = -(2**15)  # the low-order bits of a float32 number that is a bfloat16 number
 
-Levels = tuple[Tensor, Tensor]  # what 8-bit codes stand for, [256] rising, and the middles between neighbours [255]
+Levels = tuple[Tensor, Tensor]  # what 8-bit codes stand for, [256] rising, and the middles between neighbors [255]
 
 
 def in_8_bits(p: Tensor) -> bool:

@@ -24,7 +24,7 @@ def denoising_page(
     title: str = "Denoising",
     notes: dict[str, Any] | None = None,
 ) -> str:
-    """The page of one row: a slider over the steps, tokens coloured by step or by confidence.
+    """The page of one row: a slider over the steps, tokens colored by step or by confidence.
 
     Args:
         output: of one prompt without padding, [1, L], with its history.

@@ -180,7 +180,7 @@ def render(frame: Frame, tokenizer: PreTrainedTokenizerBase, step: int) -> Text:
 
 
 def render_row(ids: list[int], maskable: list[bool], is_masked: list[bool], tokenizer: PreTrainedTokenizerBase) -> Text:
-    """One clean row of L tokens, coloured as in `LEGEND`, whose signs remain where there are no colours."""
+    """One clean row of L tokens, colored as in `LEGEND`, whose signs remain where there are no colors."""
     text, eos = Text(), tokenizer.eos_token_id
     rows = list(zip(ids, maskable, is_masked, strict=True))
     for is_response, part in groupby(rows, key=lambda row: row[1]):

@@ -34,7 +34,7 @@ def test_packing_keeps_whole_documents_and_fills_rows():
 
 
 def test_a_document_without_a_prompt_is_refused():
-    """Its first token would be predicted from the last position of its neighbour."""
+    """Its first token would be predicted from the last position of its neighbor."""
     with pytest.raises(AssertionError, match="document x has no prompt"):
         collate([[(SampleKey(0, 0, 0), document([1], [2])), (SampleKey(0, 1, 1), document([], [3]))]], pad_token_id=0)
 

@@ -36,9 +36,9 @@ def test_uniform_and_independent():
     counts = torch.histc(u, bins=100, min=0, max=1)
     chi_square = ((counts - 3000) ** 2 / 3000).sum()
     assert chi_square < 160  # 99 degrees of freedom: mean 99, sd 14
-    centred = u - 0.5
-    for a, b in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1])):
-        assert abs((a * b).mean() * 12) < 0.01  # correlation of neighbours; sd 0.0018
+    centered = u - 0.5
+    for a, b in ((centered[:, 1:], centered[:, :-1]), (centered[1:], centered[:-1])):
+        assert abs((a * b).mean() * 12) < 0.01  # correlation of neighbors; sd 0.0018
 
 
 def test_stratified_t_covers_every_window():

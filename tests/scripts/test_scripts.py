@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +60,34 @@ def test_curve(script, folder, tmp_path):
     lines = out.read_text().splitlines()
     fixed = "| tokens_per_step 4 | 4.00 · 0.0% | 4.00 · 0.0% | 4.00 · 0.0% | – |"
     assert lines.count(fixed) == 4 and len([line for line in lines if line.startswith("| steps 2 | –")]) == 4
+
+
+def rows_of(printed):
+    """Name → cells of the rows of Markdown tables."""
+    cells = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    return {name: rest for name, *rest in cells}
+
+
+def test_variance_benchmark(script, capsys, monkeypatch):
+    benchmark = script("benchmark_variance")
+    monkeypatch.setattr(benchmark, "VALIDATED", 8)
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_, **__: nullcontext(SimpleNamespace(map=map)))
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(benchmark.MODELS, "tiny", (small, 1e-3))
+    benchmark.main(weightings=["none"], rows=2, seeds=1, steps=10, warm_up=2, draws=3)
+    printed = capsys.readouterr().out.split("\n\n**")
+    for part in printed[1:]:
+        rows = rows_of(part)
+        assert benchmark.SCHEMES.keys() <= rows.keys() and "(1.00 ± 0.00)" in rows["independent t"][0]
+        assert "nan" not in part
+
+
+def test_comparison_of_bases(script, folder, capsys):
+    script("compare_bases").main(folder, ("bfloat16", "float8"), seeds=1, steps=2)
+    rows = rows_of(capsys.readouterr().out)
+    for base in ("bfloat16", "float8"):
+        before, after, mean = map(float, rows[base])
+        assert before != after and after == mean
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])

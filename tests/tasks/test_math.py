@@ -214,7 +214,7 @@ def test_math500_solutions_state_their_answers(shared):
     assert all(reference_answer(row["answer"]) == row["answer"] for row in data)
 
 
-def test_math500_answers_differ_from_their_neighbours(shared):
+def test_math500_answers_differ_from_their_neighbors(shared):
     found = [row["answer"] for row in rows(shared("data/math500/test.jsonl"))][:200]
     equal = [(a, b) for a, b in itertools.pairwise(found) if is_equivalent(a, b)]
     assert all(a == b or {a, b} == {"5", "x=5"} for a, b in equal), equal

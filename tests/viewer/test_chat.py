@@ -203,7 +203,7 @@ def test_a_frame():
     assert marked == ["7"] and dim == ["<think>½░░</think>"]
 
 
-def test_a_row_shows_prompt_response_masks_and_eos_without_colours():
+def test_a_row_shows_prompt_response_masks_and_eos_without_colors():
     prompt, response = TOKENIZER("hi")["input_ids"], TOKENIZER("½ok")["input_ids"]
     ids = [*prompt, *response, EOS, EOS]
     maskable = [False] * 2 + [True] * 6

@@ -85,7 +85,7 @@ def output_of(script: Path, *arguments: str | Path, **environment: str) -> str:
 
 def save_tiny_folder(path: Path, *, positions: int) -> str:
     """An official-format folder of a random Dream with the bytes tokenizer."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     random_model({**sizes, "max_position_embeddings": positions}, load_tokenizer("bytes")).save_pretrained(path)
     save_tokenizer("bytes", path)
     return str(path)

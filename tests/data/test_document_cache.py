@@ -111,14 +111,11 @@ def test_a_kill_at_any_moment_leaves_the_whole_folder_or_none(tmp_path):
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_errors_name_the_row(num_proc):
+def test_what_cannot_be_tokenized_is_named(num_proc):
     bad = [*examples(5), replace(examples()[0], answer="", origin="train.jsonl, row 17")]
     with pytest.raises(UserError, match=r"train.jsonl, row 17 has no response"):
         tokenize(bad, BYTES, num_proc=num_proc)
-
-
-def test_nothing_to_tokenize_and_nothing_left():
-    with pytest.raises(UserError, match="no examples"):
-        tokenize([], BYTES)
     with pytest.raises(UserError, match=r"all 12 documents are longer than max_length 10 .* raise max_length"):
-        tokenize(examples(), BYTES, max_length=10, overflow="drop")
+        tokenize(examples(), BYTES, max_length=10, overflow="drop", num_proc=num_proc)
+    with pytest.raises(UserError, match="no examples"):
+        tokenize([], BYTES, num_proc=num_proc)

@@ -43,15 +43,10 @@ def test_ranks_share_every_step_and_make_the_same_number_of_batches(world_size, 
         assert sorted(taken, key=whole.index) == whole[start : start + step]
 
 
-def test_the_order_does_not_depend_on_packing():
-    packed = {d.index: d.order for row in keys() for d in row}
-    unpacked = {d.index: d.order for row in keys(rows=[[i] for i in range(10)]) for d in row}
-    assert packed == unpacked
-
-
-def test_single_documents_are_in_order():
-    orders = [row[0].order for row in keys(rows=[[i] for i in range(50)], epoch=3)]
-    assert orders == list(range(50))
+def test_single_documents_are_in_order_and_packing_does_not_change_it():
+    unpacked = keys(rows=[[i] for i in range(10)])
+    assert [row[0].order for row in unpacked] == list(range(10))
+    assert {d.index: d.order for row in keys() for d in row} == {d.index: d.order for (d,) in unpacked}
 
 
 def test_consecutive_packed_rows_have_evenly_spread_t():
@@ -89,13 +84,9 @@ class Indices(torch.utils.data.Dataset):
         return row[0].index
 
 
-def as_list(batch):
-    return batch
-
-
 def loader(workers, batch_size=4, **options):
     sampler = RowSampler([[i] for i in range(23)], batch_size=batch_size, **options)
-    return ResumableLoader(Indices(), sampler=sampler, batch_size=batch_size, num_workers=workers, collate_fn=as_list)
+    return ResumableLoader(Indices(), sampler=sampler, batch_size=batch_size, num_workers=workers, collate_fn=list)
 
 
 def read(source, epoch, count=None):

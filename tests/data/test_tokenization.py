@@ -97,11 +97,11 @@ def test_plain_ends_with_the_short_answer(answer, reference, final):
     assert text == f"one and one Therefore, the final answer is: {final}"
 
 
-def test_system_prompt_replaces_the_records():
-    for one in (example(), example(system="old")):
-        for style in ("chat", "plain"):
-            text = BYTES.decode(encode_prompt(one, BYTES, style=style, system_prompt="new"))
-            assert "new" in text and "old" not in text
+@pytest.mark.parametrize("style", ["chat", "plain"])
+@pytest.mark.parametrize("system", [None, "old"])
+def test_system_prompt_replaces_the_records(style, system):
+    text = BYTES.decode(encode_prompt(example(system=system), BYTES, style=style, system_prompt="new"))
+    assert "new" in text and "old" not in text
 
 
 @pytest.mark.parametrize("style", ["chat", "plain"])
@@ -125,13 +125,6 @@ def test_truncate_trace_keeps_the_answer_and_fills_the_room(tokenizer, style):
     for max_length in (least, least - 1):
         got = encode(one, tokenizer, style=style, max_length=max_length, overflow="truncate_trace_else_drop")
         assert (got.document is None) == (max_length < least)
-
-
-def test_real_rows_fit_and_keep_their_answers(dream, s1k):
-    for one in s1k[::5]:
-        document, _, full_length, _ = encode(one, dream, max_length=4096)
-        assert len(document) <= 4096 and (full_length <= 4096) == (len(document) == full_length)
-        assert dream.decode(document.response_ids).endswith(f"\n</think>\n{one.answer}<|endoftext|>")
 
 
 def test_other_overflows():

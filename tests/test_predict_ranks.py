@@ -20,13 +20,11 @@ COUNT = 120
 def arguments(folder: Path, source: Path, *more: str) -> list[str]:
     # A usual random model has near ties, which the rounding of another batch shape decides. This one has none, fills
     # positions in random order, and gets prompts of one length, so that only last batches differ in shape.
-    sizes = (
-        "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2, initializer_range: 1.0}"
-    )
+    sizes = "hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2"
     return [
         "predict",
         "--config=configs/tiny.yaml",
-        f"--model.new_model={sizes}",
+        f"--model.new_model={{{sizes}, initializer_range: 1.0}}",
         "--model.sampling={max_new_tokens: 30, steps: 15, alg: origin, temperature: 0.7, forbid_mask: true}",
         f"--data.predict_source={source}",
         "--data.batch_size=4",

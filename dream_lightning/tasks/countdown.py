@@ -27,16 +27,13 @@ def extract(response: str) -> str | None:
 
 
 def reference(example: Example) -> tuple[list[int], int]:
-    """The numbers (a list or a text such as "30,100,93"), and the target, which may be the reference column.
-
-    Raises UserError if one is missing or not made of integers.
-    """
+    """The numbers, a list or a text such as "30,100,93", and the target. Raises UserError if they are not integers."""
     numbers, target = record_value(example, "numbers", "nums", "input"), record_value(example, "target", "output")
     written = str(example.reference if target is None else target).strip()
     if not NUMBERS.fullmatch(str(numbers)) or not re.fullmatch(r"-?\d+", written):
         raise UserError(
-            f"{example.origin} has the numbers {numbers!r:.80} and the target {written!r:.80}; wanted "
-            "integers, such as [30, 100, 93] in a column numbers, nums or input and 23 in a column target or output"
+            f"{example.origin} has the numbers {numbers!r:.80} and the target {written!r:.80}, wanted integers in the "
+            "columns numbers (or nums, input) and target (or output)"
         )
     return [int(number) for number in re.findall(r"\d+", str(numbers))], int(written)
 

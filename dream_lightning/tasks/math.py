@@ -1,7 +1,4 @@
-"""Mathematics: the answer that a response states, and whether two answers mean the same.
-
-`is_equivalent` decides most pairs by text and exact fractions; the others go to Math-Verify (`tasks.symbolic`).
-"""
+"""Mathematics: the answer that a response states, and whether two answers mean the same."""
 
 import logging
 import re
@@ -9,8 +6,6 @@ from fractions import Fraction
 
 from dream_lightning.tasks.registry import TASKS, Task
 from dream_lightning.tasks.symbolic import checker
-
-logger = logging.getLogger(__name__)
 
 MAX_SYMBOLIC_CHARS = 400  # the longest of the 500 MATH-500 answers has 53
 
@@ -75,8 +70,8 @@ def is_equivalent(prediction: str, reference: str) -> bool:
     1. The same text without LaTeX spacing; words without case and punctuation; "(C)" = "C", "A, B" = "AB", yes = true.
     2. Rational numbers exactly, without thousands separators, currency and units; 50 % is 50 or 0.5. A decimal of 6
        significant digits or more may be the other one rounded. Decides alone if both are numbers.
-    3. Math-Verify's `verify`. Over 400 characters, or after 5 seconds of CPU time: False, with a warning. Raises
-       UserError if it is not installed.
+    3. Math-Verify's `verify`, if installed (else UserError). Over 400 characters, or after 5 s of CPU time: False, with
+       a warning.
     """
     ours, gold = _clean(prediction), _clean(reference)
     if ours == gold or not ours or not gold:
@@ -88,7 +83,7 @@ def is_equivalent(prediction: str, reference: str) -> bool:
     if ours_number is not None and gold_number is not None:
         return _same_number(ours, ours_number, gold, gold_number)
     if (longest := max(len(ours), len(gold))) > MAX_SYMBOLIC_CHARS:
-        logger.warning("an answer of %d characters is not compared symbolically", longest)
+        logging.getLogger(__name__).warning("an answer of %d characters is not compared symbolically", longest)
         return False
     return checker.equal(gold, ours)
 

@@ -1,5 +1,7 @@
 """Metrics over an epoch and its ranks. States are sums, divided once, so that uneven batches weigh correctly."""
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -24,9 +26,7 @@ class AnswerScores(_Sums):
 
     def update(self, answers: Answers) -> None:
         """Adds answers. Copies (`counted` False) are left out, unscored ones (`correct` None) count for the speed."""
-        for prediction, counts in zip(answers.predictions, answers.counted, strict=True):
-            if not counts:
-                continue
+        for prediction in compress(answers.predictions, answers.counted):
             self.filled += prediction.filled
             self.forwards += prediction.forwards
             if prediction.correct is not None:

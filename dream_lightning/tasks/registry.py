@@ -1,7 +1,4 @@
-"""A task says what the answer in a response is and when it is right; `TASKS` maps names to tasks.
-
-To add a task, write its functions and put them into `TASKS`.
-"""
+"""A task says what the answer in a response is and when it is right; the table `TASKS` maps names to tasks."""
 
 import importlib
 import operator

@@ -54,12 +54,10 @@ def is_solution(grid: str, puzzle: str) -> bool:
         return False
     side = isqrt(len(puzzle))
     box = isqrt(side)
-    groups: dict[tuple[str, int], list[str]] = {}
-    for position, cell in enumerate(cells):
-        row, column = divmod(position, side)
-        for group in (("row", row), ("column", column), ("box", row // box * side + column // box)):
-            groups.setdefault(group, []).append(cell)
-    return all(sorted(group) == list("123456789"[:side]) for group in groups.values())
+    corners = range(0, side, box)
+    rows = [cells[start : start + side] for start in range(0, len(cells), side)]
+    boxes = ["".join(row[left : left + box] for row in rows[top : top + box]) for top in corners for left in corners]
+    return all(sorted(group) == list("123456789"[:side]) for group in (*rows, *zip(*rows, strict=True), *boxes))
 
 
 TASKS["sudoku"] = Task(extract, is_solution, reference, prompt)

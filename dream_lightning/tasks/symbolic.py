@@ -5,7 +5,6 @@ Its own time limit is `signal.alarm`, which fails outside the main thread and ca
 """
 
 import atexit
-import importlib.util
 import json
 import logging
 import os
@@ -14,8 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-
-logger = logging.getLogger(__name__)
 
 CHECK_SECONDS = 5.0  # CPU time, so that no verdict depends on the machine's load; a usual check takes 5-50 ms
 WAIT_SECONDS = 120.0  # wall-clock time, on a busy machine or to import sympy from a cold network disk
@@ -36,21 +33,21 @@ class SymbolicChecker:
             reply = self._reply()
             if not reply:  # timeout, or out of memory
                 self.stop()
-                logger.warning("no verdict after computing %g s, so False: %.80r %.80r", CHECK_SECONDS, target, gold)
+                logging.getLogger(__name__).warning(
+                    "no verdict after computing %g s, so False: %.80r %.80r", CHECK_SECONDS, target, gold
+                )
             return reply == b"1\n"
 
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        if importlib.util.find_spec("math_verify") is None:
-            from dream_lightning.errors import UserError  # the subprocess must not import the package
-
-            raise UserError("comparing mathematical answers needs math-verify: pip install 'math-verify>=0.9'")
         command = [sys.executable, "-P", os.path.abspath(__file__)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         if self._reply() != b"ready\n":
             self.stop()
-            raise RuntimeError(f"Math-Verify did not start in {command}: see its error above")
+            from dream_lightning.errors import UserError  # the subprocess must not import the package
+
+            raise UserError("Math-Verify did not start, see its error above: pip install 'math-verify>=0.9'")
 
     def _reply(self) -> bytes:
         in_time = select.select([self._process.stdout], [], [], WAIT_SECONDS)[0]

@@ -1,11 +1,12 @@
-import importlib.util
 import itertools
 import json
 import runpy
+import shutil
 import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,39 +23,24 @@ def rows(path):
     ("text", "expected"),
     [
         # 1. boxes
-        (r"so \boxed{1} no, \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\boxed{7}}", "7"),
-        (r"\fbox{BEDLAM}", "BEDLAM"),
-        (r"we get $\boxed 5$.", "5"),
-        (r"\boxed{3} and then \boxed{4", "3"),
-        (r"\boxed{}, the answer is 6", "6"),
+        (r"so \boxed{1} no, \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\boxed{7}}", "7"), (r"\fbox{BEDLAM}", "BEDLAM"), (r"we get $\boxed 5$.", "5"),
+        (r"\boxed{3} and then \boxed{4", "3"), (r"\boxed{}, the answer is 6", "6"),
         (r"\boxed{2} The final answer is 9.", "2"),
         # 2. stated answers
         ("The answer is 3. No: the final answer is $\\frac{1}{n}$.", r"\frac{1}{n}"),
-        ("Final Answer: The final answer is **(C)**", "(C)"),
-        ("**Answer:** BEDLAM", "BEDLAM"),
+        ("Final Answer: The final answer is **(C)**", "(C)"), ("**Answer:** BEDLAM", "BEDLAM"),
         ("Therefore, the answer is **BRAVADO** (7 letters).", "BRAVADO"),
-        ("The answer is: 3.5. I hope it is correct.", "3.5"),
-        ("so the answer is therefore 72 apples.\n", "72 apples"),
-        ("She sold 24.\n#### 1,072", "1,072"),
-        ("#### 1\n#### 2 ", "2"),
+        ("The answer is: 3.5. I hope it is correct.", "3.5"), ("so the answer is therefore 72 apples.\n", "72 apples"),
+        ("She sold 24.\n#### 1,072", "1,072"), ("#### 1\n#### 2 ", "2"),
         # 3. the last number
-        ("it costs $1,234.50 in 2 shops, or -3", "-3"),
-        ("it costs $1,234.50.", "1,234.50"),
-        ("so 5-3", "3"),
-        ("about 3/4", "3/4"),
-        (r"about \frac{3}{4}", r"\frac{3}{4}"),
-        ("a rise of 12.5 %", "12.5%"),
-        ("x = −7", "-7"),
-        ("10. ", "10"),
-        (r"about \$5", "5"),
-        (r"about 5\%", "5%"),
+        ("it costs $1,234.50 in 2 shops, or -3", "-3"), ("it costs $1,234.50.", "1,234.50"), ("so 5-3", "3"),
+        ("about 3/4", "3/4"), (r"about \frac{3}{4}", r"\frac{3}{4}"), ("a rise of 12.5 %", "12.5%"), ("x = −7", "-7"),
+        ("10. ", "10"), (r"about \$5", "5"), (r"about 5\%", "5%"),
         # nothing
-        ("", None),
-        ("I do not know.", None),
+        ("", None), ("I do not know.", None),
     ],
-)
+)  # fmt: skip
 def test_extract_answer(text, expected):
     assert extract_answer(text) == expected
 
@@ -114,32 +100,16 @@ def test_not_equivalent(prediction, reference):
     assert not is_equivalent(prediction, reference)
 
 
-HOSTILE = [
-    "9**9**9**9",
-    "9^{9^{9^{9}}}",
-    "10^(10^10)",
-    "((9^9)^9)^9^9",
-    r"(10^{10})!",
-    r"\binom{10^{9}}{10^{8}}",
-    "100000000!",
-]
+BOMBS = ["9**9**9**9", "9^{9^{9^{9}}}", "10^(10^10)", "((9^9)^9)^9^9", "(10^{10})!", "100000000!"]
+LONG = ["9" * 100_000, "a b " * 30_000, "(" * 5000, "\\frac{" * 5000, "+" * 399, "\x00", "\n", "x^" * 150]
 
 
-@pytest.mark.parametrize("bomb", HOSTILE)
-def test_number_bombs_are_different_and_the_next_pair_is_compared(bomb, monkeypatch):
+def test_hostile_answers_are_different_and_the_next_pair_is_compared(monkeypatch):
     monkeypatch.setattr(symbolic, "CHECK_SECONDS", 0.5)
-    assert not is_equivalent(bomb, "7")
+    assert not any(is_equivalent(text, "7") for text in (*BOMBS, *LONG))
+    assert not any(is_equivalent("7", text) for text in LONG)
     monkeypatch.undo()
     assert is_equivalent(r"\frac{2}{\sqrt{2}}", r"\sqrt{2}")  # the subprocess was started again
-
-
-@pytest.mark.parametrize(
-    "text", ["9" * 100_000, "a b " * 30_000, "(" * 5000, "\\frac{" * 5000, "+" * 399, "\x00", "\n", "x^" * 150]
-)
-def test_long_and_malformed_answers_are_different(text, monkeypatch):
-    monkeypatch.setattr(symbolic, "CHECK_SECONDS", 0.5)
-    assert not is_equivalent(text, "5")
-    assert not is_equivalent("5", text)
 
 
 def test_undecided_pairs_are_logged(caplog, monkeypatch):
@@ -147,7 +117,7 @@ def test_undecided_pairs_are_logged(caplog, monkeypatch):
     assert not is_equivalent("9^{9^{9^{9}}}", "8")
     assert "no verdict after computing 0.3 s" in caplog.text
     assert not is_equivalent("x+" * 300, "8")
-    assert "600 characters" in caplog.text or "599 characters" in caplog.text
+    assert "600 characters" in caplog.text
 
 
 def test_a_busy_machine_changes_no_verdict(monkeypatch):
@@ -164,19 +134,13 @@ def test_a_busy_machine_changes_no_verdict(monkeypatch):
 
 
 def test_works_outside_the_main_thread():
-    found = []
-    pairs = [(rf"\frac{{{n}}}{{\sqrt{{{n}}}}}", rf"\sqrt{{{n}}}") for n in (3, 5, 7, 11)]
-    threads = [threading.Thread(target=lambda pair=pair: found.append(is_equivalent(*pair))) for pair in pairs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [True] * 4
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda n: is_equivalent(rf"{n}/\sqrt{{{n}}}", rf"\sqrt{{{n}}}"), (3, 5, 7, 11)))
 
 
 def test_a_missing_math_verify_is_an_error_only_where_it_is_needed(monkeypatch):
     symbolic.checker.stop()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     assert is_equivalent("3/6", "0.5")
     with pytest.raises(UserError, match="pip install 'math-verify"):
         is_equivalent("a + b + 1", "1 + b + a")

@@ -1,20 +1,19 @@
 """The scripts, run small."""
 
-import importlib
 import json
 import os
 import subprocess
-import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from material import save_tiny_folder
 from safetensors.torch import load_file
 
+from dream_lightning import S1KDataModule
 from dream_lightning.model import DreamModel, load_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -22,21 +21,6 @@ TINY = {
     **{"vocab_size": 320, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2},
     **{"num_attention_heads": 6, "num_key_value_heads": 2, "mask_token_id": 260, "eos_token_id": 256, "device": "cpu"},
 }
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """`script("curve")` → the module."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    names = []
-    yield lambda name: names.append(name) or importlib.import_module(name)
-    for name in names:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_folder(tmp_path_factory.mktemp("tiny"), positions=256)
 
 
 @pytest.mark.parametrize("file", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
@@ -71,6 +55,7 @@ def rows_of(printed):
 def test_variance_benchmark(script, capsys, monkeypatch):
     benchmark = script("benchmark_variance")
     monkeypatch.setattr(benchmark, "VALIDATED", 8)
+    monkeypatch.setattr(benchmark, "S1KDataModule", partial(S1KDataModule, first_n=64))
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_, **__: nullcontext(SimpleNamespace(map=map)))
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     monkeypatch.setitem(benchmark.MODELS, "tiny", (small, 1e-3))
@@ -82,8 +67,11 @@ def test_variance_benchmark(script, capsys, monkeypatch):
         assert "nan" not in part
 
 
-def test_comparison_of_bases(script, folder, capsys):
-    script("compare_bases").main(folder, ("bfloat16", "float8"), seeds=1, steps=2)
+def test_comparison_of_bases(script, folder, capsys, monkeypatch):
+    compare = script("compare_bases")
+    write = compare.write
+    monkeypatch.setattr(compare, "write", lambda path, count, seed: write(path, count // 50, seed))
+    compare.main(folder, ("bfloat16", "float8"), seeds=1, steps=2)
     rows = rows_of(capsys.readouterr().out)
     for base in ("bfloat16", "float8"):
         before, after, mean = map(float, rows[base])

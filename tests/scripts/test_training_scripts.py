@@ -1,25 +1,8 @@
 """The training benchmark and the profile, run small."""
 
-import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from material import save_tiny_folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_folder(tmp_path_factory.mktemp("tiny"), positions=1200)
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts")
-    yield importlib.import_module
-    for name in ("benchmark_train", "reference_training", "profile_fit"):
-        sys.modules.pop(name, None)
 
 
 def test_every_case_is_compared_with_its_reference(script, folder, monkeypatch, capsys):

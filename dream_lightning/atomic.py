@@ -18,11 +18,8 @@ _DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 def atomic_write(path: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     """Yield a path in the same folder to write a file or a folder to; it replaces `path` when the block ends.
 
-    After a kill, a full disk or a power failure, the earlier content of `path` is still there.
-
-    Args:
-        path: the final name.
-        needed_bytes: size of what will be written, compared with the free space first; 0 means unknown.
+    After a kill, a full disk or a power failure, the earlier content of `path` is still there. `needed_bytes`, the size
+    of what will be written, is compared with the free space first.
 
     Raises:
         UserError: the disk is full or must not be written.
@@ -47,19 +44,14 @@ def atomic_write(path: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
 
 
 def replace(partial: Path, path: Path) -> None:
-    """Rename a complete file or folder to `path`.
-
-    A folder cannot replace another in one step. The old one is first renamed to `NAME-replaced`, so after a kill one of
-    the two is complete, and it is removed last.
-    """
+    """Rename a complete file or folder to `path`; an old folder stays as `NAME-replaced` until the new one is there."""
     replaced = path.with_stem(f"{path.stem}-replaced")
     if path.is_dir():
         remove(replaced)
         path.rename(replaced)
-    is_folder = partial.is_dir()
     os.replace(partial, path)
     _sync(path.parent)
-    if is_folder:
+    if replaced.is_dir():
         remove(replaced)
 
 
@@ -92,11 +84,7 @@ def disk_refuses(error: BaseException) -> bool:
 
 
 def not_written(path: Path, reason: object) -> UserError:
-    """The error for a path that could not be written."""
-    return UserError(
-        f"{path} was not written: {reason}. Its earlier content, if any, is unchanged. Make room, or name a folder on "
-        "another disk"
-    )
+    return UserError(f"{path} was not written: {reason}. Its earlier content is unchanged. Free space on the disk")
 
 
 def _sync(path: Path) -> None:

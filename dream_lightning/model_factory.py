@@ -73,9 +73,8 @@ def empty_model(pretrained: str) -> DreamModel:
 
 
 def fill(model: DreamModel, pretrained: str, device: torch.device) -> None:
-    """Read the weights of a sharded model that are on the meta device; each process reads its shards."""
-    files = weight_files(local_folder(pretrained))
-    read_shards(model, files, device=device, official_name=lambda name: name.replace(".base_layer.", "."))
+    """Read the weights of a sharded model that are on the meta device, each process its shards."""
+    read_shards(model, weight_files(local_folder(pretrained)), device)
 
 
 def adapt(

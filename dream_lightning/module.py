@@ -26,7 +26,7 @@ from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks import AnswerScores, MeanLoss
 from dream_lightning.training import checkpointing, fsdp
 from dream_lightning.training.optimizer import AdamW8bit, adamw, decay_groups, zero_gradients
-from dream_lightning.training.step_accumulator import StepAccumulator, divide_gradients, scaled_loss
+from dream_lightning.training.step_accumulator import GRADIENT_SCALE, StepAccumulator, divide_gradients
 
 T_MIN = 1e-3  # smallest masking probability
 
@@ -34,25 +34,22 @@ T_MIN = 1e-3  # smallest masking probability
 class DreamModule(L.LightningModule):
     """Fine-tune, validate and question a Dream.
 
-    The loss of an optimizer step is a sum over all its tokens divided once by their count, so it does not depend on
-    micro-batch size, accumulation or number of ranks. The noise of a sample is a function of (seed, epoch, sample).
-    Override `loss` to change the objective.
+    The loss of an optimizer step is a sum over its tokens divided once by their count: micro-batch size, accumulation
+    and number of ranks do not change it. The noise of a sample is a function of (seed, epoch, sample). Override `loss`
+    to change the objective.
 
     Args:
         pretrained: an official folder or hub id to start from, such as Dream-org/Dream-v0-Instruct-7B.
-        new_model: sizes of a Dream to train from scratch instead, as in `DreamConfig`; the vocabulary is the
-            tokenizer's.
+        new_model: sizes of a Dream to train from scratch instead, as in `DreamConfig` but without the vocabulary's.
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
-        dtype: dtype of the weights. To train all weights: float32, computing in bfloat16 with
-            `trainer.precision=bf16-mixed`, or bfloat16 with `dream_lightning.training.optimizer.AdamW8bit`.
+        dtype: of the weights. To train all, float32 with `trainer.precision=bf16-mixed`, or bfloat16 with AdamW8bit.
         lora: train low-rank adapters on frozen weights, and save only the adapters in checkpoints.
-        quantize: store the frozen weights of the layers in 4 bits (`nf4`, with double quantization: smallest), the same
-            with 8-bit floating-point products (`nf4_float8`: faster on Hopper and later GPUs, with `compile_layers`),
-            or in 8 bits (`float8`: half as large as bfloat16, fastest there); needs `lora`.
+        quantize: store the frozen weights of the layers in 4 bits (`nf4`: smallest), the same with 8-bit floating-point
+            products (`nf4_float8`), or in 8 bits (`float8`); needs `lora`. The latter two are fast on Hopper and later
+            GPUs with `compile_layers`.
         float8_products: multiply trained weights in 8-bit floating point, fast on Hopper and later GPUs with
             `compile_layers`; weights, their gradients and evaluation keep their dtype.
-        gradient_checkpointing: recompute all layers in the backward pass, or the first n; saves memory, costs up to a
-            third in time.
+        gradient_checkpointing: recompute all layers in the backward pass, or the first n; saves memory, costs time.
         compile_layers: compile each decoder layer and the loss; slow to start, faster on a GPU.
         weighting: loss weight of a masked token: `original` (1/t, the ELBO), `linear` (1 − t), `cart`, `none`.
         cart_p: p of the geometric distribution for `cart`.
@@ -61,8 +58,7 @@ class DreamModule(L.LightningModule):
         focal_gamma: exponent of the focal reweighting (1 − p)^gamma; 0 switches it off.
         treat_eos_as_one: mask or keep the final run of eos as one unit.
         stratified_t: spread t evenly over consecutive samples instead of drawing it independently; lower variance.
-        complementary_masks: train every row twice in its step, with its mask and with the complement of it; doubles the
-            work and memory of a row.
+        complementary_masks: train every row twice in its step, with its mask and with the complement of it.
         optimizer: any torch optimizer; parameters with one dimension get no weight decay.
         lr_schedule: shape of the learning rate after the warm-up.
         warmup_fraction: part of all optimizer steps in which the learning rate rises linearly.
@@ -70,8 +66,7 @@ class DreamModule(L.LightningModule):
         seed: of the noise in training and validation.
 
     Raises:
-        UserError: both or neither of `pretrained` and `new_model`; a tokenizer that does not fit the model; an option
-            out of its range.
+        UserError: both or neither of `pretrained` and `new_model`; an option out of its range.
     """
 
     def __init__(
@@ -103,9 +98,8 @@ class DreamModule(L.LightningModule):
         super().__init__()
         if (pretrained is None) == (new_model is None):
             raise UserError(
-                f"pretrained is {pretrained!r} and new_model is {new_model!r}: wanted exactly one of them, the "
-                "checkpoint to start from or the sizes of a new model; --model.new_model=null or "
-                "--model.pretrained=null removes what a config sets"
+                f"pretrained is {pretrained!r} and new_model is {new_model!r}: wanted exactly one of them; "
+                "--model.new_model=null or --model.pretrained=null removes what a config sets"
             )
         if tokenizer is None and pretrained is None:
             raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
@@ -134,19 +128,14 @@ class DreamModule(L.LightningModule):
         self.val_nll, self.val_answers = MeanLoss(), AnswerScores()
 
     def setup(self, stage: str) -> None:
-        fsdp.refuse_untested(
-            self.trainer,
-            adapted=self.lora is not None,
-            quantized=self.quantize is not None,
-            compiled_answers=self.sampling.compile,
-        )
+        kind = {"adapted": bool(self.lora), "quantized": bool(self.quantize), "compiled_answers": self.sampling.compile}
+        fsdp.refuse_untested(self.trainer, **kind)
         if self.sharded:  # weights gathered in inference mode could not be trained afterwards
             for loop in (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop):
                 loop.inference_mode = False
 
     @property
     def sharded(self) -> bool:
-        """Whether the weights are sharded over processes."""
         return self._trainer is not None and isinstance(self.trainer.strategy, fsdp.FSDP2Strategy)
 
     def configure_model(self) -> None:
@@ -178,47 +167,29 @@ class DreamModule(L.LightningModule):
         if self.gradient_checkpointing:
             model_factory.checkpoint_layers(self.model, self.gradient_checkpointing)
         if self.sharded:
-            self._shard(device)
+            compute_dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            steps = ("training_step", "validation_step", "test_step", "predict_step")
+            if self.pretrained is None:
+                fsdp.broadcast_parameters(self.model.to(device))
+            mesh = self.device_mesh["data_parallel"]
+            fsdp.shard(self.model, self, mesh=mesh, compute_dtype=compute_dtype, steps=steps)
+            if self.pretrained is not None:
+                model_factory.fill(self.model, self.pretrained, device)
         self.model.train()
         rank_zero_info(trainable_summary(self.model))
 
-    def _shard(self, device: torch.device) -> None:
-        if self.pretrained is None:
-            fsdp.broadcast_parameters(self.model.to(device))
-        fsdp.shard(
-            self.model,
-            self,
-            mesh=self.device_mesh["data_parallel"],
-            compute_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
-            steps=("training_step", "validation_step", "test_step", "predict_step"),
-        )
-        if self.pretrained is not None:
-            model_factory.fill(self.model, self.pretrained, device)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resumed run is checked against; of an adapted model keep only the adapters.
-
-        Raises:
-            UserError: the run has diverged.
-        """
+        """Raise UserError for a diverged run; add what a resumed run is checked against."""
         checkpointing.refuse_diverged(self.trainer.callback_metrics, self.global_step)
-        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        checkpointing.describe_run(
-            checkpoint, self.trainer, self.model.config, trained=trained, lora=self.lora, base=self.base
-        )
+        checkpointing.describe_run(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits this model; prepare to resume from it in `fit`."""
-        self.check_checkpoint(checkpoint)
+        checkpointing.check_checkpoint(checkpoint, self)
         self._saved_step = checkpoint["global_step"]
         # Other commands read the weights only; load_from_checkpoint has no Trainer.
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self._saved_optimizer = checkpoint.get("optimizer")
             checkpointing.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
-
-    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise UserError for a checkpoint of another network, adapter or base."""
-        checkpointing.check_checkpoint(checkpoint, self.model.config, lora=self.lora, base=self.base)
 
     @property
     def trained_steps(self) -> int:
@@ -250,9 +221,7 @@ class DreamModule(L.LightningModule):
             focal_gamma=self.focal_gamma,
         )
 
-    def noise(
-        self, batch: Batch, *, stratified: bool = True, t_max: float = 1.0, eos_as_one: bool = False
-    ) -> NoisedBatch:
+    def noise(self, batch: Batch, *, stratified=True, t_max: float = 1.0, eos_as_one: bool = False) -> NoisedBatch:
         """x_0 → x_t, with the noise of each document's (seed, epoch, sample)."""
         if stratified:
             t = diffusion.stratified_t(self.seed, batch.epochs, batch.document_ids, t_min=T_MIN, t_max=t_max)  # [B, L]
@@ -269,10 +238,9 @@ class DreamModule(L.LightningModule):
         )
 
     def training_noise(self, batch: Batch) -> tuple[Batch, NoisedBatch]:
-        """The rows to train on, with their complements if asked for, and their noise.
+        """The rows to train on, with `complementary_masks` twice, and their noise.
 
-        The noise is made on the host: the number of masked tokens decides shapes, and to read it from a GPU would
-        synchronize.
+        It is made on the host: shapes depend on the number of masked tokens, and to read it from a GPU synchronizes.
         """
         rows, options = batch.on_host, {"stratified": self.stratified_t, "eos_as_one": self.treat_eos_as_one}
         if self.complementary_masks:
@@ -290,7 +258,6 @@ class DreamModule(L.LightningModule):
         return diffusion.token_nll(h, self.model.lm_head, targets, chunk=chunk, compiled=self.compile_layers)
 
     def on_train_start(self) -> None:
-        """Start the totals; resume at the checkpoint's row of the data."""
         checkpointing.resume(self.trainer, self._saved_optimizer)
         self._saved_optimizer = self._saved_step = None
         self.totals = StepAccumulator(self.device)
@@ -304,7 +271,6 @@ class DreamModule(L.LightningModule):
         self._accumulates_in_place = model_factory.accumulate_in_place(self.model, enable)
 
     def on_train_end(self) -> None:
-        """Leave a model that any training loop can use."""
         model_factory.accumulate_in_place(self.model, False)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -314,15 +280,14 @@ class DreamModule(L.LightningModule):
             optimizer.zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One micro-batch: its share of the optimizer step's loss sum."""
         batch, noised = self.training_noise(batch)
         nll = self.masked_nll(batch, noised)
         terms = self.loss(batch, noised, nll)
         self.totals.add(batch, noised, nll.detach(), terms)
-        return scaled_loss(terms.sum, self.trainer.accumulate_grad_batches)
+        return terms.sum * (GRADIENT_SCALE * self.trainer.accumulate_grad_batches)  # Lightning divides by the latter
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the count of the whole step, over micro-batches and ranks, and log."""
+        """Divide the gradients by the count of the whole step, over micro-batches and ranks."""
         loss_sum, count, masked, maskable = self.totals.take_step(self.trainer.world_size)
         divide_gradients(_parameters(optimizer), count, self.trainer.world_size)
         loss = loss_sum / count.clamp(min=1)
@@ -347,12 +312,7 @@ class DreamModule(L.LightningModule):
         computes_in = {"bf16": torch.bfloat16, "16": torch.float16}.get(self.trainer.precision.split("-")[0])
         return matmul_ceiling(self.device, computes_in or self.weights_dtype)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         parameters = _parameters(optimizer)
         norm = fsdp.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if gradient_clip_val:
@@ -360,18 +320,13 @@ class DreamModule(L.LightningModule):
         self.log("train/gradient_norm", norm)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimizer of all trainable parameters and its schedule, stepped every optimizer step.
-
-        Raises:
-            UserError: an optimizer that loses updates of bfloat16 weights; a schedule without an end.
-        """
+        """Raises UserError for an optimizer that loses updates of bfloat16 weights, or a schedule without an end."""
         trainable = [p for p in self.parameters() if p.requires_grad]
         optimizer = self.optimizer(decay_groups(trainable))
         if any(p.dtype == torch.bfloat16 for p in trainable) and not isinstance(optimizer, AdamW8bit):
             raise UserError(
-                f"model.optimizer is {type(optimizer).__name__} and bfloat16 weights train, which loses small "
-                "updates: set model.optimizer to dream_lightning.training.optimizer.AdamW8bit, or model.dtype to "
-                "float32"
+                f"model.optimizer {type(optimizer).__name__} loses small updates of bfloat16 weights: set it to "
+                "dream_lightning.training.optimizer.AdamW8bit, or model.dtype to float32"
             )
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -380,7 +335,7 @@ class DreamModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the metrics: `trainer.validate` makes them in inference mode, where `fit` cannot add to them."""
+        # `trainer.validate` makes their tensors in inference mode, where `fit` cannot add to them.
         self.val_nll.reset()
         self.val_answers.reset()
 
@@ -397,18 +352,13 @@ class DreamModule(L.LightningModule):
         self.val_answers.update(answers)
         return answers
 
-    def on_validation_epoch_end(self) -> None:
-        """Log `val/nll` (upper bound of −log p in nats a token), `val/accuracy`, `val/unparsed` and
-        `val/tokens_per_forward`.
-        """
-        self._log_scores("val")
-
     def on_validation_end(self) -> None:
-        """Free what compiled answers hold on the device before training continues."""
         if self.trainer.state.fn == "fit":
             release_compiled(self.model)
 
-    def _log_scores(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/nll` (upper bound of −log p in nats a token), `val/accuracy`, `unparsed`, `tokens_per_forward`."""
+        stage = "test" if self.trainer.testing else "val"
         if self.val_nll.update_called:
             self.log(f"{stage}/nll", self.val_nll.compute(), prog_bar=True)
         if self.val_answers.update_called:
@@ -419,9 +369,7 @@ class DreamModule(L.LightningModule):
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
-
-    def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> Answers:
         return self.answer(batch)

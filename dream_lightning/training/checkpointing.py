@@ -1,7 +1,7 @@
 """Checkpoint files: written atomically, never of a diverged run, and refused by a model that they do not fit."""
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from torch import Tensor
 
-from dream_lightning.adapters import LoraParams, check_adapters
+from dream_lightning.adapters import check_adapters
 from dream_lightning.atomic import atomic_write
 from dream_lightning.errors import UserError
-from dream_lightning.model import DreamConfig
 
 # The fields of DreamConfig that must agree between a checkpoint and the model.
 _NETWORK = (
@@ -25,11 +24,7 @@ _NETWORK = (
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written atomically.
-
-    Lightning's own writer builds the file in memory, twice (for full fine-tuning of 7B, 2 × 46 GB), and copies it over
-    the previous one if that is on another disk. URLs use Lightning's writer.
-    """
+    """Lightning's checkpoint files, written atomically and without Lightning's two copies in memory; URLs excepted."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None or not _is_local_file_protocol(path):
@@ -40,105 +35,70 @@ class SafeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if _is_local_file_protocol(path):
+        if _is_local_file_protocol(path) and not zipfile.is_zipfile(path):  # a zip file is recognized by its end
+            problem = "is incomplete or not a checkpoint: use an earlier one"
             if Path(path).is_dir():
-                raise UserError(
-                    f"{path} is a folder, a sharded checkpoint: set trainer.strategy=fsdp2, which resumes from it on "
-                    "any number of GPUs, or export it and name the new folder in model.pretrained"
-                )
-            if not Path(path).exists():
-                raise UserError(
-                    f"{path} does not exist: set ckpt_path to a checkpoint of this run, or to `last` for the newest in "
-                    "checkpoint.dirpath and autosave.dirpath"
-                )
-            if not zipfile.is_zipfile(path):  # the table of contents is at the end of the file
-                raise UserError(f"{path} is incomplete or not a checkpoint: use an earlier one")
+                problem = "is a folder, a sharded checkpoint: set trainer.strategy=fsdp2, or export it"
+            elif not Path(path).exists():
+                problem = "does not exist: set ckpt_path to a checkpoint of this run, or to `last`"
+            raise UserError(f"{path} {problem}")
         return super().load_checkpoint(path, *args, **kwargs)
 
 
 def tensor_bytes(tree: Any) -> int:
     """Bytes of the tensors in nested dicts, lists and tuples."""
-    if isinstance(tree, Tensor):
-        return tree.nbytes
     if isinstance(tree, dict):
-        return sum(map(tensor_bytes, tree.values()))
-    return sum(map(tensor_bytes, tree)) if isinstance(tree, list | tuple) else 0
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return sum(map(tensor_bytes, tree))
+    return tree.nbytes if isinstance(tree, Tensor) else 0
 
 
 def refuse_diverged(metrics: Mapping[str, Tensor], step: int) -> None:
-    """Stop a diverged run before it replaces its last good checkpoint.
-
-    Raises:
-        UserError: the last loss or gradient norm is not finite.
-    """
+    """Raise UserError if the last loss or gradient norm is not finite, before the last good checkpoint is replaced."""
     for name in ("train/loss", "train/gradient_norm"):
         if name in metrics and not metrics[name].isfinite():
             raise UserError(
-                f"{name} is {metrics[name].item()} at step {step}: the run has diverged, and its weights are not "
-                "saved. Start again with a lower learning rate or a longer warm-up (model.warmup_fraction), or resume "
-                "from the last checkpoint"
+                f"{name} is {metrics[name].item()} at step {step}: the run has diverged and is not saved. Resume from "
+                "its last checkpoint, or lower the learning rate or lengthen the warm-up (model.warmup_fraction)"
             )
 
 
-def describe_run(
-    checkpoint: dict[str, Any],
-    trainer: L.Trainer,
-    config: DreamConfig,
-    *,
-    trained: Iterable[str],
-    lora: LoraParams | None,
-    base: dict[str, str] | None,
-) -> None:
-    """Add to a checkpoint what `check_checkpoint` and `resume` compare; of an adapted model keep only the adapters.
-
-    Args:
-        checkpoint: changed in place.
-        trained: names of the parameters that train.
-        lora, base: the adapters and the fingerprint of their base; None if all weights train.
-    """
-    checkpoint["dream_config"] = config.to_dict()
-    checkpoint["accumulate_grad_batches"] = trainer.accumulate_grad_batches
-    checkpoint["optimizer"] = next((type(optimizer).__name__ for optimizer in trainer.optimizers), None)
-    if lora is not None:
+def describe_run(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
+    """Add to a DreamModule's checkpoint what is compared when it is loaded; of an adapted model keep only adapters."""
+    checkpoint["dream_config"] = module.model.config.to_dict()
+    checkpoint["accumulate_grad_batches"] = module.trainer.accumulate_grad_batches
+    checkpoint["optimizer"] = next((type(optimizer).__name__ for optimizer in module.trainer.optimizers), None)
+    if module.lora is not None:
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in trained if name in state}
-        checkpoint["lora"], checkpoint["base"] = asdict(lora), base
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
+        checkpoint["lora"], checkpoint["base"] = asdict(module.lora), module.base
 
 
-def check_checkpoint(
-    checkpoint: dict[str, Any], config: DreamConfig, *, lora: LoraParams | None, base: dict[str, str] | None
-) -> None:
-    """Refuse a checkpoint of another network, with other adapters, or of another base; reads no tensor.
-
-    Raises:
-        UserError: not a checkpoint of a DreamModule; other sizes, constants or token ids, by name; other adapters or
-            base.
-    """
+def check_checkpoint(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
+    """Raise UserError for a checkpoint of another network (by name), with other adapters, or of another base."""
     if "dream_config" not in checkpoint:
         raise UserError("the checkpoint was not saved by a DreamModule: name one of a run of this package")
-    saved, ours = checkpoint["dream_config"], config.to_dict()
+    saved, ours = checkpoint["dream_config"], module.model.config.to_dict()
     if others := [f"{name} {saved[name]}, here {ours[name]}" for name in _NETWORK if saved[name] != ours[name]]:
         raise UserError(
-            f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that saved "
-            "it, or start a new run without ckpt_path"
+            f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that saved it"
         )
-    check_adapters(checkpoint, lora, base)
+    check_adapters(checkpoint, module.lora, module.base)
 
 
 def resume(trainer: L.Trainer, saved_optimizer: str | None) -> None:
     """Continue at the checkpoint's row of the data; call it when training starts.
 
-    Args:
-        saved_optimizer: class name of the checkpoint's optimizer; None without a checkpoint.
-
     Raises:
-        UserError: the checkpoint holds the states of another optimizer.
+        UserError: `saved_optimizer`, the class name in the checkpoint if there is one, is not this run's.
     """
     ours = type(trainer.optimizers[0]).__name__
     if saved_optimizer not in (None, ours):
         raise UserError(
             f"the checkpoint holds the states of {saved_optimizer} and model.optimizer is {ours}: use the optimizer of "
-            "the run that saved it, or export it and start a new run with the folder as model.pretrained"
+            "the run that saved it, or export it and name the folder in model.pretrained"
         )
     # Where the schedule needs the length of an epoch, Lightning makes the loader before it reads the checkpoint, and
     # would start the epoch again.
@@ -146,13 +106,7 @@ def resume(trainer: L.Trainer, saved_optimizer: str | None) -> None:
 
 
 def rescale_progress(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Convert a checkpoint's progress in its epoch to micro-batches of this run, in place.
-
-    With another number of processes a step of as many rows has another number of micro-batches, which Lightning counts.
-
-    Args:
-        accumulate: micro-batches of a step now.
-    """
+    """Convert a checkpoint's progress in its epoch, counted in micro-batches, to steps of `accumulate`, in place."""
     before = checkpoint.get("accumulate_grad_batches", accumulate)
     if before == accumulate:
         return

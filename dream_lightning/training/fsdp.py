@@ -1,14 +1,12 @@
 """Several processes: the FSDP2 strategy, sharding and reading shards, DDP, and what is refused as untested."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -25,20 +23,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamModel
-from dream_lightning.training.sharded_checkpoint import is_sharded, read_into, read_rest, write
+from dream_lightning.training.checkpointing import check_checkpoint
+from dream_lightning.training.sharded_checkpoint import read_into, read_rest, write
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Weights, gradients and optimizer states sharded over all processes; `trainer.strategy=fsdp2`.
 
-    A checkpoint is a folder (see `sharded_checkpoint`) from which any number of processes resumes. It does not hold
-    frozen weights.
+    A checkpoint is a folder without frozen weights (see `sharded_checkpoint`); any number of processes resumes from it.
     """
 
-    def __init__(
-        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
-    ) -> None:
-        super().__init__(1, 1, process_group_backend=process_group_backend, timeout=timeout)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(1, 1, **options)
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -46,24 +42,19 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Reduce the gradients of adapters at a step's last micro-batch only.
-
-        Unreduced gradients are not sharded: those of all weights would take 31 GB for a 7B in float32.
-        """
+        """Reduce the gradients of adapters once a step. Those of all weights would take 31 GB unreduced for a 7B."""
         adapted = not all(parameter.requires_grad for parameter in self.model.parameters())
         self.model.set_requires_gradient_sync(not adapted)
-        try:
-            yield
-        finally:
-            self.model.set_requires_gradient_sync(True)
+        yield
+        self.model.set_requires_gradient_sync(True)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
                 raise UserError(
-                    f"model.optimizer is {type(optimizer).__name__}, which is not tested on sharded weights "
-                    "(trainer.strategy fsdp2): set it to torch.optim.AdamW, whose states are sharded too"
+                    f"model.optimizer is {type(optimizer).__name__}, not tested with trainer.strategy fsdp2: set it to "
+                    "torch.optim.AdamW"
                 )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -78,46 +69,31 @@ class FSDP2Strategy(ModelParallelStrategy):
         write(state, rest, path, is_rank_zero=self.is_global_zero, broadcast=self.broadcast)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load the folder's weights and optimizer states and return the rest. Always `weights_only`.
-
-        Raises:
-            UserError: a single file, or the checkpoint of another model or optimizer.
-        """
+        """Load the folder's weights and optimizer states and return the rest. Always `weights_only`."""
         path = Path(self.broadcast(str(checkpoint_path)))
-        if not is_sharded(path):
+        if path.is_file():
             raise UserError(
-                f"{path} is not a sharded checkpoint, and trainer.strategy is fsdp2: use the strategy that saved it "
-                "(auto on one device, ddp on several), or export it and name the folder in model.pretrained"
+                f"{path} is not a sharded checkpoint, as trainer.strategy fsdp2 needs: use the strategy that saved it, "
+                "or export it and name the folder in model.pretrained"
             )
         rest = read_rest(path)
-        self.lightning_module.check_checkpoint(rest)
+        check_checkpoint(rest, self.lightning_module)
         if self.optimizers and "lr_schedulers" not in rest:
             raise UserError(f"{path} holds weights only (save_weights_only): training cannot resume from it")
-        weights = {"state_dict": get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))}
-        read_into(weights, path)
-        self.model.load_state_dict(weights["state_dict"], strict=False)
+        state = {"state_dict": get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))}
+        state |= {f"optimizer_{i}": get_optimizer_state_dict(self.model, o) for i, o in enumerate(self.optimizers)}
+        read_into(state, path)
+        self.model.load_state_dict(state["state_dict"], strict=False)
         for i, optimizer in enumerate(self.optimizers):
-            state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
-            read_into(state, path)
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
         return rest
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2 over all processes", override=True)
 
-_INSTEAD = {
-    "ModelParallelStrategy": "set trainer.strategy=fsdp2, which shards over all processes and saves atomically",
-    "FSDPStrategy": "set trainer.strategy=fsdp2, its successor",
-    "DeepSpeedStrategy": "set trainer.strategy=fsdp2, which shards weights and optimizer as ZeRO 3 does",
-}
-
 
 def refuse_sharded(*, quantized: bool, compiled_answers: bool) -> None:
-    """Refuse what sharded weights cannot do.
-
-    Raises:
-        UserError: what was got, and what to use instead.
-    """
+    """Raise UserError for what sharded weights cannot do."""
     if quantized:
         raise UserError("trainer.strategy is fsdp2, but quantized weights are not sharded: set trainer.strategy=ddp")
     if compiled_answers:
@@ -125,11 +101,7 @@ def refuse_sharded(*, quantized: bool, compiled_answers: bool) -> None:
 
 
 def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, compiled_answers: bool = False) -> None:
-    """Refuse a combination of strategy, precision and kind of training that is not tested, before anything is loaded.
-
-    Raises:
-        UserError: what was got, and what to use instead.
-    """
+    """Raise UserError for strategies, precisions and kinds of training that are not tested together."""
     strategy, name, precision = trainer.strategy, type(trainer.strategy).__name__, str(trainer.precision)
     sharded = isinstance(strategy, FSDP2Strategy)
     if sharded:
@@ -139,31 +111,17 @@ def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, compi
     clip_at, accumulate = trainer.gradient_clip_val or 0, trainer.accumulate_grad_batches
     refusals = [
         (
-            # exact types: DeepSpeedStrategy is a DDPStrategy
-            not sharded and type(strategy) not in (SingleDeviceStrategy, DDPStrategy),
-            f"trainer.strategy is {name}, which is not tested here: "
-            + _INSTEAD.get(name, "use one device, or set trainer.strategy to ddp or fsdp2 on several"),
+            not sharded and type(strategy) not in (SingleDeviceStrategy, DDPStrategy),  # DeepSpeedStrategy is a DDP one
+            f"trainer.strategy is {name}, which is not tested: set it to fsdp2 or ddp on several devices, auto on one",
         ),
-        (
-            adapted and precision == "bf16-true",
-            "trainer.precision bf16-true would round the adapters: set it to bf16-mixed",
-        ),
+        (adapted and precision == "bf16-true", "trainer.precision bf16-true would round the adapters: set bf16-mixed"),
         (
             precision not in tested,
-            f"trainer.precision is {precision}, not tested with {name}: set it to {' or '.join(tested)}",
+            f"trainer.precision is {precision}, not tested with {name}: set {' or '.join(tested)}",
         ),
-        (
-            clip_by not in (None, "norm"),
-            f"trainer.gradient_clip_algorithm is {clip_by}, wanted norm, or none at all",
-        ),
-        (
-            not clip_at >= 0,
-            f"trainer.gradient_clip_val is {clip_at}, wanted a norm above 0, such as 1.0, or null",
-        ),
-        (
-            accumulate < 1,
-            f"trainer.accumulate_grad_batches is {accumulate}, wanted at least 1: the micro-batches of a step",
-        ),
+        (clip_by not in (None, "norm"), f"trainer.gradient_clip_algorithm is {clip_by}, wanted norm, or none at all"),
+        (not clip_at >= 0, f"trainer.gradient_clip_val is {clip_at}, wanted a norm above 0, such as 1.0, or null"),
+        (accumulate < 1, f"trainer.accumulate_grad_batches is {accumulate}, wanted at least 1"),
     ]
     for refused, message in refusals:
         if refused:
@@ -171,11 +129,7 @@ def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, compi
 
 
 def ignore_frozen_in_ddp(module: nn.Module) -> None:
-    """Keep DDP from broadcasting frozen weights and buffers: every process reads them from the same files.
-
-    DDP would broadcast them all at the start, and buffers again at every step: the scales of 4-bit layers, and half the
-    weights of 8-bit layers, in a dtype that process groups may not support.
-    """
+    """Keep DDP from broadcasting frozen weights and buffers, whose dtypes process groups may not support."""
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen + buffers)
@@ -199,19 +153,15 @@ def shard(
 ) -> None:
     """Shard every weight over the processes of a one-dimensional mesh, by rows.
 
-    The embeddings, each decoder layer, and the rest (last norm and head) with `root` are gathered as units. A whole
-    step of training or validation is one forward of `root`, so the head is gathered once a step however often it runs:
-    in chunks, at every denoising step, or never if one process has nothing masked. Every process therefore makes the
-    same collectives as long as it calls `model.model` equally often. Frozen embeddings and head are gathered once and
-    kept, because no computation would hide their communication.
+    The embeddings, each decoder layer, and the rest (last norm and head) with `root` are gathered as units. A step of
+    training or validation is one forward of `root`, so the head is gathered once however often it runs, and every
+    process makes the same collectives as long as it calls `model.model` equally often. Frozen embeddings and head stay
+    gathered, because no computation would hide their communication. Gradients are reduced in float32.
 
     Args:
         model: whole, or on the meta device (see `read_shards`); its layers may be compiled already.
-        root: the module that holds `model` and calls it, such as a LightningModule.
-        mesh: the data-parallel processes.
+        root: the module that holds `model` and calls it in its methods `steps`.
         compute_dtype: dtype of gathered weights, such as bfloat16 over float32 masters; None keeps the weights' own.
-            Gradients are reduced in float32.
-        steps: names of the methods of `root` that call the model.
     """
     # Inputs are not cast: the token weights of a batch must stay float32.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -231,11 +181,7 @@ def shard(
 
 @torch._dynamo.disable
 def _same_input_when_recomputed(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Give a compiled layer the same kind of input in the forward pass and in its recomputation.
-
-    FSDP2 passes an input that needs a gradient on as a view without the mark for a dynamic length, but not in
-    recomputation. Each layer would be compiled twice, the first time for the length of the first row.
-    """
+    # FSDP2 replaces an input by a view without the mark for a dynamic length, but not in recomputation.
     if not layer.training:
         return None
     x = inputs[0].view_as(inputs[0])
@@ -243,36 +189,30 @@ def _same_input_when_recomputed(layer: nn.Module, inputs: tuple[Any, ...]) -> tu
     return (x, *inputs[1:])
 
 
-def read_shards(
-    model: DreamModel, files: dict[str, Path], *, device: torch.device, official_name: Callable[[str], str]
-) -> None:
+def read_shards(model: DreamModel, files: dict[str, Path], device: torch.device) -> None:
     """Fill the weights of a sharded model that are on the meta device; each process reads only its own rows.
-
-    Besides the result a process holds one shard of one tensor (0.5 GiB for the head of the 7B on two processes).
 
     Args:
         files: tensor name → safetensors file, as `loading.weight_files` finds them.
         device: where the weights go.
-        official_name: maps the name of a parameter, which adapters change, to that in the files.
     """
     empty = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
-    state = {name: _own_rows(p, files, official_name(name), device) for name, p in empty.items()}
+    # adapters rename the layers that they wrap
+    state = {name: _own_rows(p, files, name.replace(".base_layer.", "."), device) for name, p in empty.items()}
     model.load_state_dict(state, strict=False, assign=True)
 
 
 def _own_rows(parameter: DTensor, files: dict[str, Path], name: str, device: torch.device) -> DTensor:
     mesh, count = parameter.device_mesh, parameter.shape[0]
     share = -(-count // mesh.size())  # as FSDP2 shards: the last processes get fewer rows or none
-    start = min(mesh.get_local_rank() * share, count)
-    stop = min(start + share, count)
+    start, stop = (min(rank * share, count) for rank in (mesh.get_local_rank(), mesh.get_local_rank() + 1))
     rows = torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device=device)
     if stop > start:
         # Opened for each tensor, because pages of a mapped file count as this process's memory until it is closed.
         with safe_open(files[name], framework="pt") as file:
             rows = file.get_slice(name)[start:stop].to(device, parameter.dtype, copy=True)
-    return DTensor.from_local(
-        rows, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    shape = {"shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(rows, mesh, parameter.placements, run_check=False, **shape)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -34,12 +34,10 @@ class Autosave(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._signal, self._stopping = 0, False
         if stage == "fit" and trainer.is_global_zero:
             for partial in remove_partials(self.dirpath):
                 rank_zero_info(f"Removed {partial}, which was incomplete when an earlier run was killed")
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._signal, self._stopping = 0, False
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._handle_signals()
@@ -56,23 +54,22 @@ class Autosave(ModelCheckpoint):
             signal.default_int_handler(number, frame)
         self._signal = number
         # not print: the signal may interrupt one
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping after this optimizer step, then saving\n".encode())
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this optimizer step, then saving\n".encode())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if trainer.ckpt_path is None and (found := last_checkpoints(trainer)):
+        found = set().union(*(c._find_last_checkpoints(trainer) for c in trainer.checkpoint_callbacks))
+        if found and trainer.ckpt_path is None:
             rank_zero_warn(
-                f"{found[-1]} belongs to another run, and this one was started without --ckpt_path: it starts anew and "
-                "saves next to it. Stop it and add --ckpt_path last to resume, or name another folder in "
-                "checkpoint.dirpath and autosave.dirpath"
+                f"{max(found)} belongs to another run, and this one starts anew next to it: add --ckpt_path last to "
+                "resume that run, or name another folder in checkpoint.dirpath and autosave.dirpath"
             )
         self._handle_signals()
         self._last_step, self._step = trainer.estimated_stepping_batches, trainer.global_step
         self._last_global_step_saved = trainer.global_step  # this step is on the disk already, or there is none
         # On several processes Lightning asks before every micro-batch whether its handler of SIGTERM was called, which
         # synchronizes with the GPU. Its handler is replaced.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -85,15 +82,12 @@ class Autosave(ModelCheckpoint):
         if self._stopping or trainer.global_step >= self._last_step:
             self._save(trainer)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Stop, after the metrics of the last step were logged."""
-        self._stop(trainer)
+        if self._stopping:
+            self._stop(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop, after the metrics of the last step were logged."""
-        self._stop(trainer)
+    on_validation_start = on_train_batch_start
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Stop without waiting for the end of a long validation, unless it runs in the middle of a step."""
@@ -115,22 +109,20 @@ class Autosave(ModelCheckpoint):
             due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         else:
             due = trainer.validating and self._stopping
-        if not due:
-            return
-        loops = checkpoint["loops"]["fit_loop"]
-        for counts in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
-            counts["completed"] = counts["processed"]
-        validation = loops["epoch_loop.val_loop.batch_progress"]
-        finished = validation["total"]["processed"]
-        validation["total"] |= {"ready": finished + 1, "started": finished + 1, "completed": finished}
-        validation["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        if due:
+            loops = checkpoint["loops"]["fit_loop"]
+            for counts in map(loops["epoch_loop.batch_progress"].get, ("total", "current")):
+                counts["completed"] = counts["processed"]
+            validation = loops["epoch_loop.val_loop.batch_progress"]
+            finished = validation["total"]["processed"]
+            validation["total"] |= {"ready": finished + 1, "started": finished + 1, "completed": finished}
+            validation["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save a run that ended before its last step, by early stopping."""
         self._save(trainer)
 
     def _any_signal(self, trainer: L.Trainer) -> bool:
-        """Whether any rank was told to stop; the same on all."""
         return trainer.strategy.reduce_boolean_decision(self._signal != 0, all=False)
 
     def _save(self, trainer: L.Trainer) -> None:
@@ -138,8 +130,6 @@ class Autosave(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _stop(self, trainer: L.Trainer) -> None:
-        if not self._stopping:
-            return
         number = torch.tensor(self._signal, device=trainer.strategy.root_device)
         number = int(trainer.strategy.reduce(number, reduce_op="max"))
         rank_zero_info(
@@ -150,12 +140,3 @@ class Autosave(ModelCheckpoint):
         if number == signal.SIGUSR1 and job and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=True)
         raise SystemExit(128 + number)
-
-
-def last_checkpoints(trainer: L.Trainer) -> list[str]:
-    """What `--ckpt_path last` chooses the newest of."""
-    return sorted(set().union(*(callback._find_last_checkpoints(trainer) for callback in trainer.checkpoint_callbacks)))
-
-
-def _do_nothing() -> None:
-    pass

@@ -23,12 +23,9 @@ _SHOWN = {
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar with short names, the most important on the left: a narrow terminal cuts off the right.
 
-    It shows `loss`, `val_nll`, `val_acc`, `tok/s`, `mfu`, `GiB`, `useful` and `wait`: `train/loss`, `val/nll`,
-    `val/accuracy` and the scalars of `Throughput`.
-
-    It never synchronizes with the GPU. The loss is copied asynchronously, so it is most often one micro-batch old.
-    Other scalars that a module logs with `prog_bar=True` are read by Lightning after every micro-batch; tensors of a
-    GPU make it synchronize each time.
+    It shows `train/loss`, `val/nll`, `val/accuracy` and the scalars of `Throughput`, and never synchronizes with the
+    GPU: the loss is copied asynchronously, so it is about one micro-batch old. For other scalars on a GPU that a module
+    logs with `prog_bar=True`, Lightning synchronizes after every micro-batch.
     """
 
     fetches_loss = True  # DreamModule then logs the loss without showing it
@@ -37,18 +34,13 @@ class ProgressBar(TQDMProgressBar):
     _copy: "_AsyncCopy | None" = None
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Start copying the loss of a new step; show the last one that has arrived."""
-        self._take()
-        if self._copy is None and self._step != trainer.global_step:
-            loss = trainer.callback_metrics.get("train/loss")
-            self._copy = None if loss is None else _AsyncCopy(loss)
-            self._step = trainer.global_step
-            self._take()
-        super().on_train_batch_end(trainer, *arguments)
-
-    def _take(self) -> None:
+        """Show the last loss that has arrived; start copying that of a new step."""
         if self._copy is not None and self._copy.done():
             self._loss, self._copy = float(self._copy.value), None
+        loss = trainer.callback_metrics.get("train/loss")
+        if self._copy is None and self._step != trainer.global_step and loss is not None:
+            self._copy, self._step = _AsyncCopy(loss), trainer.global_step
+        super().on_train_batch_end(trainer, *arguments)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:

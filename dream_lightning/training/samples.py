@@ -1,6 +1,7 @@
 """Answers of the validation as texts in the logger."""
 
 import re
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -16,31 +17,26 @@ _LINE_END = re.compile(r"\r\n?|\n")
 
 
 class SampleLogger(L.Callback):
-    """Log some validation answers and one denoising history as text, at every validation.
+    """Log `count` validation answers and one denoising history as text, at every validation.
 
     TensorBoard shows them in its Text tab, long texts shortened in the middle; Weights & Biases gets a table of whole
     texts. Other loggers get none.
-
-    Args:
-        count: how many answers to log.
     """
 
     def __init__(self, count: int = 8) -> None:
         self.count = count
         self._predictions: list[Prediction] = []
-        self._history: str | None = None
+        self._history = ""
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._predictions, self._history = [], None
+        self._predictions, self._history = [], ""
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args) -> None:
         if not isinstance(outputs, Answers):
             return
         counted = [p for p, counts in zip(outputs.predictions, outputs.counted, strict=True) if counts]
         self._predictions += counted[: self.count - len(self._predictions)]
-        if outputs.history is not None and self._history is None:
+        if outputs.history is not None and not self._history:
             self._history = history_text(outputs.history[:, 0, outputs.prompt_length :], pl_module.tokenizer)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -50,14 +46,12 @@ class SampleLogger(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("val/samples", samples_text(self._predictions), step)
-                if self._history:
-                    logger.experiment.add_text("val/denoising", self._history, step)
+                logger.experiment.add_text("val/denoising", self._history, step)
             elif isinstance(logger, WandbLogger):
                 columns = ["question", "answer", "reference", "correct", "response"]
                 rows = [[p.prompt, p.answer, p.reference, str(p.correct), p.prediction] for p in self._predictions]
                 logger.log_text("val/samples", columns, rows, step=step)
-                if self._history:
-                    logger.log_text("val/denoising", ["history"], [[self._history]], step=step)
+                logger.log_text("val/denoising", ["history"], [[self._history]], step=step)
 
 
 def samples_text(predictions: list[Prediction]) -> str:
@@ -67,33 +61,30 @@ def samples_text(predictions: list[Prediction]) -> str:
     for number, p in enumerate(predictions, start=1):
         answer = "(unparsed)" if p.answer is None else p.answer
         head = f"{number}. {verdicts[p.correct]}: answer {answer}, reference {p.reference}"
-        texts = [_shorten(text) for text in (head, p.prompt, p.prediction)]
-        blocks.append("\n".join(_code("\n\n".join(texts))))
+        blocks.append(_code("\n\n".join(map(_shorten, (head, p.prompt, p.prediction)))))
     return "\n\n---\n\n".join(blocks)
 
 
 def history_text(states: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
     """Some of the states [S, N] as a Markdown code block: ▒ is a mask, ↵ a line end, ∎ eos."""
     steps, eos = len(states), tokenizer.eos_token_id
-    lines = []
+    blocks = []
     for step in sorted({round(i * (steps - 1) / (_STATES - 1)) for i in range(_STATES)}):
         tokens = states[step].tolist()
         final_eos = next((i for i, token in enumerate(reversed(tokens)) if token != eos), len(tokens))
         text = tokenizer.decode(tokens[: len(tokens) - final_eos], skip_special_tokens=False)
         text = text.replace(tokenizer.mask_token, "▒").replace(tokenizer.eos_token, "∎")
         text = _shorten(_LINE_END.sub("↵", text)) + (f"∎×{final_eos}" if final_eos else "")
-        lines += _code(text, head=f"step {step + 1:>{len(str(steps))}}/{steps}: ")
-    return "\n".join(lines)
+        blocks.append(_code(text, head=f"step {step + 1:>{len(str(steps))}}/{steps}: "))
+    return "\n".join(blocks)
 
 
-def _code(text: str, head: str = "") -> list[str]:
-    """Lines of a Markdown code block after `head`; long lines are broken."""
+def _code(text: str, head: str = "") -> str:
+    """A Markdown code block after `head`; long lines are broken."""
     broken = [line[i : i + _WIDTH] for line in _LINE_END.split(text) for i in range(0, max(1, len(line)), _WIDTH)]
-    return [f"    {head if n == 0 else ' ' * len(head)}{line}" for n, line in enumerate(broken)]
+    return "\n".join(f"    {' ' * len(head) if n else head}{line}" for n, line in enumerate(broken))
 
 
 def _shorten(text: str) -> str:
-    half = _LONGEST // 2
-    if len(text) <= _LONGEST:
-        return text
-    return f"{text[:half]} [… {len(text) - _LONGEST:,} characters …] {text[-half:]}"
+    half, left_out = _LONGEST // 2, len(text) - _LONGEST
+    return text if left_out <= 0 else f"{text[:half]} [… {left_out:,} characters …] {text[-half:]}"

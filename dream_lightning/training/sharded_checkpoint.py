@@ -35,19 +35,12 @@ _TABLE_CLASSES = {
 }
 
 
-def is_sharded(path: str | Path) -> bool:
-    """Whether this is the folder of a sharded checkpoint, complete or not."""
-    return (Path(path) / _REST).is_file() or any(Path(path).glob("*.distcp"))
-
-
 def write(
     state: dict[str, Any], rest: dict[str, Any], path: Path, *, is_rank_zero: bool, broadcast: Callable[[Any], Any]
 ) -> None:
-    """Write the folder atomically; all processes call this. There must be room for it and an older one of that name.
+    """Write the folder atomically; all processes call this, with their shards in `state`.
 
     Args:
-        state: tensors, of which every process holds its shards.
-        rest: what is the same on all processes.
         broadcast: returns rank 0's argument on every process.
 
     Raises:
@@ -60,15 +53,11 @@ def write(
             try:
                 result = work()
             except (OSError, RuntimeError, UserError) as error:
-                problem = error if isinstance(error, UserError) else not_written(path, error)
-        result, problem = broadcast((result, problem and str(problem)))
-        if problem is not None:
+                problem = str(error if isinstance(error, UserError) else not_written(path, error))
+        result, problem = broadcast((result, problem))
+        if problem:
             raise UserError(problem)
         return result
-
-    def write_rest() -> None:
-        with (partial / _REST).open("wb") as file:
-            torch.save(rest, file)
 
     with ExitStack() as stack:
         folder = atomic_write(path, needed_bytes=tensor_bytes(state))
@@ -76,8 +65,8 @@ def write(
         try:
             dcp.save(state, checkpoint_id=partial)
         except CheckpointException as error:  # on all processes
-            raise not_written(path, next(iter(error.failures.values()))[0]) from error
-        on_rank_zero(write_rest)
+            raise not_written(path, _reason(error)) from error
+        on_rank_zero(lambda: torch.save(rest, partial / _REST))
         on_rank_zero(stack.pop_all().close)
 
 
@@ -87,27 +76,23 @@ def read_rest(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no sharded checkpoint; it is incomplete or damaged; it holds more than plain values.
     """
-    folder = Path(path)
-    if missing := [name for name in (_TABLE, _REST) if not (folder / name).is_file()]:
-        raise UserError(
-            f"{folder} lacks {' and '.join(missing)}: it is no sharded checkpoint, or incomplete. Use an earlier one"
-        )
-    with _named_errors(folder / _REST):
-        return torch.load(folder / _REST, map_location="cpu", weights_only=True)
+    if missing := [name for name in (_TABLE, _REST) if not (Path(path) / name).is_file()]:
+        raise UserError(f"{path} lacks {' and '.join(missing)}: it is no sharded checkpoint, or an incomplete one")
+    with _user_errors(path):
+        return torch.load(Path(path) / _REST, map_location="cpu", weights_only=True)
 
 
 def read_sharded(path: str | Path) -> dict[str, Any]:
     """The checkpoint as `torch.load` returns that of one process, without optimizer states.
 
     Raises:
-        UserError: no sharded checkpoint; it is incomplete or damaged; it holds more than tensors and plain values.
+        UserError: as `read_rest`.
     """
     checkpoint, reader = read_rest(path), _Reader(path)
-    with _named_errors(path):
-        entries = reader.read_metadata().state_dict_metadata.items()
+    with _user_errors(path):
         state = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
             if name.startswith(_STATE) and isinstance(entry, TensorStorageMetadata)
         }
         dcp.load(state, storage_reader=reader, no_dist=True)
@@ -121,22 +106,17 @@ def read_into(state: dict[str, Any], path: str | Path) -> None:
         UserError: tensors are missing or of another shape; it is damaged; it holds more than tensors and values.
     """
     reader = _Reader(path)
-    with _named_errors(path, reader):
+    with _user_errors(path):
+        reader.read_metadata()  # torch 2.11 does not pass on why it cannot be read
         dcp.load(state, storage_reader=reader, planner=_Planner())
 
 
 class _Reader(dcp.FileSystemReader):
     """torch's reader, but the pickled table of contents may name only the classes that it consists of."""
 
-    problem: Exception | None = None  # why the table cannot be read; torch 2.11 does not pass it on
-
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        try:
-            with Path(self.path, _TABLE).open("rb") as file:
-                return _TableUnpickler(file).load()
-        except Exception as error:
-            self.problem = error
-            raise
+        with Path(self.path, _TABLE).open("rb") as file:
+            return _TableUnpickler(file).load()
 
 
 class _TableUnpickler(pickle.Unpickler):
@@ -156,12 +136,13 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 
 @contextmanager
-def _named_errors(path: str | Path, reader: _Reader | None = None) -> Iterator[None]:
+def _user_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-        reason = (reader and reader.problem) or error
-        if isinstance(reason, CheckpointException):
-            reason = next(iter(reason.failures.values()))[0]
-        why = " ".join(str(reason).split())[-500:]
+        why = " ".join(str(_reason(error)).split())[-500:]
         raise UserError(f"{path} is damaged, or does not fit this model and optimizer: {why}") from error
+
+
+def _reason(error: Exception) -> Exception:
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

@@ -9,9 +9,8 @@ from dream_lightning.batch import Batch, LossTerms, NoisedBatch
 from dream_lightning.training.fsdp import local, sum_over_processes
 
 QUARTILES = 4
-# Gradients are summed over an optimizer step and divided by its token count once, at its end. Until then they carry
-# this factor, a power of two (so exact), which keeps them near one.
-_GRADIENT_SCALE = 2.0**-10
+# Gradients are divided by the step's token count at its end. Until then this power of two keeps them near one, exactly.
+GRADIENT_SCALE = 2.0**-10
 
 
 class StepAccumulator:
@@ -47,21 +46,12 @@ class StepAccumulator:
 
     def work(self) -> tuple[int, int, int]:
         """Tokens, attending pairs of positions and predictions since training started; synchronizes with the GPU."""
-        tokens, pairs, predictions = self._work.tolist()
-        return tokens, pairs, predictions
-
-
-def scaled_loss(loss_sum: Tensor, accumulate: int) -> Tensor:
-    """The micro-batch's loss sum to call backward on; Lightning divides it by `accumulate`, which this undoes."""
-    return loss_sum * (_GRADIENT_SCALE * accumulate)
+        return tuple(self._work.tolist())
 
 
 def divide_gradients(parameters: Iterable[nn.Parameter], count: Tensor, world_size: int) -> None:
-    """Divide the summed gradients of `scaled_loss` by the step's count, in place.
-
-    Strategies average gradients over processes; the objective needs their sum.
-    """
-    factor = world_size / (_GRADIENT_SCALE * count.clamp(min=1))
+    """Divide the gradients of a step's loss sum, times GRADIENT_SCALE, by the step's count, in place."""
+    factor = world_size / (GRADIENT_SCALE * count.clamp(min=1))  # strategies average over processes
     for parameter in parameters:
         if parameter.grad is not None:
             local(parameter.grad).mul_(factor)

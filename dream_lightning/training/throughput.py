@@ -25,10 +25,7 @@ class Throughput(L.Callback):
     and where a validation starts.
     """
 
-    def __init__(self) -> None:
-        self._since, self._seconds, self._logged_at = 0.0, 0.0, 0
-        self._tokens, self._positions, self._flops, self._waited = 0, 0, 0, 0.0
-        self._ceiling = 0.0
+    _ceiling = _since = _seconds = _tokens = 0.0  # of training; a sanity check comes before
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if hasattr(pl_module, "matmul_ceiling"):
@@ -61,8 +58,8 @@ class Throughput(L.Callback):
     def _scalars(self, trainer: L.Trainer, pl_module: L.LightningModule, flops: int) -> dict[str, float]:
         tokens = float(self._tokens)  # synchronizes, so read it before the clock
         seconds = self._seconds + time.perf_counter() - self._since
-        done, waited = flops - self._flops, _waited(trainer) - self._waited
-        mine = [tokens, self._positions, done, self._ceiling * seconds, waited, seconds]
+        waited = getattr(trainer.train_dataloader, "waited", 0.0) - self._waited
+        mine = [tokens, self._positions, flops - self._flops, self._ceiling * seconds, waited, seconds]
         sums = trainer.strategy.reduce(torch.tensor(mine, device=pl_module.device), reduce_op="sum").tolist()
         tokens, positions, done, could, waited, all_seconds = sums
         scalars = {"tokens_per_second": tokens / seconds, "useful_share": tokens / positions}
@@ -77,9 +74,5 @@ class Throughput(L.Callback):
 
     def _start(self, trainer: L.Trainer, flops: int) -> None:
         self._tokens, self._positions = 0, 0
-        self._flops, self._waited = flops, _waited(trainer)
+        self._flops, self._waited = flops, getattr(trainer.train_dataloader, "waited", 0.0)
         self._seconds, self._since, self._logged_at = 0.0, time.perf_counter(), trainer.global_step
-
-
-def _waited(trainer: L.Trainer) -> float:
-    return getattr(trainer.train_dataloader, "waited", 0.0)

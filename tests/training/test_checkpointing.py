@@ -13,7 +13,7 @@ from test_module import data, module, trainer
 
 from dream_lightning import DreamModule
 from dream_lightning.training import Autosave
-from dream_lightning.training.checkpointing import SafeCheckpointIO, rescale_progress, tensor_bytes
+from dream_lightning.training.checkpointing import SafeCheckpointIO, check_checkpoint, rescale_progress, tensor_bytes
 
 STATE = {"step": 1, "weight": torch.ones(1_000_000)}
 
@@ -94,11 +94,11 @@ def test_a_checkpoint_of_another_network_is_refused(change, words):
     saved.configure_model()
     other.configure_model()
     checkpoint = {"dream_config": saved.model.config.to_dict()}
-    saved.check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, saved)
     with pytest.raises(ValueError, match=words):
-        other.check_checkpoint(checkpoint)
+        check_checkpoint(checkpoint, other)
     with pytest.raises(ValueError, match="not saved by a DreamModule"):
-        other.check_checkpoint({"state_dict": {}})
+        check_checkpoint({"state_dict": {}}, other)
 
 
 @pytest.mark.parametrize("optimizers", [("AdamW", "SGD"), ("SGD", "AdamW")])

@@ -30,9 +30,9 @@ def test_names_are_short_and_the_most_important_come_first():
 @pytest.mark.parametrize(
     ("polls", "steps", "copied", "seen"),
     [
-        (0, (0, 1, 2), [1, 2], [None, "1", "2"]),  # on a CPU
-        (1, (0, 0, 1, 1, 1, 2, 3), [1, 2, 3], [None, None, None, "1", "1", "1", "2"]),
-        (2, (1, 2, 3, 4), [1, 3], [None, None, "1", "1"]),  # the next copy starts when the last has arrived
+        (0, (0, 1, 2, 3), [1, 2, 3], [None, None, "1", "2"]),  # on a CPU
+        (1, (0, 1, 1, 1, 2, 2, 3), [1, 2, 3], [None, None, None, "1", "1", "1", "2"]),
+        (2, (1, 2, 3, 4), [1, 4], [None, None, None, "1"]),  # the next copy starts when the last has arrived
     ],
 )
 def test_the_loss_is_shown_when_it_has_arrived(monkeypatch, polls, steps, copied, seen):

@@ -124,6 +124,7 @@ def test_queued_work_of_a_gpu_counts(monkeypatch):
     def speed():
         return callback._scalars(trainer, module, flops=0)["tokens_per_second"]
 
+    callback._start(trainer, flops=0)
     callback._tokens, callback._positions = Queued(), 100
     assert speed() == 100 / 2
     callback._start(trainer, flops=0)

@@ -7,6 +7,7 @@ import torch
 from material import addition_rows, shared_path, write_jsonl
 
 pytest_plugins = ["tiny_models"]
+LAUNCHES = ("test_distributed", "test_invariance", "test_sharded_checkpoint")
 torch.set_num_threads(1)  # tiny models: more threads are slower
 
 
@@ -36,11 +37,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByLaunch(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return (
-                file
-                if Path(file).stem in ("test_distributed", "test_invariance", "test_sharded_checkpoint")
-                else nodeid
-            )
+            file = Path(nodeid.split("::")[0])
+            return file.stem if file.stem in LAUNCHES else nodeid
 
     return ByLaunch(config, log)

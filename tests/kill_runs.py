@@ -1,8 +1,11 @@
-"""`python kill_runs.py FOLDER KILLS SEED`: train until the run was killed KILLS times, then to its end.
+"""`kill_runs.py kills FOLDER KILLS SEED`: train until the run was killed KILLS times, then to its end.
 
-This run is in FOLDER/killed, and one without kills in FOLDER/whole. Every attempt is a fork of this process, so imports
-are loaded once. Prints a line of JSON for each kill: its moment, how the attempt ended, and what it left incomplete;
-then one with the exit statuses of both runs. The kills do not depend on the speed of the machine.
+This run is in FOLDER/killed, and one without kills in FOLDER/whole. Prints a line of JSON for each kill: its moment,
+how the attempt ended, what it left incomplete and the step it left saved; then one with the exit statuses of both runs.
+The kills do not depend on the speed of the machine.
+
+`kill_runs.py ranks FOLDER PORT PORT`: two processes as torchrun starts them, SIGTERM to the second; resumed. Prints
+the exit statuses of both attempts, each with a port of its own.
 """
 
 import json
@@ -12,7 +15,6 @@ import resource
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,38 +23,30 @@ import torch
 from kill_points import Watch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from material import addition_rows, write_jsonl
+from lightning.pytorch.loops import _TrainingEpochLoop
+from material import SIZES, addition_rows, quiet_trainer, tiny_data, tiny_module, write_jsonl
+from meeting import end, fork
 
-from dream_lightning import DreamModule, S1KDataModule, SamplingParams
+from dream_lightning import SamplingParams
 from dream_lightning.training import Autosave
 from dream_lightning.training.checkpointing import SafeCheckpointIO
 
-STEPS = 120
 MOMENTS = ("any time", "before a change", "in a save")
 FEW = 5  # steps that an attempt does at most before it waits for its kill
 
 
-def train(folder: Path, devices: int = 1, steps: int = STEPS, callbacks: tuple[L.Callback, ...] = ()) -> None:
+def train(folder: Path, *callbacks: L.Callback, devices: int = 1, steps: int = 120) -> None:
     """What `fit --ckpt_path last` does with base.yaml, smaller."""
-    torch.manual_seed(0)
-    module = DreamModule(
-        new_model={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
-        tokenizer="bytes",
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
-        sampling=SamplingParams(max_new_tokens=4, steps=2),
-    )
-    options = {"batch_size": 2, "validation_questions": 1, "cache_dir": str(folder.parent / "cache")}
-    data = S1KDataModule(str(folder.parent / "sums.jsonl"), tokenizer=module.tokenizer, **options)
-    trainer = L.Trainer(
-        **{"accelerator": "cpu", "devices": devices, "strategy": "ddp" if devices > 1 else "auto", "max_steps": steps},
+    sampling = SamplingParams(max_new_tokens=4, steps=2)
+    module = tiny_module(new_model=SIZES | {"num_hidden_layers": 1}, sampling=sampling)
+    data = tiny_data(folder.parent / "sums.jsonl", folder.parent, batch_size=2, validation_questions=1)
+    trainer = quiet_trainer(
+        *callbacks,
+        ModelCheckpoint(folder, filename="best-{step}", monitor="val/nll", enable_version_counter=False),
+        Autosave(folder, every_n_train_steps=1, save_top_k=0, save_last=True),
+        **{"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "max_steps": steps},
         **{"accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "use_distributed_sampler": False},
         **{"limit_val_batches": 1, "val_check_interval": 20, "check_val_every_n_epoch": None, "log_every_n_steps": 1},
-        **{"enable_progress_bar": False, "enable_model_summary": False},
-        callbacks=[
-            *callbacks,
-            ModelCheckpoint(folder, filename="best-{step}", monitor="val/nll", enable_version_counter=False),
-            Autosave(folder, every_n_train_steps=1, save_top_k=0, save_last=True),
-        ],
         plugins=[SafeCheckpointIO()],
         logger=TensorBoardLogger(folder.parent, name=f"{folder.name}.logs") if devices == 1 else False,
     )
@@ -60,30 +54,7 @@ def train(folder: Path, devices: int = 1, steps: int = STEPS, callbacks: tuple[L
 
 
 def attempt(work: Callable[[], None], folder: Path) -> int:
-    """Fork a process that does `work`; returns its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    output = os.open(folder.parent / f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    code = 1
-    try:
-        work()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def end(pid: int) -> int:
-    """The exit status of a process, minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return fork(work, folder.parent / f"{folder.name}.log")
 
 
 class Wait(L.Callback):
@@ -133,29 +104,55 @@ def kill(moment: str, folder: Path, chance: random.Random) -> int:
     if moment == "in a save":
         save, size = chance.randrange(FEW), chance.randrange(20_000)
         return end(attempt(lambda: killed_in_save(folder, save, size), folder))
-    pid = attempt(lambda: train(folder, callbacks=(Wait(),)), folder)
+    pid = attempt(lambda: train(folder, Wait()), folder)
     time.sleep(chance.uniform(0, 0.6))
     os.kill(pid, signal.SIGKILL)
     return end(pid)
 
 
-def run(folder: Path, kills: int, seed: int) -> None:
-    torch.set_num_threads(1)
+def kills(folder: Path, count: int, seed: int) -> None:
     chance = random.Random(seed)
     whole, killed = (folder / name / "checkpoints" for name in ("whole", "killed"))
     for checkpoints in (whole, killed):
         checkpoints.parent.mkdir(parents=True)
         write_jsonl(checkpoints.parent / "sums.jsonl", addition_rows(40))
     alone = attempt(lambda: train(whole), whole)
-    for i in range(kills):
-        moment = MOMENTS[i % len(MOMENTS)]
-        status = kill(moment, killed, chance)
-        left = sorted(path.name for path in killed.glob("*.partial"))
-        last = killed / "last.ckpt"
-        saved = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
-        print(json.dumps({"moment": moment, "exit": status, "left": left, "saved": saved}), flush=True)
+    for i in range(count):
+        moment, last = MOMENTS[i % len(MOMENTS)], killed / "last.ckpt"
+        seen = {"moment": moment, "exit": kill(moment, killed, chance)}
+        seen["left"] = sorted(path.name for path in killed.glob("*.partial"))
+        seen["saved"] = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
+        print(json.dumps(seen), flush=True)
     print(json.dumps({"whole": end(alone), "killed": end(attempt(lambda: train(killed), killed))}))
 
 
+class Terminated(L.Callback):
+    """A scheduler stops the second process only."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 7 and batch_idx % 2 == 0:  # of two micro-batches
+            signal.raise_signal(signal.SIGTERM)
+
+
+def statuses(folder: Path, port: str, *callbacks: L.Callback) -> list[int]:
+    pids = []
+    for rank in ("0", "1"):
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port, "WORLD_SIZE": "2", "GROUP_RANK": "0"}
+        os.environ |= {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+        pids.append(attempt(lambda: train(folder, *callbacks, devices=2, steps=40), folder))
+    return [end(pid) for pid in pids]
+
+
+def ranks(folder: Path, first_port: str, second_port: str) -> None:
+    write_jsonl(folder.parent / "sums.jsonl", addition_rows(40))
+    # Before every micro-batch Lightning would ask whether a process was told to stop, which synchronizes with the GPU.
+    _TrainingEpochLoop._broadcast_sigterm_tensor = None
+    print(json.dumps([statuses(folder, first_port, Terminated()), statuses(folder, second_port)]))
+
+
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    torch.set_num_threads(1)
+    if sys.argv[1] == "kills":
+        kills(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        ranks(Path(sys.argv[2]), *sys.argv[3:])

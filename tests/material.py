@@ -12,13 +12,19 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dream_lightning import DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.adapters import LoraParams, add_lora
 from dream_lightning.export import save_tokenizer
-from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model_factory import random_model
 
 SHARED = Path(os.environ.get("DREAM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+# Of a Dream that trains in milliseconds.
+SIZES = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 512},
+}
 
 
 def shared_path(relative: str) -> Path:
@@ -28,21 +34,31 @@ def shared_path(relative: str) -> Path:
     return path
 
 
-# Of a Dream that trains in milliseconds.
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
+def tiny_module(kind=DreamModule, **options) -> DreamModule:
+    """With new weights, the same every time."""
+    torch.manual_seed(0)
+    defaults = {"new_model": SIZES, "tokenizer": "bytes", "optimizer": lambda p: torch.optim.AdamW(p, lr=3e-3)}
+    return kind(**defaults | {"sampling": SamplingParams(max_new_tokens=24, steps=8, forbid_mask=True)} | options)
 
 
-def quiet_trainer(**options) -> L.Trainer:
-    """On the CPU, without bars, logs and checkpoints by default."""
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    return L.Trainer(**{"accelerator": "cpu", **dict.fromkeys(quiet, False), **options})
+def tiny_data(source, folder, **options) -> S1KDataModule:
+    """Of the bytes tokenizer, cached in `folder`."""
+    defaults = {"validation_questions": 3, "cache_dir": str(folder / "cache"), "batch_size": 4}
+    return S1KDataModule(str(source), **{"tokenizer": load_tokenizer("bytes"), **defaults, **options})
+
+
+def quiet_trainer(*callbacks, **options) -> L.Trainer:
+    """On the CPU, by default without bars and logs, and without checkpoints unless a callback saves them."""
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    callbacks = options.pop("callbacks", None) or list(callbacks)
+    quiet["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return L.Trainer(**{"accelerator": "cpu", **quiet, **options}, callbacks=callbacks)
+
+
+def short_trainer(folder, *callbacks, **options) -> L.Trainer:
+    """Six steps by default, without validation."""
+    defaults = {"num_sanity_val_steps": 0, "limit_val_batches": 0, "max_steps": 6, "default_root_dir": folder}
+    return quiet_trainer(*callbacks, **defaults | options)
 
 
 def addition_rows(count: int, *, start: int = 0) -> list[dict]:
@@ -50,16 +66,9 @@ def addition_rows(count: int, *, start: int = 0) -> list[dict]:
     rows = []
     for i in range(start, start + count):
         a, b = 7 * i % 100, 13 * i % 100
-        rows.append(
-            {
-                "question": f"{a} + {b} = ? ({i})",
-                "solution": str(a + b),
-                "cot_type": "math",
-                "source_type": "sum",
-                "thinking_trajectories": ["carry " * (i % 5 + 1) + str(a + b)],
-                "attempt": rf"\boxed{{{a + b}}}",
-            }
-        )
+        trace = "carry " * (i % 5 + 1) + str(a + b)
+        answers = {"solution": str(a + b), "thinking_trajectories": [trace], "attempt": rf"\boxed{{{a + b}}}"}
+        rows.append({"question": f"{a} + {b} = ? ({i})", "cot_type": "math", "source_type": "sum", **answers})
     return rows
 
 

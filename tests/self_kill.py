@@ -1,4 +1,4 @@
-"""Callbacks that kill the run which the command line starts, at a moment that the machine's speed does not move."""
+"""A callback that kills the run which the command line starts, at a moment that the machine's speed does not move."""
 
 import os
 import signal
@@ -6,17 +6,6 @@ import time
 from pathlib import Path
 
 import lightning as L
-
-
-class KillAtStep(L.Callback):
-    """SIGKILL after this many optimizer steps, when they are logged."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class KillAllInPrediction(L.Callback):

@@ -63,10 +63,7 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, write):
     write(tmp_path / "last.ckpt", "old")
     with files_up_to(1000), pytest.raises(ValueError, match=r"last.ckpt was not written: .*too large.*is unchanged"):
         write(tmp_path / "last.ckpt", "new" * 1000)
-    with (
-        pytest.raises(ValueError, match="needs 1073741824"),
-        atomic_write(tmp_path / "last.ckpt", needed_bytes=2**60),
-    ):
+    with pytest.raises(ValueError, match="needs 1073741824"), atomic_write(tmp_path / "last.ckpt", needed_bytes=2**60):
         pass
     assert read(tmp_path / "last.ckpt") == "old" and len(list(tmp_path.iterdir())) == 1
 
@@ -81,9 +78,8 @@ def test_other_errors_pass_and_leave_the_old_one(tmp_path):
 
 @KINDS
 def test_a_kill_at_any_moment_leaves_one(tmp_path, write):
-    """`--ckpt_path last` uses the newest of last*.ckpt by the time of its last change."""
 
-    def newest(folder):
+    def newest(folder):  # what `--ckpt_path last` uses
         return max(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
 
     for moment in count():

@@ -1,12 +1,10 @@
 """Two processes equal one: DDP and FSDP2 over gloo on the CPU, full and LoRA, in float32.
 
-This file is also the program that starts the processes: forks of it, so imports are loaded once, which train all cases
-of a launch.
+This file is also the program that starts the processes, forks of it, which train all cases of a launch.
 """
 
 import os
 import sys
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -15,11 +13,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import addition_rows, output_of, write_jsonl
-from meeting import MeetingPoint
+from material import addition_rows, output_of, quiet_trainer, tiny_data, write_jsonl
+from meeting import MeetingPoint, end, fork
 from torch.distributed.checkpoint import FileSystemReader
 
-from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer
+from dream_lightning import DreamConfig, DreamModel, DreamModule, SamplingParams, load_tokenizer
 from dream_lightning.adapters import LoraParams
 from dream_lightning.batch import Batch
 from dream_lightning.training.fsdp import local, whole
@@ -78,7 +76,7 @@ def nothing_masked_on_rank_1(model):
     model.noise = noise
 
 
-def fit(folder, name, kind, strategy, *, batch_size, resume=None, unmasked=False, trainer_options=None, **options):
+def fit(folder, name, kind, strategy, *, batch_size, resume=None, unmasked=False, precision=None, **options):
     """Train a case; process 0 saves the results as `{name}.pt`, the checkpoint is `{name}.ckpt`."""
     os.environ.update(ENVIRONMENT)  # Lightning removes its variables at the end of a run
     world_size = int(os.environ["WORLD_SIZE"])
@@ -86,34 +84,18 @@ def fit(folder, name, kind, strategy, *, batch_size, resume=None, unmasked=False
     recorder, model = Recorder(), module(kind, folder, **options)
     if unmasked:
         nothing_masked_on_rank_1(model)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=world_size,
-        strategy=strategy,
-        max_steps=STEPS,
-        max_epochs=5,
-        accumulate_grad_batches=ROWS // batch_size // world_size,
-        gradient_clip_val=1.0,
-        use_distributed_sampler=False,
-        callbacks=[
-            recorder,
-            ModelCheckpoint(folder, filename=name, every_n_train_steps=SAVED, enable_version_counter=False),
-        ],
-        default_root_dir=folder,
-        logger=False,
+    micro_batches = ROWS // batch_size // world_size
+    trainer = quiet_trainer(
+        recorder,
+        ModelCheckpoint(folder, filename=name, every_n_train_steps=SAVED, enable_version_counter=False),
+        **{"devices": world_size, "strategy": strategy, "precision": precision, "max_steps": STEPS, "max_epochs": 5},
+        **{"accumulate_grad_batches": micro_batches, "gradient_clip_val": 1.0, "use_distributed_sampler": False},
         num_sanity_val_steps=0,
-        val_check_interval=SAVED * ROWS // batch_size // world_size,  # validation in the middle of training
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **(trainer_options or {}),
+        val_check_interval=SAVED * micro_batches,  # validation in the middle of training
+        default_root_dir=folder,
     )
-    data = S1KDataModule(
-        str(folder / "sums.jsonl"),
-        tokenizer=model.tokenizer,
-        batch_size=batch_size,
-        validation_questions=5,
-        cache_dir=str(folder / "cache"),
-    )
+    options = {"tokenizer": model.tokenizer, "batch_size": batch_size, "validation_questions": 5}
+    data = tiny_data(folder / "sums.jsonl", folder, **options)
     with mock.patch.object(torch.distributed, SUM, wraps=getattr(torch.distributed, SUM)) as sums:
         trainer.fit(model, data, ckpt_path=resume and folder / f"{resume}.ckpt", weights_only=True)
     if world_size > 1:
@@ -121,10 +103,7 @@ def fit(folder, name, kind, strategy, *, batch_size, resume=None, unmasked=False
         torch.distributed.all_gather_object(everyone, recorder.answers)
         recorder.answers = {id_: answer for answers in everyone for id_, answer in answers.items()}
     seen = {
-        "losses": recorder.losses,
-        "norms": recorder.norms,
-        "answers": recorder.answers,
-        "part": recorder.parts,
+        **{"losses": recorder.losses, "norms": recorder.norms, "answers": recorder.answers, "part": recorder.parts},
         "sums": sums.call_count,
         "val_nll": trainer.callback_metrics.get("val/nll", torch.tensor(0.0)).item(),
         "weights": {n: whole(p).detach().clone() for n, p in model.named_parameters() if p.requires_grad},
@@ -154,9 +133,8 @@ def train(launch: str, folder: Path) -> None:
                 fit(folder, f"{kind}-fsdp2-unmasked", kind, "fsdp2", batch_size=2, unmasked=True)
         fit(folder, "full-1-to-2", "full", "fsdp2", batch_size=2, resume="full-fsdp2-from-1")
         fit(folder, "full-fsdp2-checkpointing", "full", "fsdp2", batch_size=4, gradient_checkpointing=True)
-        mixed = {"precision": "bf16-mixed"}
-        fit(folder, "full-fsdp2-mixed", "full", "fsdp2", batch_size=4, trainer_options=mixed)
-        fit(folder, "lora-fsdp2-mixed", "lora", "fsdp2", batch_size=2, trainer_options=mixed, dtype="bfloat16")
+        fit(folder, "full-fsdp2-mixed", "full", "fsdp2", batch_size=4, precision="bf16-mixed")
+        fit(folder, "lora-fsdp2-mixed", "lora", "fsdp2", batch_size=2, precision="bf16-mixed", dtype="bfloat16")
         plain = torch.nn.Module.compile
         torch.nn.Module.compile = lambda layer: plain(layer, backend="eager")  # without a C++ compiler
         fit(folder, "lora-fsdp2-compiled", "lora", "fsdp2", batch_size=4, compile_layers=True)
@@ -166,35 +144,24 @@ def train(launch: str, folder: Path) -> None:
             fit(folder, f"{kind}-ddp-to-1", kind, "auto", batch_size=8, resume=f"{kind}-ddp")
 
 
-def fork(launch: str, rank: int, port: str, folder: Path) -> int:
+def start(launch: str, rank: int, port: str, folder: Path) -> int:
     """Start one process of a launch; returns its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    log = os.open(folder / f"{launch}-{rank}.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
+
+    def work() -> None:
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(LAUNCHES[launch])}
         ENVIRONMENT.update(os.environ | ranks | {"MASTER_PORT": port})
         train(launch, folder)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    return fork(work, folder / f"{launch}-{rank}.txt")
 
 
 def main(folder: Path, ports: list[str]) -> None:
     """All launches in turn; exits with the log of a process that failed."""
     torch.set_num_threads(1)
     for (launch, processes), port in zip(LAUNCHES.items(), ports, strict=True):
-        pids = [fork(launch, rank, port, folder) for rank in range(processes)]
+        pids = [start(launch, rank, port, folder) for rank in range(processes)]
         for rank, pid in enumerate(pids):
-            if os.waitpid(pid, 0)[1]:
+            if end(pid):
                 sys.exit((folder / f"{launch}-{rank}.txt").read_text()[-6000:])
 
 
@@ -207,9 +174,8 @@ def runs(tmp_path_factory):
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("mask", "pad", "bos", "eos")}
     torch.manual_seed(0)
     # Weights large enough that no answer depends on rounding
-    DreamModel(
-        DreamConfig(vocab_size=321, num_key_value_heads=2, initializer_range=0.1, **SIZES, **ids)
-    ).save_pretrained(folder / "base")
+    config = DreamConfig(vocab_size=321, num_key_value_heads=2, initializer_range=0.1, **SIZES, **ids)
+    DreamModel(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     meetings = [MeetingPoint() for _ in LAUNCHES]
     ports = [meeting.environment["MASTER_PORT"] for meeting in meetings]
@@ -241,37 +207,33 @@ def test_two_processes_equal_one(runs, kind, strategy):
     assert two["val_nll"] == pytest.approx(one["val_nll"], rel=2e-5)
 
 
-def test_accumulation_does_not_matter(runs):
-    assert_same(runs("full-one-accumulated"), runs("full-one"))
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("full-one-accumulated", "full-one"),
+        ("full-fsdp2-checkpointing", "full-one"),  # layers recomputed in the backward pass
+        ("lora-fsdp2-compiled", "lora-one"),
+        ("full-fsdp2-unmasked", "full-one-unmasked"),  # a process with nothing masked stays in step
+        ("lora-fsdp2-unmasked", "lora-one-unmasked"),
+    ],
+)
+def test_how_it_is_computed_does_not_matter(runs, ours, theirs):
+    assert_same(runs(ours), runs(theirs))
+    assert runs("full-one")["losses"] != runs("full-one-unmasked")["losses"]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_process_with_nothing_masked_stays_in_step(runs, kind):
-    one, two = runs(f"{kind}-one-unmasked"), runs(f"{kind}-fsdp2-unmasked")
-    assert_same(two, one)
-    assert one["losses"] != runs(f"{kind}-one")["losses"]
-
-
-def test_layers_recomputed_in_the_backward_pass_give_the_same(runs):
-    assert_same(runs("full-fsdp2-checkpointing"), runs("full-one"))
-
-
-@pytest.mark.parametrize("resumed", ["fsdp2-to-2", "fsdp2-to-1", "ddp-to-1"])
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_checkpoint_resumes_on_any_number_of_processes(runs, kind, resumed):
+@pytest.mark.parametrize(
+    ("resumed", "first"),
+    [
+        *((f"{k}-fsdp2-to-{n}", f"{k}-fsdp2") for k in ("full", "lora") for n in (1, 2)),
+        *((f"{k}-ddp-to-1", f"{k}-ddp") for k in ("full", "lora")),
+        ("full-1-to-2", "full-fsdp2-from-1"),
+    ],
+)
+def test_a_checkpoint_resumes_on_any_number_of_processes(runs, resumed, first):
     """Also where a step of as many rows takes another number of micro-batches."""
-    whole_run, later = runs(f"{kind}-{resumed.split('-')[0]}"), runs(f"{kind}-{resumed}")
-    rest = {**whole_run, "losses": whole_run["losses"][SAVED:], "norms": whole_run["norms"][SAVED:]}
-    assert_same(later, rest)
-
-
-def test_a_checkpoint_of_one_process_resumes_on_two(runs):
-    later, one = runs("full-1-to-2"), runs("full-fsdp2-from-1")
-    assert_same(later, {**one, "losses": one["losses"][SAVED:], "norms": one["norms"][SAVED:]})
-
-
-def test_compiled_layers_give_the_same(runs):
-    assert_same(runs("lora-fsdp2-compiled"), runs("lora-one"))
+    rest = runs(first)
+    assert_same(runs(resumed), {**rest, "losses": rest["losses"][SAVED:], "norms": rest["norms"][SAVED:]})
 
 
 def test_of_an_adapted_model_only_the_adapters_and_their_optimizer_are_saved(runs):
@@ -285,13 +247,9 @@ def test_of_an_adapted_model_only_the_adapters_and_their_optimizer_are_saved(run
     assert read_rest(folder)["base"]["hash"]
 
 
-def test_a_process_holds_only_its_shard(runs):
-    assert 0.5 <= runs("full-fsdp2")["part"] < 0.51
-    assert runs("full-ddp")["part"] == 1
-
-
-def test_gradients_of_adapters_are_summed_once_a_step(runs):
-    """Those of all weights at every micro-batch, of which a step has two here."""
+def test_weights_are_sharded_and_gradients_of_adapters_summed_once_a_step(runs):
+    """Gradients of all weights are summed at every micro-batch, of which a step has two here."""
+    assert 0.5 <= runs("full-fsdp2")["part"] < 0.51 and runs("full-ddp")["part"] == 1
     layers = SIZES["num_hidden_layers"]
     assert runs("lora-fsdp2")["sums"] == STEPS * layers
     assert runs("full-fsdp2")["sums"] == STEPS * (layers + 2) * 2

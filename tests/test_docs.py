@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from material import short_trainer as trainer
+from material import tiny_data as data
+from material import tiny_module as module
 from material import write_jsonl
-from test_module import data, module, trainer
 
 from dream_lightning import DreamModule
 from dream_lightning.batch import Example

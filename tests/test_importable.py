@@ -3,7 +3,10 @@
 import lightning as L
 import pytest
 import torch
-from test_module import SIZES, data, module, trainer
+from material import SIZES
+from material import short_trainer as trainer
+from material import tiny_data as data
+from material import tiny_module as module
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

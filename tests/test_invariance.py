@@ -15,17 +15,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import SIZES, addition_rows, write_jsonl
+from material import addition_rows, short_trainer, tiny_data, tiny_module, write_jsonl
 from meeting import MeetingPoint
 
-from dream_lightning import DreamModule, S1KDataModule
-
 TOLERANCE = 1e-5
-OBJECTIVES = {
-    "1/t": {"weighting": "original"},
-    "linear": {"weighting": "linear"},
-    "cart": {"weighting": "cart"},
-}
+OBJECTIVES = {"1/t": {"weighting": "original"}, "linear": {"weighting": "linear"}, "cart": {"weighting": "cart"}}
 VARIANTS = {  # in a few cells only
     "1/t over masked": {"weighting": "original", "normalizer": "masked"},
     "cart over masked": {"weighting": "cart", "normalizer": "masked"},
@@ -124,40 +118,21 @@ def compute(folder: Path, objective: str, group: str, cut: Cut) -> tuple[list[fl
     checkpoints = folder / f"{objective} {group} {cut}".replace("/", "")
 
     def fit(recorder: Recorder, *, resume: bool = False) -> Recorder:
-        L.seed_everything(0, verbose=False)
-        model = DreamModule(
-            new_model=SIZES,
-            tokenizer="bytes",
-            # Not Adam, which turns the rounding of gradients near zero into whole steps.
-            optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
-            **(OBJECTIVES | VARIANTS)[objective],
-        )
-        data = S1KDataModule(
-            str(folder / "sums.jsonl"),
-            tokenizer=model.tokenizer,
-            batch_size=cut.rows,
-            num_workers=cut.workers,
-            packing=cut.packing,
-            max_length=256,
-            cache_dir=str(folder / "cache"),
-        )
+        # Not Adam, which turns the rounding of gradients near zero into whole steps.
+        sgd = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9)}
+        model = tiny_module(**sgd, **(OBJECTIVES | VARIANTS)[objective])
+        options = {"batch_size": cut.rows, "num_workers": cut.workers, "packing": cut.packing, "max_length": 256}
+        data = tiny_data(folder / "sums.jsonl", folder, **options)
         every_step = ModelCheckpoint(checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        L.Trainer(
-            accelerator="cpu",
-            devices=cut.ranks,
-            strategy="ddp" if cut.ranks > 1 else "auto",
-            max_steps=steps,
-            accumulate_grad_batches=cut.accumulate,
-            callbacks=[recorder, *([every_step] if recorder.killed_after else [])],
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=recorder.killed_after is not None,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        ).fit(
-            model, data, ckpt_path=checkpoints / f"step={cut.killed_after}.ckpt" if resume else None, weights_only=True
+        trainer = short_trainer(
+            folder,
+            recorder,
+            *([every_step] if recorder.killed_after else []),
+            **{"devices": cut.ranks, "strategy": "ddp" if cut.ranks > 1 else "auto"},
+            **{"max_steps": steps, "accumulate_grad_batches": cut.accumulate},
         )
+        ckpt_path = checkpoints / f"step={cut.killed_after}.ckpt" if resume else None
+        trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
         return recorder
 
     if cut.killed_after is None:
@@ -175,15 +150,8 @@ def rank_main(rank: int, folder: Path, meeting: dict[str, str]) -> None:
     """One of the two processes: every cell with two ranks, as torchrun would start it."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # data workers would each import torch again
-    os.environ |= {
-        "TORCHELASTIC_RUN_ID": "invariance",
-        **meeting,
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-    }
+    os.environ |= meeting | {"TORCHELASTIC_RUN_ID": "invariance", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
     results = {str(cell): compute(folder, *cell) for cell in CELLS if cell[2].ranks == 2}
     if rank == 0:
         torch.save(results, folder / "two ranks.pt")

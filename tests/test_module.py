@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from material import SIZES
-from torch.utils._python_dispatch import TorchDispatchMode
+from material import short_trainer as trainer
+from material import tiny_data as data
+from material import tiny_module as module
 
-from dream_lightning import DreamModule, S1KDataModule, SamplingParams, load_tokenizer
-from dream_lightning.batch import Batch
+from dream_lightning import DreamModule
 
 
 class Recorder(L.Callback):
@@ -31,36 +32,8 @@ class Recorder(L.Callback):
             self.losses.append(trainer.callback_metrics["train/loss"].item())
 
 
-def module(kind=DreamModule, **options):
-    torch.manual_seed(0)
-    options = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=3e-3)} | options
-    sampling = SamplingParams(max_new_tokens=24, steps=8, forbid_mask=True)
-    return kind(new_model=SIZES, tokenizer="bytes", sampling=sampling, **options)
-
-
-def data(source, tmp_path, **options):
-    options = {"validation_questions": 3, "cache_dir": str(tmp_path / "cache"), "batch_size": 4} | options
-    return S1KDataModule(str(source), tokenizer=load_tokenizer("bytes"), **options)
-
-
-def trainer(tmp_path, *callbacks, **options):
-    defaults = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "default_root_dir": tmp_path,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": 0,
-        "max_steps": 6,
-    }
-    return L.Trainer(callbacks=list(callbacks), **(defaults | options))
-
-
 def run(source, tmp_path, *, model=None, batch_size=4, accumulate=1, max_steps=6, **options):
     recorder = Recorder()
-    L.seed_everything(0, verbose=False)
     fit = trainer(tmp_path, recorder, max_steps=max_steps, accumulate_grad_batches=accumulate)
     fit.fit(model or module(), data(source, tmp_path, batch_size=batch_size, **options))
     return recorder
@@ -95,9 +68,7 @@ CHANGES = [
 
 def test_every_option_changes_the_loss(sums, tmp_path):
     cases = [BASELINES[0], *CHANGES]
-    losses = {
-        str(case): run(sums, tmp_path, model=module(**case[0]), max_steps=1, **case[1]).losses[0] for case in cases
-    }
+    losses = {str(c): run(sums, tmp_path, model=module(**c[0]), max_steps=1, **c[1]).losses[0] for c in cases}
     assert len(set(losses.values())) == len(cases), losses
 
 
@@ -201,50 +172,9 @@ def test_a_quartile_without_tokens_does_not_repeat_its_last_value(sums, tmp_path
     assert len({row.index(min(row, key=math.isnan)) for row in values}) > 1
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"complementary_masks": True}, {"weighting": "cart", "treat_eos_as_one": True}], ids=str
-)
-def test_a_training_step_counts_what_is_masked_once(sums, tmp_path, options):
-    """On the host. Boolean indices would count again, and copying Python's numbers to a GPU synchronizes."""
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func.overloadpacket.__name__
-            by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-            if by_mask or name in ("nonzero", "_local_scalar_dense", "lift_fresh"):
-                seen.append(name)
-            return func(*args, **(kwargs or {}))
-
-    seen, model = [], module(**options)
-    step = model.training_step
-
-    def watched(*args):
-        with Watch():
-            return step(*args)
-
-    model.training_step = watched
-    trainer(tmp_path, max_steps=1).fit(model, data(sums, tmp_path, packing=True, max_length=200))
-    assert seen == ["nonzero"]
-
-
 def test_it_learns(sums, tmp_path):
     recorder = run(sums, tmp_path, max_steps=60, batch_size=8)
     assert sum(recorder.losses[-5:]) < 0.6 * sum(recorder.losses[:5])
-
-
-def test_noise_depends_on_the_sample_not_on_the_batch(sums, tmp_path):
-    model, source = module(), data(sums, tmp_path, batch_size=6)
-    source.setup("fit")
-    batch: Batch = next(iter(source.train_dataloader()))
-    noised = model.noise(batch)
-    for b in range(6):
-        length = int((batch.document_ids[b] >= 0).sum())
-        alone = {
-            k: getattr(batch, k)[b : b + 1, :length]
-            for k in ("input_ids", "maskable", "position_ids", "document_ids", "sample_ids", "epochs", "extra_weight")
-        }
-        assert torch.equal(model.noise(Batch(**alone)).x_t[0], noised.x_t[b, :length])
-    assert not noised.is_masked[~batch.maskable].any()
 
 
 def test_a_step_with_nothing_masked_has_no_loss_and_no_gradient(sums, tmp_path):
@@ -271,11 +201,14 @@ NEW = {"new_model": {}, "tokenizer": "bytes"}
         (NEW | {"focal_gamma": -1.0}, r"focal_gamma -1\.0"),
         (NEW | {"warmup_fraction": 2.0}, r"warmup_fraction is 2\.0"),
         (NEW | {"gradient_checkpointing": -1}, "gradient_checkpointing is -1"),
+        (NEW | {"new_model": SIZES | {"hidden_dim": 3}}, "new_model has hidden_dim"),
+        (NEW | {"new_model": SIZES | {"vocab_size": 262}}, r"263 tokens and mask token .* the model 262"),
+        (NEW, "lacks hidden_size, intermediate_size"),
     ],
 )
 def test_impossible_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        DreamModule(**options)
+        DreamModule(**options).configure_model()
 
 
 @pytest.mark.parametrize(
@@ -287,19 +220,6 @@ def test_impossible_options_are_refused(options, words):
         ({"extra_weight": {"</think>": -1.0}}, "extra_weight of '</think>' is -1.0"),
     ],
 )
-def test_impossible_options_of_the_data_are_refused(options, words):
+def test_impossible_options_of_the_data_are_refused(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
-        S1KDataModule("bundled", tokenizer=load_tokenizer("bytes"), **options)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        (SIZES | {"hidden_dim": 3}, "new_model has hidden_dim"),
-        (SIZES | {"vocab_size": 262}, r"263 tokens and mask token .* the model 262"),
-        ({"num_hidden_layers": 1, "num_attention_heads": 2}, "lacks hidden_size, intermediate_size"),
-    ],
-)
-def test_impossible_models_are_refused(sizes, words):
-    with pytest.raises(ValueError, match=words):
-        DreamModule(new_model=sizes, tokenizer="bytes").configure_model()
+        data("bundled", tmp_path, **options)

@@ -2,24 +2,14 @@
 
 import pytest
 import torch
+from material import tiny_data, tiny_module
 
-from dream_lightning import DreamModule, S1KDataModule
 from dream_lightning.batch import Batch
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
-
-def whole_epoch(source, tmp_path, module, packing: bool) -> Batch:
-    data = S1KDataModule(
-        str(source),
-        tokenizer=module.tokenizer,
-        batch_size=1000,
-        packing=packing,
-        max_length=256,
-        eos_fill_to=60,
-        extra_weight={"carry": 2.0},
-        cache_dir=str(tmp_path / "cache"),
-    )
+def whole_epoch(source, tmp_path, packing: bool) -> Batch:
+    options = {"max_length": 256, "eos_fill_to": 60, "extra_weight": {"carry": 2.0}}
+    data = tiny_data(source, tmp_path, batch_size=1000, packing=packing, **options)
     data.setup("fit")
     return next(iter(data.train_dataloader()))
 
@@ -40,12 +30,11 @@ def whole_epoch(source, tmp_path, module, packing: bool) -> Batch:
     ids=str,
 )
 def test_packed_equals_unpacked(sums, tmp_path, objective):
-    torch.manual_seed(0)
-    module = DreamModule(new_model=SIZES, tokenizer="bytes", **objective)
+    module = tiny_module(**objective)
     module.configure_model()
     results = []
     for packing in (False, True):
-        batch = whole_epoch(sums, tmp_path, module, packing)
+        batch = whole_epoch(sums, tmp_path, packing)
         documents = int(((batch.position_ids == 0) & (batch.document_ids >= 0)).sum())
         assert (documents > len(batch.input_ids)) == packing
         batch, noised = module.training_noise(batch)
@@ -60,8 +49,8 @@ def test_packed_equals_unpacked(sums, tmp_path, objective):
 
 def test_documents_stay_whole_in_their_rows(sums, tmp_path):
     """Positions restart, the first token is never masked, and eos filling is the document's, not the row's."""
-    module = DreamModule(new_model=SIZES, tokenizer="bytes", complementary_masks=True)
-    alone, packed = (whole_epoch(sums, tmp_path, module, packing) for packing in (False, True))
+    module = tiny_module(complementary_masks=True)
+    alone, packed = (whole_epoch(sums, tmp_path, packing) for packing in (False, True))
     assert len(packed.input_ids) <= len(alone.input_ids) / 2
     starts = (packed.position_ids == 0) & (packed.document_ids >= 0)
     assert starts.sum() == len(alone.input_ids)

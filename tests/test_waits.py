@@ -7,13 +7,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
-from material import SIZES
+from material import short_trainer, tiny_data
+from material import tiny_module as module
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dream_lightning import DreamModule, S1KDataModule, load_tokenizer
+from dream_lightning import DreamModule
 from dream_lightning.batch import Batch, NoisedBatch
 from dream_lightning.training import ProgressBar, Throughput, progress
 
@@ -21,14 +22,8 @@ ACCUMULATE, LOG_EVERY = 4, 3
 OPTIONS = [{}, {"complementary_masks": True, "treat_eos_as_one": True}, {"weighting": "cart", "focal_gamma": 2.0}]
 
 
-def module(**options):
-    torch.manual_seed(0)
-    return DreamModule(new_model=SIZES, tokenizer="bytes", **options)
-
-
 def data(source, tmp_path, **options):
-    options = {"max_length": 200, "cache_dir": str(tmp_path / "cache"), "validation_questions": 0} | options
-    return S1KDataModule(str(source), tokenizer=load_tokenizer("bytes"), **options)
+    return tiny_data(source, tmp_path, **{"max_length": 200, "batch_size": 1, "validation_questions": 0} | options)
 
 
 def batch_of(source, tmp_path, **options):
@@ -38,19 +33,9 @@ def batch_of(source, tmp_path, **options):
 
 
 def trainer(tmp_path, *callbacks, **options):
-    options = {"accelerator": "cpu", "limit_val_batches": 0, "log_every_n_steps": LOG_EVERY} | options
-    return L.Trainer(
-        callbacks=list(callbacks),
-        accumulate_grad_batches=ACCUMULATE,
-        limit_train_batches=4 * ACCUMULATE,  # whole steps, two epochs
-        max_steps=8,
-        gradient_clip_val=1.0,
-        logger=DummyLogger(),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        **options,
-    )
+    steps = {"limit_train_batches": 4 * ACCUMULATE, "max_steps": 8, "accumulate_grad_batches": ACCUMULATE}  # two epochs
+    steps |= {"gradient_clip_val": 1.0, "log_every_n_steps": LOG_EVERY, "logger": DummyLogger()}
+    return short_trainer(tmp_path, *callbacks, **steps | {"enable_progress_bar": True} | options)
 
 
 class SimulatedGPU(TorchDispatchMode):
@@ -158,7 +143,7 @@ def test_what_a_hook_changes_is_not_masked(sums, tmp_path, gpu):
             assert not self.training_noise(batch)[1].is_masked[:, ::2].any()
             return super().training_step(batch, batch_idx)
 
-    trainer(tmp_path, enable_progress_bar=False).fit(Spares(new_model=SIZES, tokenizer="bytes"), data(sums, tmp_path))
+    trainer(tmp_path, enable_progress_bar=False).fit(module(Spares), data(sums, tmp_path))
 
 
 @pytest.mark.gpu

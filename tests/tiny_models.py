@@ -1,5 +1,7 @@
 """Fixtures of the sampler's tests: tiny random models whose predictions differ by position."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,20 +12,10 @@ VOCABULARY, MASK, PAD = 60, 57, 59
 
 
 def tiny_model(layers: int) -> DreamModel:
-    config = DreamConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        mask_token_id=MASK,
-        pad_token_id=PAD,
-        bos_token_id=58,
-        eos_token_id=PAD,
-        initializer_range=0.4,
-    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    ids = {"mask_token_id": MASK, "pad_token_id": PAD, "bos_token_id": 58, "eos_token_id": PAD}
+    config = DreamConfig(**sizes, **ids, initializer_range=0.4)
     torch.manual_seed(0)
     return DreamModel(config).eval()
 
@@ -63,11 +55,10 @@ def ragged(prompts):
 @pytest.fixture(scope="session")
 def run():
     """`run(model, ids, attention_mask=None, infill=…, **fields of SamplingParams)` → GenerationOutput with history."""
-    others = ("sample_ids", "infill", "run_every_step", "num_return_sequences", "unmasking", "logits_hook")
-    others += ("tokens_hook",)
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
 
     def generate(model, input_ids, attention_mask=None, **options):
-        keywords = {name: options.pop(name) for name in others if name in options}
+        keywords = {name: options.pop(name) for name in options.keys() - fields}
         params = SamplingParams(**{"max_new_tokens": 24, "steps": 24, "forbid_mask": True, **options})
         return diffusion_generate(model, input_ids, attention_mask, params=params, return_history=True, **keywords)
 

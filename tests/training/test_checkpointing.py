@@ -1,6 +1,7 @@
 """Checkpoint files: written without a copy in memory, named errors, and what does not fit the model is refused."""
 
 import tracemalloc
+from contextlib import ExitStack
 from functools import partial
 
 import lightning as L
@@ -8,10 +9,11 @@ import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from material import SIZES
+from material import short_trainer as trainer
+from material import tiny_data as data
+from material import tiny_module as module
 from test_atomic import files_up_to
-from test_module import data, module, trainer
 
-from dream_lightning import DreamModule
 from dream_lightning.training import Autosave
 from dream_lightning.training.checkpointing import SafeCheckpointIO, check_checkpoint, rescale_progress, tensor_bytes
 
@@ -58,27 +60,20 @@ def test_bytes_of_nested_tensors_are_counted():
 
 
 def test_training_stops_at_a_full_disk_and_resumes_when_there_is_room(tmp_path, sums):
-    def run(disk=None, ckpt_path=None):
+    def run(*callbacks, ckpt_path=None):
         autosave = Autosave(tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=0, save_last=True)
-        model = module()
-        fit = trainer(tmp_path, autosave, plugins=[SafeCheckpointIO()])
-        if disk:
-            fit.callbacks.append(disk)
+        model, fit = module(), trainer(tmp_path, *callbacks, autosave, plugins=[SafeCheckpointIO()])
         fit.fit(model, data(sums, tmp_path), ckpt_path=ckpt_path, weights_only=True)
         return model
 
     class Fills(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 3:
-                self.full = files_up_to(10_000)
-                self.full.__enter__()
-
-        def on_exception(self, trainer, pl_module, exception):
-            self.full.__exit__(None, None, None)
+                disk.enter_context(files_up_to(10_000))
 
     whole = run()
     (tmp_path / "checkpoints" / "last.ckpt").unlink()
-    with pytest.raises(ValueError, match="was not written"):
+    with ExitStack() as disk, pytest.raises(ValueError, match="was not written"):
         run(Fills())
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     for p, q in zip(whole.parameters(), run(ckpt_path="last").parameters(), strict=True):
@@ -90,7 +85,7 @@ def test_training_stops_at_a_full_disk_and_resumes_when_there_is_room(tmp_path, 
 )
 def test_a_checkpoint_of_another_network_is_refused(change, words):
     """By the name of what differs, not by the shapes of its tensors, which may agree."""
-    saved, other = module(), DreamModule(new_model=SIZES | change, tokenizer="bytes")
+    saved, other = module(), module(new_model=SIZES | change)
     saved.configure_model()
     other.configure_model()
     checkpoint = {"dream_config": saved.model.config.to_dict()}

@@ -12,7 +12,9 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from test_module import data, module, trainer
+from material import short_trainer as trainer
+from material import tiny_data as data
+from material import tiny_module as module
 from tiny_models import tiny_model
 from torch import distributed
 from torch._dynamo.testing import CompileCounter

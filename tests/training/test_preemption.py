@@ -8,37 +8,35 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from material import addition_rows, write_jsonl
+from material import SIZES, addition_rows, quiet_trainer, tiny_data, tiny_module, write_jsonl
 
-from dream_lightning import DreamModule, S1KDataModule, SamplingParams
+from dream_lightning import SamplingParams
 from dream_lightning.training import Autosave
 
 STEPS = 16
 METRICS = ("train/loss", "train/gradient_norm", "train/lr", "val/nll", "val/accuracy")
+TRAIN, VALIDATE = "on_train_batch_start", "on_validation_batch_start"
 
 
-class Signal(L.Callback):
-    """Sends a signal to this process at one moment: `hook` after step `step`, in validation data `loader`."""
+class At(L.Callback):
+    """Calls `work(pl_module)` in `hook` after optimizer step `step`, if its last argument is `last`, an index."""
 
-    def __init__(self, hook, step, loader=0, number=signal.SIGTERM):
-        self.hook, self.step, self.loader, self.number, self.sent = hook, step, loader, number, False
+    def __init__(self, hook, step, work, last=None):
+        def call(trainer, pl_module, *args):
+            if trainer.global_step == step and last in (None, args[-1]) and not trainer.sanity_checking:
+                work(pl_module)
 
-    def _send(self, trainer):
-        if trainer.global_step == self.step and not self.sent and not trainer.sanity_checking:
-            self.sent = True
-            signal.raise_signal(self.number)
+        setattr(self, hook, call)
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.hook == "first micro-batch" and batch_idx % 2 == 0:
-            self._send(trainer)
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if self.hook == "optimizer step":
-            self._send(trainer)
+def signal_at(step, number=signal.SIGTERM, hook=TRAIN, last=None):
+    """By default at the first of a step's two micro-batches."""
+    last = step % 5 * 2 if hook == TRAIN else last
+    return At(hook, step, lambda _: signal.raise_signal(number), last)
 
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if self.hook == "validation" and dataloader_idx == self.loader:
-            self._send(trainer)
+
+def die(_):
+    raise KeyError("killed")
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +46,16 @@ def source(tmp_path_factory):
 
 def fit(source, folder, *callbacks, ckpt_path=None, every=100):
     """9 micro-batches an epoch, 2 a step (1 in its last); validation after steps 3, 10, 13 and in the middle of 7."""
-    torch.manual_seed(0)
-    module = DreamModule(
-        new_model={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
-        tokenizer="bytes",
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
-        sampling=SamplingParams(max_new_tokens=4, steps=2),
-    )
-    options = {"batch_size": 3, "validation_questions": 3, "cache_dir": str(source.parent / "c")}
-    data = S1KDataModule(str(source), tokenizer=module.tokenizer, **options)
-    autosave = Autosave(folder / "checkpoints", every_n_train_steps=every, save_top_k=0, save_last=True)
-    trainer = L.Trainer(
-        **{"accelerator": "cpu", "max_steps": STEPS, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0},
-        **{"val_check_interval": 6, "check_val_every_n_epoch": None, "limit_val_batches": 1, "log_every_n_steps": 1},
-        **{"enable_progress_bar": False, "enable_model_summary": False},
+    sampling, adamw = SamplingParams(max_new_tokens=4, steps=2), lambda groups: torch.optim.AdamW(groups, lr=1e-2)
+    module = tiny_module(new_model=SIZES | {"num_hidden_layers": 1}, sampling=sampling, optimizer=adamw)
+    trainer = quiet_trainer(
+        Autosave(folder / "checkpoints", every_n_train_steps=every, save_top_k=0, save_last=True),
+        *callbacks,
+        **{"max_steps": STEPS, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "log_every_n_steps": 1},
+        **{"val_check_interval": 6, "check_val_every_n_epoch": None, "limit_val_batches": 1},
         logger=CSVLogger(folder, flush_logs_every_n_steps=1),
-        callbacks=[autosave, *callbacks],
     )
+    data = tiny_data(source, source.parent, batch_size=3)
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module
 
@@ -97,68 +88,51 @@ def assert_same(module, folder, whole):
 
 
 @pytest.mark.parametrize(
-    ("moment", "step"),
+    ("step", "saved", "options"),
     [
-        (Signal("first micro-batch", 3), 4),
-        (Signal("first micro-batch", 4), 5),
-        (Signal("first micro-batch", 9), 10),
-        (Signal("optimizer step", 0), 1),
-        (Signal("validation", 10), 10),
-        (Signal("validation", 13, loader=1), 13),
-        (Signal("validation", 6), 7),
-        (Signal("first micro-batch", 6, number=signal.SIGINT), 7),
-        (Signal("first micro-batch", 6, number=signal.SIGUSR1), 7),
+        (3, 4, {}),
+        (4, 5, {}),  # end of an epoch
+        (9, 10, {}),  # a validation is due
+        (0, 1, {"hook": "on_before_optimizer_step"}),
+        (10, 10, {"hook": VALIDATE, "last": 0}),
+        (13, 13, {"hook": VALIDATE, "last": 1}),
+        (6, 7, {"hook": VALIDATE, "last": 0}),  # in the middle of a step
+        (6, 7, {"number": signal.SIGINT}),
+        (6, 7, {"number": signal.SIGUSR1}),
     ],
-    ids=["step", "end of epoch", "before validation", "first", "validation", "later", "both", "Ctrl-C", "SLURM"],
 )
-def test_told_to_stop_it_saves_and_resumes_to_the_same_weights(source, tmp_path, whole, capfd, moment, step):
+def test_told_to_stop_it_saves_and_resumes_to_the_same_weights(source, tmp_path, whole, capfd, step, saved, options):
+    number = options.get("number", signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
-        fit(source, tmp_path, moment)
-    assert stop.value.code == 128 + moment.number
-    assert saved_step(tmp_path) == step
-    assert f"{moment.number.name}: stopping after this optimizer step" in capfd.readouterr().err
+        fit(source, tmp_path, signal_at(step, **options))
+    assert stop.value.code == 128 + number
+    assert saved_step(tmp_path) == saved
+    assert f"{number.name}: stopping after this optimizer step" in capfd.readouterr().err
     assert_same(fit(source, tmp_path, ckpt_path="last"), tmp_path, whole)
 
 
 def test_stopped_again_and_again(source, tmp_path, whole):
     for step in (1, 2, 3, 6, 9):
         with pytest.raises(SystemExit):
-            fit(source, tmp_path, Signal("first micro-batch", step), ckpt_path="last")
+            fit(source, tmp_path, signal_at(step), ckpt_path="last")
         assert saved_step(tmp_path) == step + 1
     assert_same(fit(source, tmp_path, ckpt_path="last"), tmp_path, whole)
 
 
 def test_a_second_ctrl_c_stops_at_once_without_saving_and_former_handlers_return(source, tmp_path):
-    class Twice(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 4:
-                signal.raise_signal(signal.SIGINT)
-                signal.raise_signal(signal.SIGINT)
-
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(SystemExit) as stop:
-        fit(source, tmp_path, Twice())
+        fit(source, tmp_path, signal_at(4, signal.SIGINT), signal_at(4, signal.SIGINT))
     assert stop.value.code == 1 and not (tmp_path / "checkpoints").exists()
     assert [signal.getsignal(number) for number in numbers] == before
-
-
-class Die(L.Callback):
-    """Ends the run without saving, in `hook` at one step."""
-
-    def __init__(self, hook, step, batch=None):
-        def die(trainer, *args):
-            if trainer.global_step == step and batch in (None, args[-1]):
-                raise KeyError("killed")
-
-        setattr(self, hook, die)
 
 
 @pytest.mark.parametrize(
     ("moment", "every", "attempts"),
     [
-        (Die("on_train_batch_start", 3, 7), 3, (None, "last")),  # also in the first step of the resumed run
-        (Die("on_validation_batch_end", 10), 5, (None,)),
+        (At(TRAIN, 3, die, last=7), 3, (None, "last")),  # also in the first step of the resumed run
+        (At("on_validation_batch_end", 10, die), 5, (None,)),
     ],
     ids=["in a step", "in a validation"],
 )
@@ -172,13 +146,9 @@ def test_killed_it_resumes_to_the_same_weights(source, tmp_path, whole, moment, 
 
 
 def test_a_diverged_run_does_not_replace_its_last_good_checkpoint(source, tmp_path):
-    class Diverge(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 7:
-                next(pl_module.parameters()).data.fill_(torch.nan)
-
+    diverge = At(TRAIN, 7, lambda module: next(module.parameters()).data.fill_(torch.nan))
     with pytest.raises(ValueError, match="train/loss is nan at step 9: the run has diverged"):
-        fit(source, tmp_path, Diverge(), every=3)
+        fit(source, tmp_path, diverge, every=3)
     assert saved_step(tmp_path) == 6
 
 
@@ -203,7 +173,7 @@ def test_what_a_kill_left_incomplete_is_removed(source, tmp_path):
 
 def test_a_new_run_in_the_folder_of_another_warns_and_overwrites_nothing(source, tmp_path):
     with pytest.raises(SystemExit):
-        fit(source, tmp_path, Signal("optimizer step", 2))
+        fit(source, tmp_path, signal_at(2))
     with pytest.warns(UserWarning, match="belongs to another run.*--ckpt_path last"):
         fit(source, tmp_path)
     assert saved_step(tmp_path) == 3 and (tmp_path / "checkpoints" / "last-v1.ckpt").exists()
@@ -224,5 +194,5 @@ def test_a_slurm_job_is_requeued(source, tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         with pytest.raises(SystemExit):
-            fit(source, tmp_path, Signal("first micro-batch", 3, number=number))
+            fit(source, tmp_path, signal_at(3, number))
     assert commands == [["scontrol", "requeue", "17"]]

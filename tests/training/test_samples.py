@@ -3,36 +3,27 @@
 import html
 import re
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from material import quiet_trainer, tiny_data, tiny_module
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from dream_lightning import DreamModule, S1KDataModule, SamplingParams, load_tokenizer
+from dream_lightning import SamplingParams, load_tokenizer
 from dream_lightning.batch import Answers, Prediction
 from dream_lightning.training import SampleLogger
 from dream_lightning.training.samples import history_text, samples_text
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 NEW_TOKENS = 24
 
 
 def parts(source, tmp_path, callback, logger, **options):
     """Trainer, module and data for four steps with a validation after every second one."""
-    L.seed_everything(0, verbose=False)
-    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, steps=12, forbid_mask=True)
-    module = DreamModule(new_model=SIZES, tokenizer="bytes", sampling=sampling)
-    data_options = {"cache_dir": str(tmp_path / "cache"), "batch_size": 2, "validation_questions": 3}
-    data = S1KDataModule(str(source), tokenizer=module.tokenizer, **data_options)
-    off = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    options = {"max_steps": 4, "val_check_interval": 2, "check_val_every_n_epoch": None, **off} | options
-    return (
-        L.Trainer(accelerator="cpu", logger=logger, callbacks=[callback], default_root_dir=tmp_path, **options),
-        module,
-        data,
-    )
+    module = tiny_module(sampling=SamplingParams(max_new_tokens=NEW_TOKENS, steps=12, forbid_mask=True))
+    options = {"max_steps": 4, "val_check_interval": 2, "check_val_every_n_epoch": None, **options}
+    trainer = quiet_trainer(callback, logger=logger, default_root_dir=tmp_path, **options)
+    return trainer, module, tiny_data(source, tmp_path, batch_size=2)
 
 
 def fit(*arguments, **options):
@@ -77,15 +68,11 @@ def test_a_checkpoint_is_scored_at_its_own_step(sums, tmp_path):
     assert {event.step for event in scores.Scalars("val/nll")} == {1, 3, 4}
 
 
-@pytest.mark.parametrize("kind", ["no questions", "csv", "none"])
-def test_without_questions_or_a_logger_of_texts_there_are_none(sums, tmp_path, kind):
-    folder = tmp_path / "logs"
-    loggers = {"no questions": TensorBoardLogger(folder, name=None, version=""), "csv": CSVLogger(folder)}
-    fit(sums, tmp_path, SampleLogger(), loggers.get(kind, False), limit_val_batches=0 if kind == "no questions" else 1)
-    if kind == "csv":
-        assert "val/accuracy" in next(folder.rglob("metrics.csv")).read_text()
-    if kind == "no questions":
-        assert EventAccumulator(str(folder)).Reload().Tags()["tensors"] == []
+def test_without_questions_or_a_logger_of_texts_there_are_none(sums, tmp_path):
+    fit(sums, tmp_path, SampleLogger(), TensorBoardLogger(tmp_path, name=None, version=""), limit_val_batches=0)
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["tensors"] == []
+    fit(sums, tmp_path, SampleLogger(), CSVLogger(tmp_path))
+    assert "val/accuracy" in next(tmp_path.rglob("metrics.csv")).read_text()
 
 
 def prediction(id_, prompt="?", text="", **options):

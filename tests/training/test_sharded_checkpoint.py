@@ -6,31 +6,23 @@ import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 
-from dream_lightning.adapters import LoraParams, adapter_state, add_lora, base_hash
-from dream_lightning.export import export_adapter, export_checkpoint, export_model, model_from_checkpoint
+from dream_lightning.adapters import LoraParams, add_lora, base_hash
+from dream_lightning.export import export_adapter, export_model, model_from_checkpoint
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
 from dream_lightning.training.sharded_checkpoint import read_into, read_rest, read_sharded, write
 
-CONFIG = DreamConfig(
-    vocab_size=97,  # odd sizes, so that the two shards differ
-    hidden_size=24,
-    intermediate_size=33,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    mask_token_id=90,
-    pad_token_id=91,
-    bos_token_id=91,
-    eos_token_id=91,
-)
+# odd sizes, so that the two shards differ
+SIZES = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 33, "num_hidden_layers": 2}
+IDS = {"mask_token_id": 90, "pad_token_id": 91, "bos_token_id": 91, "eos_token_id": 91}
+CONFIG = DreamConfig(**SIZES, **IDS, num_attention_heads=6, num_key_value_heads=2)
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}
 
 # One of two processes, gloo: shards every tensor of every checkpoint by rows and saves it.
@@ -95,29 +87,12 @@ def test_the_shards_are_joined_bit_for_bit(saved):
         assert joined["state_dict"][name].dtype == tensor.dtype and torch.equal(joined["state_dict"][name], tensor)
 
 
-def test_a_full_checkpoint_becomes_the_official_folder(saved, tmp_path):
-    written = export_checkpoint(saved / "full.ckpt", tmp_path / "out", dtype="bfloat16")
-    stored, wanted = load_file(written / "model.safetensors"), random_dream().state_dict()
-    assert stored.keys() == wanted.keys() and all(torch.equal(stored[n], wanted[n]) for n in wanted)
-
-
-def test_adapters_are_merged_into_their_base(saved):
-    ids = torch.arange(24).reshape(2, 12)
-    with torch.no_grad():
-        merged, loose = model_from_checkpoint(saved / "adapters.ckpt")(ids).logits, adapted()(ids).logits
-        plain = random_dream()(ids).logits
-    torch.testing.assert_close(merged, loose, rtol=2**-6, atol=2**-6 * loose.abs().max().item())
-    assert (merged - loose).abs().max() < 0.2 * (plain - loose).abs().max()
-
-
 @pytest.mark.parametrize("checkpoint", ["adapters.ckpt", "adapters.pt"])
 def test_a_peft_folder_gives_the_same_logits(saved, tmp_path, checkpoint):
     """On the base as PEFT wraps it, in float32; the base's own files are not needed to write the folder."""
     written = export_adapter(saved / checkpoint, tmp_path / "peft", pretrained="Dream-org/Dream-v0-Instruct-7B")
     assert sorted(file.name for file in written.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     ours = adapted()
-    state = load_file(written / "adapter_model.safetensors")
-    assert all(torch.equal(state[name], tensor) for name, tensor in adapter_state(ours.state_dict()).items())
     peft = PeftModel.from_pretrained(DreamModel.from_pretrained(saved / "base").eval(), written)
     assert peft.peft_config["default"].base_model_name_or_path == "Dream-org/Dream-v0-Instruct-7B"
     ids = torch.arange(24).reshape(2, 12)
@@ -143,14 +118,17 @@ def test_a_damaged_checkpoint_is_refused(saved, tmp_path, name, damage):
         model_from_checkpoint(folder)
 
 
+def state_of(value: float) -> dict:
+    return {"state_dict": {"w": torch.full((3,), value)}, "optimizer_0": {"param_groups": {"lr": value}}}
+
+
 def save(path: Path, value: float, **rest) -> None:
     """As one process."""
-    state = {"state_dict": {"w": torch.full((3,), value)}, "optimizer_0": {"param_groups": {"lr": value}}}
-    write(state, {"step": value, **rest}, path, is_rank_zero=True, broadcast=lambda anything: anything)
+    write(state_of(value), {"step": value, **rest}, path, is_rank_zero=True, broadcast=lambda anything: anything)
 
 
 def load(path: Path) -> float:
-    state = {"state_dict": {"w": torch.zeros(3)}, "optimizer_0": {"param_groups": {"lr": 0.0}}}
+    state = state_of(0.0)
     read_into(state, path)
     assert read_rest(path)["step"] == state["optimizer_0"]["param_groups"]["lr"]
     return state["state_dict"]["w"][0].item()
@@ -167,10 +145,8 @@ def test_a_new_one_replaces_the_old_one_unless_the_disk_is_full(tmp_path, monkey
             patch.setattr(torch.distributed.checkpoint.FileSystemWriter, "write_data", full)
         if where == "rest":
             patch.setattr(torch, "save", full)
-        if where:
-            with pytest.raises(ValueError, match=r"last.ckpt was not written: .*No space left.*is unchanged"):
-                save(tmp_path / "last.ckpt", 2.0)
-        else:
+        words = r"last.ckpt was not written: .*No space left.*is unchanged"
+        with pytest.raises(ValueError, match=words) if where else nullcontext():
             save(tmp_path / "last.ckpt", 2.0)
     assert load(tmp_path / "last.ckpt") == (1.0 if where else 2.0)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -5,14 +5,13 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from material import quiet_trainer, tiny_module
 
-from dream_lightning import DreamModule, S1KDataModule
+from dream_lightning import S1KDataModule
 from dream_lightning.data import epoch_order as order
 from dream_lightning.data.epoch_order import ResumableLoader
 from dream_lightning.model.flops import training_cost
 from dream_lightning.training import Throughput, throughput
-
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 class Clock(L.Callback):
@@ -65,26 +64,18 @@ def test_real_tokens_over_training_time(sums, tmp_path, monkeypatch, accumulate,
     """36 documents in 9 batches an epoch, one second each; logged once an epoch, validated in the middle or after."""
     clock, notes = Clock(), Notes()
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=clock.perf_counter))
-    module = DreamModule(new_model=SIZES, tokenizer="bytes")
+    module = tiny_module()
     module.matmul_ceiling = lambda: 1e6
-    data = SlowData(
-        str(sums), tokenizer=module.tokenizer, batch_size=4, validation_questions=0, cache_dir=str(tmp_path / "cache")
-    )
+    options = {"tokenizer": module.tokenizer, "batch_size": 4, "validation_questions": 0}
+    data = SlowData(str(sums), cache_dir=str(tmp_path / "cache"), **options)
     data.clock = clock
     monkeypatch.setattr(order, "time", SimpleNamespace(perf_counter=clock.perf_counter))
     steps = 9 // accumulate
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=notes,
-        callbacks=[clock, Throughput()],
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        accumulate_grad_batches=accumulate,
-        log_every_n_steps=steps,
-        val_check_interval=validate_every,
-        max_steps=2 * steps,
+    trainer = quiet_trainer(
+        clock,
+        Throughput(),
+        **{"logger": notes, "max_steps": 2 * steps, "accumulate_grad_batches": accumulate, "log_every_n_steps": steps},
+        **{"val_check_interval": validate_every, "default_root_dir": tmp_path},
     )
     trainer.fit(module, data)
     tokens, seconds = int(data.train_set.lengths.sum()), 9 * 1.25

@@ -40,30 +40,21 @@ FINISHED = ["predictions.jsonl", "predictions.jsonl.settings.json"]
 
 def simulated_run(path, dice, ranks, *, batches):
     """Ranks answer open questions until so many batches are done; returns whether that was all of them."""
-    processes = [PredictionFile(path) for _ in range(ranks)]
-    done = processes[0].open(SETTINGS)
-    left = [n for n in ANSWERS if n not in done]
+    first, *others = processes = [PredictionFile(path) for _ in range(ranks)]
+    left = sorted(set(ANSWERS) - first.open(SETTINGS))
     if left:
-        processes[0].write_settings(SETTINGS)
+        first.write_settings(SETTINGS)
     dice.shuffle(left)
-    for _ in range(batches):
-        if not left:
-            for process in processes[1:]:
-                process.close()
-            processes[0].merge(len(ANSWERS))
-            processes[0].close()
-            return True
-        batch, left = left[:3], left[3:]
-        rank = dice.randrange(ranks)
+    while left and batches:
+        rank, batch, left, batches = dice.randrange(ranks), left[:3], left[3:], batches - 1
         processes[rank].append(rank, {n: ANSWERS[n] for n in batch})
-    return False
-
-
-def tear(file, dice):
-    """A kill during a write leaves a part of the last line."""
-    content = file.read_bytes()
-    last = content[:-1].rfind(b"\n") + 1
-    file.write_bytes(content[: dice.randint(last, len(content))])
+    if left or not batches:
+        return False
+    for process in others:
+        process.close()
+    first.merge(len(ANSWERS))
+    first.close()
+    return True
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -73,8 +64,8 @@ def test_any_kills_on_any_numbers_of_ranks_give_the_file_of_one_run(path, seed):
         if simulated_run(path, dice, dice.randint(1, 4), batches=dice.randint(0, 6)) and dice.random() < 0.5:
             break
         for file in path.parent.glob("*.jsonl"):
-            if file.stat().st_size and dice.random() < 0.5:
-                tear(file, dice)
+            if (content := file.read_bytes()) and dice.random() < 0.5:  # a kill leaves a part of the last line
+                file.write_bytes(content[: dice.randint(content[:-1].rfind(b"\n") + 1, len(content))])
         if path.exists() and dice.random() < 0.5:  # a user removes a line
             lines = path.read_bytes().splitlines(keepends=True)
             path.write_bytes(b"".join(line for line in lines if line is not dice.choice(lines)))
@@ -117,13 +108,9 @@ def test_a_file_that_any_rank_still_writes_is_refused(path):
 def test_answers_in_parts_are_guarded_like_the_file(path):
     simulated_run(path, random.Random(0), 2, batches=2)
     assert not path.exists()
-    for other, told in (
-        ({"weights": "other"}, "settings: weights was 'w' and is 'other'. Move"),
-        ({"sampling.steps": 5}, "settings: sampling.steps was 4 and is 5. Move"),
-        ({"precision": "32"}, "settings: precision was None and is '32'. Move"),
-    ):
-        with pytest.raises(UserError, match=told):
-            PredictionFile(path).open(SETTINGS | other)
+    told = "settings: sampling.steps was 4 and is 5; precision was None and is '32'. Move"
+    with pytest.raises(UserError, match=told):
+        PredictionFile(path).open(SETTINGS | {"sampling.steps": 5, "precision": "32"})
     with pytest.raises(UserError, match="only an S1KDataModule leaves their questions out"):
         PredictionFile(path).open(SETTINGS, resumable=False)
     assert len(PredictionFile(path).open(SETTINGS)) == 6
@@ -140,12 +127,18 @@ def test_missing_and_repeated_answers_are_an_error(path):
     assert not path.exists()
 
 
-def test_a_line_that_is_no_prediction_is_an_error_and_stays(path):
-    simulated_run(path, random.Random(0), 1, batches=99)
-    path.write_text("not JSON\n")
-    with pytest.raises(UserError, match=r"a line that is no prediction \(b'not JSON"):
-        PredictionFile(path).open(SETTINGS)
-    assert path.read_text() == "not JSON\n"
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("notes without a newline", "with other settings"), ("not JSON\n", r"a line that is no prediction \(b'not JSON")],
+)
+def test_a_file_of_something_else_is_an_error_and_stays(path, content, told):
+    path.parent.mkdir()
+    path.write_text(content)
+    file = PredictionFile(path)
+    with pytest.raises(UserError, match=told):
+        file.open(SETTINGS)
+    file.close()
+    assert path.read_text() == content and files(path) == [path.name]
 
 
 class Parrot(L.LightningModule):
@@ -166,6 +159,10 @@ class Parrot(L.LightningModule):
         return Answers(predictions, [row < len(ids) - self.copies for row in range(len(ids))])
 
 
+def bytes_data(source, **options):
+    return S1KDataModule(str(source), tokenizer=load_tokenizer("bytes"), batch_size=3, **options)
+
+
 def ids_in(path):
     return [json.loads(line)["id"] for line in path.read_text().splitlines()]
 
@@ -176,9 +173,8 @@ def ask(path, sums):
 
     def predict(model=None, *, overwrite=False, checkpoint=None, trainer=None, predict_source=None, **options):
         model, options = model or Parrot(), {"predict_source": predict_source and str(predict_source), **options}
-        data = S1KDataModule(str(sums), tokenizer=load_tokenizer("bytes"), batch_size=3, **options)
-        predict = quiet_trainer(callbacks=[PredictionWriter(str(path), overwrite)], **trainer or {})
-        predict.predict(model, data, return_predictions=False, ckpt_path=checkpoint, weights_only=True)
+        predict = quiet_trainer(callbacks=[PredictionWriter(str(path), overwrite)], **trainer or {}).predict
+        predict(model, bytes_data(sums, **options), return_predictions=False, ckpt_path=checkpoint, weights_only=True)
         return model.asked, ids_in(path)
 
     return predict
@@ -242,30 +238,16 @@ def test_another_checkpoint_of_the_same_name_is_refused(ask, tmp_path, path, ans
     assert path.read_bytes() == whole and model.asked == []
 
 
-def test_a_run_that_died_before_its_first_answer_leaves_nothing(ask):
-    """Out of memory in the first batch, then tried with other settings."""
+def test_a_run_that_died_leaves_nothing_and_copies_of_questions_are_not_written(ask):
+    """Out of memory in the first batch, then other settings; batches of 3 and 1 whose last rows do not count."""
     with pytest.raises(RuntimeError, match="out of memory"):
         ask(Parrot(error=RuntimeError("out of memory")))
-    asked, ids = ask(Parrot(sampling=SamplingParams(max_new_tokens=8)))
-    assert sorted(asked) == sorted(ids) and len(ids) == 4
-
-
-def test_a_file_of_something_else_is_not_changed(ask, path):
-    path.parent.mkdir()
-    path.write_text("notes without a newline at the end")
-    with pytest.raises(UserError, match="other settings"):
-        ask()
-    assert path.read_text() == "notes without a newline at the end" and files(path) == [path.name]
-
-
-def test_copies_that_give_the_ranks_equal_batches_are_not_written(ask):
-    """4 questions in batches of 3 and 1; the last row of each does not count."""
-    asked, ids = ask(Parrot(copies=1))
+    asked, ids = ask(Parrot(sampling=SamplingParams(max_new_tokens=8), copies=1))
     assert len(asked) == 4 and sorted(ids) == sorted(asked[:2])
 
 
 def test_another_dataloader_writes_but_does_not_resume(sums, path):
-    data = S1KDataModule(str(sums), tokenizer=load_tokenizer("bytes"), batch_size=3)
+    data = bytes_data(sums)
     data.setup("predict")
     predict = quiet_trainer(callbacks=[PredictionWriter(str(path))]).predict
     predict(Parrot(), data.predict_dataloader(), return_predictions=False)
@@ -297,18 +279,11 @@ def test_the_progress_bar_shows_tokens_per_second_and_the_default_path_is_that_o
             super().on_predict_batch_end(trainer, *arguments)
             shown.append(bar.predict_progress_bar.postfix)
 
-    data = S1KDataModule(str(sums), tokenizer=load_tokenizer("bytes"), batch_size=3)
     options = {"enable_progress_bar": True, "logger": CSVLogger(tmp_path, name="mine")}
-    quiet_trainer(callbacks=[bar, Watching()], **options).predict(Parrot(), data, return_predictions=False)
+    predict = quiet_trainer(callbacks=[bar, Watching()], **options).predict
+    predict(Parrot(), bytes_data(sums), return_predictions=False)
     assert len(shown) == 2 and all(re.fullmatch(r"[\d,]+ tokens/s", text) for text in shown)
     assert len(ids_in(tmp_path / "mine" / "predictions.jsonl")) == 4
-
-
-def module_of(weight, **parameters):
-    module = L.LightningModule()
-    for name, value in {"weight": weight, **parameters}.items():
-        module.register_parameter(name, torch.nn.Parameter(value))
-    return module
 
 
 def test_the_fingerprint_depends_on_values_types_names_and_shapes_and_not_on_sharding(tmp_path):
@@ -316,7 +291,8 @@ def test_the_fingerprint_depends_on_values_types_names_and_shapes_and_not_on_sha
     weight = torch.arange(6000.0).reshape(60, 100)
     same = [weight, weight.clone(), distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])]
     others = [weight + 1e-3, weight.bfloat16(), weight[:50]]
-    modules = [*map(module_of, [*same, *others]), module_of(weight, bias=torch.zeros(1))]
+    modules = [torch.nn.ParameterDict({"weight": value}) for value in (*same, *others)]
+    modules.append(torch.nn.ParameterDict({"weight": weight, "bias": torch.zeros(1)}))
     prints = [weights_fingerprint(module) for module in modules]
     dist.destroy_process_group()
     assert len(set(prints[:3])) == 1 and len(set(prints)) == 1 + 4

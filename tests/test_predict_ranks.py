@@ -11,7 +11,7 @@ from pathlib import Path
 from material import write_jsonl
 from meeting import MeetingPoint
 
-from dream_lightning.cli import main
+from dream_lightning.cli import run
 
 ROOT = Path(__file__).parents[1]
 COUNT = 120
@@ -22,29 +22,21 @@ def arguments(folder: Path, source: Path, *more: str) -> list[str]:
     # positions in random order, and gets prompts of one length, so that only last batches differ in shape.
     sizes = "hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2"
     return [
-        "predict",
-        "--config=configs/tiny.yaml",
+        *("predict", "--config=configs/tiny.yaml", f"--data.predict_source={source}", "--data.batch_size=4"),
         f"--model.new_model={{{sizes}, initializer_range: 1.0}}",
         "--model.sampling={max_new_tokens: 30, steps: 15, alg: origin, temperature: 0.7, forbid_mask: true}",
-        f"--data.predict_source={source}",
-        "--data.batch_size=4",
         f"--trainer.logger.init_args.save_dir={folder}",
         *more,
     ]
 
 
-def on_one(monkeypatch, *options) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["dream_lightning", *arguments(*options)])
-    main()
-
-
 def on_two(meeting: MeetingPoint, *options) -> subprocess.Popen:
     command = arguments(*options, "--trainer.devices=2", "--trainer.strategy=ddp")
+    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.Popen(
         [sys.executable, "-m", "dream_lightning", *command],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | meeting.environment,
+        env=os.environ | paths | meeting.environment,
         stdout=subprocess.DEVNULL,
         stderr=(options[0].parent / "stderr").open("a"),
         start_new_session=True,  # so that both can be killed at once
@@ -70,8 +62,9 @@ def test_two_ranks_killed_and_resumed_on_one_and_on_two_write_the_file_of_one(tm
     shutil.copytree(tmp_path / "killed", tmp_path / "resumed on one")
 
     resumed = on_two(points[1], tmp_path / "killed", source)
-    on_one(monkeypatch, tmp_path / "whole", source)
-    on_one(monkeypatch, tmp_path / "resumed on one", source)
+    monkeypatch.chdir(ROOT)
+    run(arguments(tmp_path / "whole", source))
+    run(arguments(tmp_path / "resumed on one", source))
     assert resumed.wait() == 0, (tmp_path / "stderr").read_text()
 
     whole = answers(tmp_path / "whole")
@@ -85,7 +78,8 @@ def test_two_ranks_killed_and_resumed_on_one_and_on_two_write_the_file_of_one(tm
 
 def test_countdown_problems_are_asked_in_words_and_graded(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "problems.jsonl", [{"input": "30,100,93", "output": "23"}] * 2)
-    on_one(monkeypatch, tmp_path, source, "--data.task=countdown")
+    monkeypatch.chdir(ROOT)
+    run(arguments(tmp_path, source, "--data.task=countdown"))
     for line in answers(tmp_path):
         assert "30, 100, 93" in line["prompt"] and "to make 23" in line["prompt"]
         assert line["correct"] is False, "a random model does not solve it"

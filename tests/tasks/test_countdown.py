@@ -40,15 +40,13 @@ def test_wrong_or_hostile_expressions(expression):
 @pytest.mark.parametrize(
     ("response", "answer"),
     [
-        (r"First 30+93=123. \boxed{30+93-100}", "30+93-100"),
+        (r"First 30+93=123. \boxed{30+93-100}", "30+93-100"), ("I get 23", None), ("", None),
         ("The answer is 30 + 93 - 100 = 23.", "30 + 93 - 100 = 23"),
         ("30+1 <answer> 30+93-100 </answer> since 93-100 = -7", "30+93-100"),
         ("30+93=123, 123-100=23, so (30 + 93) - 100 = 23", "(30 + 93) - 100 = 23"),
         ("so 30 × 93 ÷ 93 − 7", "30 * 93 / 93 - 7"),
-        ("I get 23", None),
-        ("", None),
     ],
-)
+)  # fmt: skip
 def test_extract(response, answer):
     assert countdown.extract(response) == answer
 

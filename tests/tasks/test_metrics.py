@@ -9,16 +9,15 @@ def predicted(answer, correct, filled=30, forwards=10):
     return Prediction("q", "?", "", None, answer, "1", correct, 3, 0.1, forwards, filled)
 
 
-RIGHT, WRONG, UNPARSED, NOT_SCORED = (
-    predicted(*verdict) for verdict in (("1", True), ("9", False), (None, False), ("4", None))
-)
+RIGHT, WRONG, UNPARSED = predicted("1", True), predicted("9", False), predicted(None, False)
+NOT_SCORED = predicted("4", None)
 PREDICTIONS = [RIGHT, WRONG, UNPARSED, NOT_SCORED, RIGHT, predicted("1", True, filled=40)]
 COUNTED = [True, True, True, True, False, True]
 
 
-def scores(predictions, counted=None):
+def scores(predictions, counted):
     metric = AnswerScores()
-    metric.update(Answers(predictions, [True] * len(predictions) if counted is None else counted))
+    metric.update(Answers(predictions, counted))
     return metric
 
 
@@ -49,8 +48,7 @@ def test_nothing_scored_is_zero_and_not_nan(update):
 
 
 def test_counts_are_exact_after_a_cast_to_bfloat16_and_a_reset():
-    metric = AnswerScores().bfloat16()
-    metric.update(Answers([WRONG], [True]))
+    metric = scores([WRONG], [True]).bfloat16()
     metric.reset()
     metric.update(Answers([RIGHT] * 300, [True] * 300))
     assert metric.scored.dtype == torch.long and metric.scored == 300

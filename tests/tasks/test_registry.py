@@ -25,16 +25,12 @@ def example(question, *, reference=None, task=None, **record):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("plain 4", (None, "plain 4")),
-        ("", (None, "")),
-        ("<think>\na\n</think>\nb\n", ("a", "b")),
-        ("a</think>b", ("a", "b")),
-        ("<think>a", ("a", "")),
-        ("<think></think>b", ("", "b")),
+        ("plain 4", (None, "plain 4")), ("", (None, "")), ("<think>\na\n</think>\nb\n", ("a", "b")),
+        ("a</think>b", ("a", "b")), ("<think>a", ("a", "")), ("<think></think>b", ("", "b")),
         ("<think>a</think>b<think>c</think>d", ("a</think>bc", "d")),
         ("<think>a</think>b<think>c", ("a</think>bc", "")),
     ],
-)
+)  # fmt: skip
 def test_split_thinking(text, expected):
     assert split_thinking(text) == expected
 

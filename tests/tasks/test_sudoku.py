@@ -11,20 +11,14 @@ PUZZLE, GRID = "3102200002100320", "3142243142131324"
 ROWS = "3142\n2431\n4213\n1324"
 
 
-@pytest.mark.parametrize("grid", [GRID, ROWS, "[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]", "31|42 24|31 42|13 13|24"])
-def test_a_solution(grid):
-    assert is_solution(grid, PUZZLE)
+SEPARATED = ["[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]", "31|42 24|31 42|13 13|24"]
+WRONG = ["", PUZZLE, GRID[:-1], GRID + "1", "4132" + GRID[4:], "x" + GRID, "1234" * 4, "９" * 16, "9" * 100_000]
 
 
-@pytest.mark.parametrize(
-    "grid", ["", PUZZLE, GRID[:-1], GRID + "1", "4132" + GRID[4:], "x" + GRID, "1234" * 4, "９" * 16, "9" * 100_000]
-)
-def test_wrong_grids(grid):
-    assert not is_solution(grid, PUZZLE)
-
-
-def test_boxes_matter():
-    assert not is_solution("1234234134124123", "0" * 16)  # rows and columns are right
+def test_a_solution_keeps_the_clues_and_has_every_digit_in_every_row_column_and_box():
+    assert all(is_solution(grid, PUZZLE) for grid in (GRID, ROWS, *SEPARATED))
+    assert not any(is_solution(grid, PUZZLE) for grid in WRONG)
+    assert not is_solution("1234234134124123", "0" * 16)  # only the boxes are wrong
 
 
 @pytest.mark.parametrize("puzzle", ["", "123", "5" * 16, "x" * 16])
@@ -36,12 +30,10 @@ def test_a_malformed_puzzle_is_an_error(puzzle):
 @pytest.mark.parametrize(
     ("response", "answer"),
     [
-        (rf"\boxed{{{GRID}}}", GRID),
         (rf"The first row is 3142. \boxed{{{ROWS}}}", GRID),
         (f"<answer>\n{ROWS}\n</answer>", GRID),
         (f"{PUZZLE} is solved by\n{ROWS}\nin 12 steps.", GRID),
         (GRID[:-1], None),
-        ("", None),
     ],
 )
 def test_extract(response, answer):

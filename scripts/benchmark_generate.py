@@ -152,7 +152,6 @@ def main(
     most: int = 32,
     four_bit: bool = True,
     answers: bool = True,
-    compile_mode: str | None = None,
 ) -> None:
     """Print milliseconds a step and tokens a second.
 
@@ -165,7 +164,6 @@ def main(
         most: rows of the largest batch.
         four_bit: measure the nf4 base too.
         answers: measure whole answers too.
-        compile_mode: of torch.compile, such as max-autotune-no-cudagraphs.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -173,7 +171,7 @@ def main(
     few = new_tokens // 8  # steps of uncached runs, 8 tokens each
     model = DreamModel.from_pretrained(pretrained).to(device).eval()
     before = gpu_memory()
-    fast = CompiledDenoiser(model, capture=device == "cuda", mode=compile_mode)
+    fast = CompiledDenoiser(model, capture=device == "cuda")
     if device == "cuda":
         bench.notes.append(f"weights laid together for fewer products: {before} before, {gpu_memory()} after")
     one = {}
@@ -198,7 +196,7 @@ def main(
         whole_answers(bench, fast, one, (1, many, most))
     if four_bit and device == "cuda":
         del model, fast, run
-        nf4_steps(bench, pretrained, compile_mode)
+        nf4_steps(bench, pretrained)
     bench.print()
 
 
@@ -224,14 +222,14 @@ def whole_answers(bench: Bench, fast: CompiledDenoiser, one: dict[int, float], s
             bench.speed(name, rows, partial(denoising_steps, fast, ids, params=params), bench.new_tokens // k)
 
 
-def nf4_steps(bench: Bench, pretrained: str, compile_mode: str | None) -> None:
+def nf4_steps(bench: Bench, pretrained: str) -> None:
     """The 4-bit base: unpacked at every forward, and held in bfloat16 while generating."""
     model = quantized_model(pretrained, "nf4", torch.device("cuda")).eval()
     ids, params = bench.ids(1), bench.params(steps=bench.new_tokens // 8)
     cached = bench.params(block_length=bench.block, cache="dual", tokens_per_step=1)
     for name, context in (("nf4", nullcontext()), ("nf4 dequantized", dequantized(model))):
         with context:
-            fast = CompiledDenoiser(model, mode=compile_mode)
+            fast = CompiledDenoiser(model)
             if name == "nf4":
                 bench.steps(f"{name}, uncached, eager", 1, partial(denoising_steps, model, ids, params=params))
             bench.steps(f"{name}, uncached, compiled", 1, partial(denoising_steps, fast, ids, params=params))

@@ -66,6 +66,14 @@ def run():
 
 
 @pytest.fixture
+def talker(deep, prompts, run, monkeypatch):
+    """A model whose eos is the token that it predicts most."""
+    common = run(deep, prompts(16)).sequences[:, 7:].flatten().mode().values
+    monkeypatch.setattr(deep.config, "eos_token_id", int(common))
+    return deep
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """`calls(model)` → a list that grows by [rows, columns] at every forward of the trunk."""
 

@@ -2,7 +2,7 @@
 
 On an H100 at 7B shapes a step of one row of 512 takes 12.3 ms instead of 26, of a block with a dual cache 6.2 ms. A
 graph has fixed shapes and addresses. So the batch is padded to a power of two, prompts on the left to a multiple of 64
-columns (of an eighth of the length beyond 1,024, so that shapes remain few), and positions to a multiple of 32.
+columns (of an eighth of the length beyond 1,024), and positions to a multiple of 32.
 """
 
 import weakref
@@ -30,20 +30,17 @@ class CompiledDenoiser:
     Args:
         model: a DreamModel on a CUDA device. It may be trained between two generations.
         capture: False runs the layers uncompiled, with the same fixed shapes and buffers, on any device: for tests.
-        mode: of torch.compile, such as `max-autotune-no-cudagraphs`.
         keep_alive: hold a reference to the model.
 
     Raises:
         UserError: the model is not on one CUDA device, or its weights are sharded.
     """
 
-    def __init__(
-        self, model: nn.Module, *, capture: bool = True, mode: str | None = None, keep_alive: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, *, capture: bool = True, keep_alive: bool = True) -> None:
         if any(hasattr(p, "device_mesh") for p in model.parameters()):
             raise UserError("the model's weights are sharded, which a graph cannot gather: set compile to False")
         self.original, self._kept = weakref.ref(model), model if keep_alive else None
-        self.model = CUDAGraphRunner(model.model, capture, mode)
+        self.model = CUDAGraphRunner(model.model, capture)
         self.refresh = self.model.refresh
         self._best = torch.compile(best_tokens) if capture else best_tokens
 
@@ -54,8 +51,8 @@ class CompiledDenoiser:
         """The canvas padded to one of few shapes; its own rows are the first, its own columns the last."""
         rows, length = canvas.x.shape
         multiple = max(_COLUMNS, (1 << length.bit_length() - 1) // 8)
-        size = 1 << (rows - 1).bit_length(), _rounded_up(length, multiple)
-        return canvas.padded_to(*size, self.config.pad_token_id or 0)
+        rows, length = 1 << (rows - 1).bit_length(), _rounded_up(length, multiple)
+        return canvas.padded_to(rows, length, self.config.pad_token_id or 0)
 
     def positions(self, number: int) -> int:
         return _rounded_up(number, _POSITIONS)
@@ -73,8 +70,8 @@ def _rounded_up(number: int, multiple: int) -> int:
 class CUDAGraphRunner:
     """The layers of a model as one CUDA graph for each combination of shapes; a call overwrites the last result."""
 
-    def __init__(self, trunk: nn.Module, capture: bool, mode: str | None) -> None:
-        self._trunk, self._capture, self._mode = weakref.ref(trunk), capture, mode
+    def __init__(self, trunk: nn.Module, capture: bool) -> None:
+        self._trunk, self._capture = weakref.ref(trunk), capture
         self._reset()
 
     def _reset(self) -> None:
@@ -82,9 +79,9 @@ class CUDAGraphRunner:
         devices = sorted({str(p.device) for p in trunk.parameters()})
         if self._capture and (len(devices) > 1 or not devices[0].startswith("cuda")):
             raise UserError(f"the model is on {', '.join(devices)}, CUDA graphs need one GPU: set compile to False")
-        self._graphs: dict[tuple, _Graph] = {}
+        self._graphs: dict[tuple, tuple[Callable, Any]] = {}  # → a forward, and its cache, which keeps its address
         self._caches: dict[tuple[int, int], Any] = {}  # the most recently used is the last
-        # By default torch captures on a stream of the device where the process captured first.
+        # torch's default is a stream of the device where the process captured first.
         self._stream = torch.cuda.Stream(devices[0]) if self._capture else None
         self._pool = None
         fuse_weights_(trunk)
@@ -106,7 +103,7 @@ class CUDAGraphRunner:
             largest = max(rows * length, *map(prod, self._caches), 0)
             while sum(map(prod, self._caches)) + rows * length > 2 * largest:
                 dropped = self._caches.pop(next(iter(self._caches)))
-                self._graphs = {key: graph for key, graph in self._graphs.items() if graph.cache is not dropped}
+                self._graphs = {key: value for key, value in self._graphs.items() if value[1] is not dropped}
             if not self._graphs:  # a pool that no graph holds must not be used again
                 self._pool = None
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
@@ -124,14 +121,14 @@ class CUDAGraphRunner:
         span: tuple[int, int] | None = None,
     ) -> Tensor:
         inputs = [input_ids, attention_mask, position_ids, columns]
-        shapes = [None if t is None else t.shape for t in inputs]
-        key = (*shapes, id(cache), span, _autocast(input_ids.device.type))
+        key = (*(None if t is None else t.shape for t in inputs), id(cache), span, _autocast(input_ids.device.type))
         if key not in self._graphs:
             with torch.inference_mode(False), torch.no_grad():
-                self._graphs[key] = self._new_graph(inputs, cache, span)
-        return self._graphs[key](inputs)
+                self._graphs[key] = self._new_graph(inputs, cache, span), cache
+        return self._graphs[key][0](inputs)
 
-    def _new_graph(self, inputs: list[Tensor | None], cache: Any, span: tuple[int, int] | None) -> "_Graph":
+    def _new_graph(self, inputs: list[Tensor | None], cache: Any, span: tuple[int, int] | None) -> Callable:
+        """A forward of inputs with these shapes, which are copied to fixed addresses."""
         static = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in inputs]
         ids, attention_mask, position_ids, columns = static
         trunk = self._trunk()
@@ -140,12 +137,21 @@ class CUDAGraphRunner:
             with fused_projections(trunk, ids.numel()):
                 return trunk(ids, attention_mask, position_ids, cache, columns, span)
 
-        if not self._capture:
-            return _Graph(static, cache, forward)
+        replay = self._captured(forward) if self._capture else forward
+
+        def run(inputs: list[Tensor | None]) -> Tensor:
+            for fixed, given in zip(static, inputs, strict=True):
+                if given is not None:
+                    fixed.copy_(given)
+            return replay()
+
+        return run
+
+    def _captured(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
         enabled, dtype = _autocast("cuda")
         # Cast weights inside the graph: copies that autocast's cache made before would not follow training.
         uncached = torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
-        with torch.cuda.device(ids.device), _compiled_parts(trunk, self._mode), uncached:
+        with torch.cuda.device(self._stream.device), _compiled_parts(self._trunk()), uncached:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 for _ in range(_WARM_UP):
@@ -161,22 +167,7 @@ class CUDAGraphRunner:
             graph.replay()
             return output
 
-        return _Graph(static, cache, replay)
-
-
-class _Graph:
-    """A forward with fixed inputs. It holds its cache, so that no other cache gets the same address."""
-
-    def __init__(self, static: list[Tensor | None], cache: Any, run: Callable[[], Tensor]) -> None:
-        self._static, self.cache, self._run = static, cache, run
-        self._last: list[Tensor | None] = [None] * len(static)
-
-    def __call__(self, inputs: list[Tensor | None]) -> Tensor:
-        for static, given, last in zip(self._static, inputs, self._last, strict=True):
-            if given is not last:  # tensors of a Canvas are never changed in-place
-                static.copy_(given)
-        self._last = inputs
-        return self._run()
+        return replay
 
 
 def _autocast(device: str) -> tuple[bool, torch.dtype]:
@@ -189,12 +180,12 @@ def _captured_state(trunk: nn.Module) -> list[tuple[int, torch.dtype]]:
 
 
 @contextmanager
-def _compiled_parts(trunk: nn.Module, mode: str | None) -> Iterator[None]:
+def _compiled_parts(trunk: nn.Module) -> Iterator[None]:
     """Layers, norm and rotary embedding compiled for the shapes of the capture."""
     parts = (trunk.rotary, *trunk.layers, trunk.norm)
     before = [part._compiled_call_impl for part in parts]
     for part in parts:
-        part.compile(dynamic=False, mode=mode)
+        part.compile(dynamic=False)
     try:
         # All layers share one compilation a shape. Beyond the limit torch would run them uncompiled, so raise instead.
         limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096}

@@ -1,5 +1,6 @@
-"""The model as the reverse process calls it: what a step computes, and what it takes from a KV cache."""
+"""What the model predicts at a step: what is computed, what comes from a KV cache, and the tokens."""
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -7,9 +8,13 @@ from torch import Tensor
 
 from dream_lightning.diffusion.denoiser import shifted
 from dream_lightning.errors import UserError
-from dream_lightning.sampling.canvas import Canvas
+from dream_lightning.sampling.canvas import ORDER, TOKEN, Canvas
 from dream_lightning.sampling.params import SamplingParams
-from dream_lightning.sampling.token_sampling import best_tokens
+from dream_lightning.sampling.token_sampling import LogitsHook, certainty, choose_tokens, constrain, same_kind
+from dream_lightning.sampling.unmasking import perturb
+
+# Positions whose tokens are chosen at a time: a float32 [256, 152064] temporary is 156 MB, and a few are alive at once.
+_POSITIONS = 256
 
 
 class CachedForward:
@@ -26,16 +31,14 @@ class CachedForward:
 
     def __init__(self, model: Any, canvas: Canvas, params: SamplingParams, span: tuple[int, int] | None = None) -> None:
         self.model, self.params, self.span = model, params, span
-        # How tokens are chosen, and how many positions are predicted for M masked ones: a CompiledDenoiser has its own.
-        self.best_tokens = getattr(model, "best_tokens", best_tokens)
+        # A CompiledDenoiser has its own argmax, and its own number of positions to predict for M masked ones.
+        self.best_tokens = getattr(model, "best_tokens", None)
         self.positions = getattr(model, "positions", lambda number: number)
         self.select(canvas)
 
     def select(self, canvas: Canvas) -> None:
         """Predict for the rows of this canvas from now on, with a new cache."""
         self.canvas, self.cache, self.period = canvas, None, None
-        # Columns [W] and positions [B, W]: the same tensors at every step, since CUDA graphs copy only new ones.
-        self._windows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def start_block(self, first: int, last: int) -> None:
         """Predict columns first … last − 1 from now on; the next prediction computes the whole cache."""
@@ -62,19 +65,61 @@ class CachedForward:
             self.cache.generation += 1
             self.generation = self.cache.generation
         if self.generation != self.cache.generation:
-            raise UserError(
-                "another generation by this compiled model has overwritten the KV cache: finish one before the next"
-            )
+            raise UserError("another generation by this compiled model overwrote the KV cache: finish one at a time")
         # Steps without a forward change nothing, so it does not matter at which step of a period the refresh falls.
         period = step_of_block // self.params.refresh_every if self.params.refresh_every else 0
         first, last = self.first - 1, self.last if self.params.cache == "dual" else length
         if period != self.period:
             self.period, first, last = period, 0, length
-        if (first, last) not in self._windows:
-            columns = torch.arange(first, last, device=x.device)
-            self._windows[first, last] = columns, self.canvas.positions[:, first:last]
-        columns, positions = self._windows[first, last]
-        return self.model.model(x[:, first:last], real, positions, self.cache, columns), first
+        columns, window = torch.arange(first, last, device=x.device), self.canvas.positions[:, first:last]
+        return self.model.model(x[:, first:last], real, window, self.cache, columns), first
+
+
+class Proposer:
+    """Predicts tokens, and remembers whether their confidences are finite."""
+
+    def __init__(self, predict: CachedForward, params: SamplingParams, hook: LogitsHook | None) -> None:
+        self.predict, self.params, self.hook = predict, params, hook
+        self._sums: dict[int, Tensor] = {}  # step → sum of its confidences []
+
+    def __call__(
+        self, canvas: Canvas, where: Tensor, remaining: Tensor, step: int, step_of_block: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward, and tokens for the positions `where` [b, L] bool, of which rows have `remaining` [b].
+
+        Returns:
+            tokens [b, L] int64, the mask token elsewhere; their certainty [b, L] float32 in [0, 1], 0 elsewhere; and
+            the order [b, L] in which positions are filled, the largest first, −inf elsewhere.
+        """
+        p, elsewhere, number = self.params, ~where, int(remaining.sum())  # M
+        row, column, index = locate(where, self.predict.positions(number))  # [≥ M], [≥ M], [b, L]
+        logits = self.predict(canvas.x, row, column, step_of_block)  # [≥ M, V]
+        uniforms = canvas.uniforms(p.seed, step, TOKEN)[row, column] if p.temperature > 0 else None
+        parts = []
+        for start in range(0, len(row), _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            some = constrain(logits[part], column[part], canvas, p)
+            if self.hook is not None:
+                some = some.float()
+                some = same_kind("logits_hook", self.hook(step, canvas.x, some, row[part], column[part]), some)
+            noise = None if uniforms is None else uniforms[part]
+            parts.append(choose_tokens(some, noise, p, best=self.predict.best_tokens))
+        tokens, confidence = (torch.cat(x) for x in zip(*parts, strict=True))  # [≥ M] each
+        self._sums[step] = confidence[:number].sum()
+
+        order = confidence[index].masked_fill(elsewhere, -torch.inf)
+        sure = certainty(order, p.alg)
+        if p.alg_temp:
+            order = perturb(order, p.alg_temp, canvas.uniforms(p.seed, step, ORDER))
+        return tokens[index].masked_fill(elsewhere, canvas.mask_token_id), sure, order
+
+    def check_finite(self) -> None:
+        """Raise UserError if a confidence since the last check is not finite. Synchronizes with the GPU."""
+        sums = torch.stack([*self._sums.values()]).tolist() if self._sums else []
+        wrong = [step for step, value in zip(self._sums, sums, strict=True) if not isfinite(value)]
+        self._sums.clear()
+        if wrong:
+            raise UserError(f"the logits are not finite at step {wrong[0]}: check the weights (diverged? float16?)")
 
 
 def locate(where: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:

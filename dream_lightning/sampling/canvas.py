@@ -98,11 +98,7 @@ def prepare(
     sample_ids: Tensor | None = None,
     infill: bool = False,
 ) -> Canvas:
-    """Check the arguments of `diffusion_generate` and append `params.max_new_tokens` masks.
-
-    Raises:
-        UserError: see `_problems`.
-    """
+    """Append `params.max_new_tokens` masks; UserError if an argument of `diffusion_generate` is wrong."""
     if sample_ids is None:
         sample_ids = torch.arange(len(input_ids))
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
@@ -146,12 +142,10 @@ def _problems(
     row = int(broken.int().argmax())
     yield broken.any(), f'row {row} of attention_mask has a 0 after a 1: set tokenizer.padding_side = "left"'
 
-    new, limit = params.max_new_tokens, config.max_position_embeddings
-    message = f"{got[1]} prompt tokens and {new} new ones exceed the model's {limit} positions: shorten one of them"
-    yield got[1] + new > limit, message
+    old, new, limit = got[1], params.max_new_tokens, config.max_position_embeddings
+    yield old + new > limit, f"{old} prompt tokens and {new} new ones exceed the model's {limit} positions: shorten one"
     masks = int(((ids == config.mask_token_id) & real).sum())
-    message = f"input_ids contains the mask token {masks} times: pass infill=True, or escape special tokens in the text"
-    yield masks > 0 and not infill, message
+    yield masks > 0 and not infill, f"input_ids has {masks} mask tokens: pass infill=True, or escape special tokens"
     yield not infill and new == 0, "max_new_tokens is 0, so there is nothing to fill: raise it, or pass infill=True"
     for name in ("block_length", "stop_at_eos"):
         wrong = infill and bool(getattr(params, name))
@@ -159,8 +153,7 @@ def _problems(
 
     given, wanted = f"{sample_ids.dtype} {list(sample_ids.shape)}", f"torch.int64 [{len(ids)}]"
     yield given != wanted, f"sample_ids is {given}, wanted {wanted}: pass one id per row"
-    banned = params.banned_tokens or []
-    unknown = [token for token in banned if not 0 <= token < config.vocab_size]
+    unknown = [token for token in params.banned_tokens or [] if not 0 <= token < config.vocab_size]
     yield bool(unknown), f"banned_tokens holds {unknown}, {vocabulary}"
     wrong = (params.stop_at_eos or params.min_new_tokens > 0) and config.eos_token_id is None
     yield wrong, "the model's config has no eos_token_id, which stop_at_eos and min_new_tokens need: set it"

@@ -14,7 +14,7 @@ from dream_lightning.sampling.cached_forward import CachedForward
 from dream_lightning.sampling.canvas import Canvas, prepare
 from dream_lightning.sampling.denoise import reverse_process
 from dream_lightning.sampling.params import SamplingParams
-from dream_lightning.sampling.proposer import LogitsHook, TokensHook
+from dream_lightning.sampling.token_sampling import LogitsHook, TokensHook
 from dream_lightning.sampling.unmasking import UnmaskingRule, rule_of
 
 
@@ -40,9 +40,8 @@ def diffusion_generate(
 ) -> GenerationOutput:
     """Answer a batch of prompts; all other arguments and errors are those of `denoising_steps`.
 
-    With `params.forbid_mask`, or a model that never predicts the mask token, the answer of a row depends only on the
-    weights, its prompt, its sample id and `params`: not on the batch, the order of rows or the padding (up to rounding
-    in the model, which may differ with the batch's shape).
+    With `params.forbid_mask` the answer of a row depends on the weights, its prompt, its sample id and `params` only:
+    not on the batch, the order of rows or the padding (up to rounding, which may differ with the batch's shape).
 
     Args:
         return_history: keep the state after every step.
@@ -71,21 +70,18 @@ def denoising_steps(
 ) -> Iterator[Canvas]:
     """Iterate over the state after each of the `params.steps` steps, see Canvas.
 
-    The model is in eval mode until the iterator is exhausted or closed; then its modes are restored.
+    The model is in eval mode until the iterator is exhausted or closed.
 
     Args:
         model: a DreamModel or its CompiledDenoiser, on the device of `input_ids`.
         input_ids: [B, P] int64, left-padded if the prompts differ in length.
         attention_mask: [B, P] bool or 0/1, 0 = left padding. None: no padding.
-        sample_ids: [B] int64, keys of the rows' noise; 0 … B − 1 by default. Rows with equal prompts and equal ids get
-            equal answers.
+        sample_ids: [B] int64, keys of the rows' noise; 0 … B − 1 by default. Equal prompts and ids get equal answers.
         infill: also fill the masks that the prompt contains; without it they are an error.
-        run_every_step: call the model also at steps that fill nothing, so that the number of forwards is
-            `params.steps` whatever the data. Ranks that share a sharded model need it.
-        num_return_sequences: answers for every prompt, with different noise, B · num_return_sequences rows in all. The
-            first answer of a prompt is the same as with one sequence.
+        run_every_step: call the model also at steps that fill nothing. Ranks that share a sharded model need it.
+        num_return_sequences: answers for every prompt, with different noise; the first is that of one sequence.
         unmasking: a rule of your own, see UnmaskingRule.
-        logits_hook, tokens_hook: change logits before tokens are chosen, and tokens after a step; see `proposer`.
+        logits_hook, tokens_hook: change logits before tokens are chosen, and tokens after a step; see `token_sampling`.
 
     Raises:
         UserError: the arguments are wrong or exclude each other; `params.compile` without CUDA; logits are not finite;
@@ -95,22 +91,21 @@ def denoising_steps(
     if params.top_k is None:
         params = replace(params, top_k=getattr(model.config, "default_top_k", None))
     compiled, sequences = params.compile or hasattr(model, "into_bucket"), num_return_sequences
-    hooked, deciding = bool(logits_hook or tokens_hook), [*params.rules, *["alg: origin"] * (params.alg == "origin")]
+    deciding = ", ".join([*params.rules, *(["alg: origin"] if params.alg == "origin" else [])])
+    hooks = {"logits_hook": logits_hook, "tokens_hook": tokens_hook}
     for is_wrong, message in (
         (sequences < 1, f"num_return_sequences is {sequences}, wanted at least 1"),
         (sequences > 1 and not params.noisy, "num_return_sequences above 1 needs noise to differ: set temperature"),
         (tokens_hook and params.cache != "none", "tokens_hook may change tokens in the KV cache: set cache to none"),
-        (compiled and hooked, "a compiled model pads the batch, which hooks would see: pass the model without compile"),
-        (compiled and not params.forbid_mask, "a compiled model needs every chosen position filled: set forbid_mask"),
-        (unmasking and not params.forbid_mask, "unmasking needs every chosen position filled: set forbid_mask"),
-        (unmasking and deciding, f"unmasking and {', '.join(deciding)} both decide what is filled: set one"),
+        (compiled and any(hooks.values()), "hooks would see compiled padding: pass the model without compile"),
+        ((compiled or unmasking) and not params.forbid_mask, "compile and unmasking need forbid_mask: set forbid_mask"),
+        (unmasking and deciding, f"unmasking and {deciding} both decide what is filled: set one"),
     ):
         if is_wrong:
             raise UserError(message)
     canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill).repeat(sequences)
     rule = unmasking or rule_of(params, rows_differ=infill or tokens_hook is not None)
     model = _compiled(model) if compiled else model
-    hooks = {"logits_hook": logits_hook, "tokens_hook": tokens_hook}
     # A generator would check all this at the first step only.
     return _run(model, canvas, params, rule, infill, run_every_step=run_every_step, **hooks)
 
@@ -150,7 +145,7 @@ def release_compiled(model: nn.Module) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has the mode that it had."""
+    """Eval mode inside; afterwards every module's own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

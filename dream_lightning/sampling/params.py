@@ -35,8 +35,7 @@ class SamplingParams:
     top_p: float | None = None
     """Keep the fewest most probable tokens whose probabilities sum to more than this. None or 1 keeps all."""
     top_k: int | None = None
-    """Keep the k most probable tokens, and ties with the last. None takes `top_k` of the checkpoint's config.json, as
-    the authors' code does; the official 7B folders have none."""
+    """Keep the k most probable tokens, and ties with the last. None: `top_k` of the checkpoint's config.json or all."""
     alg_temp: float | None = None
     """Above 0, positions are drawn from softmax(confidence / alg_temp), except with `origin`."""
     eps: float = 1e-3
@@ -44,8 +43,7 @@ class SamplingParams:
     seed: int = 0
     """All noise is a function of (seed, sample id, number of the returned sequence, step, position)."""
     forbid_mask: bool = False
-    """Never predict the mask token. The authors allow it: then masks may remain, and at temperature 0 a row changes the
-    others of its batch. True makes answers free of masks and independent of the batch."""
+    """Never predict the mask token: answers have no masks and do not depend on the batch. The authors allow it."""
 
     block_length: int | None = None
     """Fill the new tokens in blocks of this many from left to right. Each block gets the same number of steps."""
@@ -55,8 +53,7 @@ class SamplingParams:
     """Fill all positions with at least this certainty, at least one a step: probability (`maskgit_plus`), lead
     (`topk_margin`) or 1 / perplexity (`entropy`). Fast-dLLM (arXiv:2505.22618) uses 0.9 with `maskgit_plus`."""
     factor: float | None = None
-    """Fill the n most certain positions, the largest n with (n + 1)(1 − certainty of the n-th) below this, at least one
-    a step (Fast-dLLM)."""
+    """Fill the n most certain positions, the largest n with (n + 1)(1 − certainty of the n-th) < factor (Fast-dLLM)."""
     cache: CacheMode = "none"
     """KV cache of everything left of the block (`prefix`) or everything outside it (`dual`)."""
     refresh_every: int | None = None
@@ -100,17 +97,15 @@ class SamplingParams:
         cached, refresh = self.cache != "none", self.refresh_every
         yield cached and length is None, f"cache is {self.cache!r} without blocks: set block_length, such as 32"
         yield bool(refresh) and not cached, f"refresh_every is {refresh} without a cache: set cache to prefix or dual"
-        misfit = length is not None and (not new or new % length > 0)
-        yield misfit, f"block_length is {length} and max_new_tokens {new}: set a multiple of block_length"
+        misfits = length is not None and (new == 0 or new % length > 0)
+        yield misfits, f"block_length is {length} and max_new_tokens {new}: set a multiple of block_length"
         blocks = self.blocks
         yield steps % blocks > 0, f"steps is {steps} for {blocks} blocks: set a multiple of {blocks}"
-        for name in ("block_length", *rules, "stop_at_eos", "compile"):
-            leaves_masks = bool(getattr(self, name)) and not self.forbid_mask
-            yield leaves_masks, f"{name} is set and forbid_mask is False: set forbid_mask, so that all masks are filled"
+        for name in [n for n in ("block_length", *rules, "stop_at_eos", "compile") if getattr(self, n)]:
+            yield not self.forbid_mask, f"{name} is set and forbid_mask is False: set it, so that all masks are filled"
         yield len(rules) > 1, f"{' and '.join(rules)} are set: each decides how many positions are filled, set one"
         for rule in rules:
-            is_random = self.alg == "origin"
-            yield is_random, f"{rule} is set and alg is 'origin', whose order is random: choose another alg"
+            yield self.alg == "origin", f"{rule} is set and alg is 'origin', whose order is random: choose another alg"
             unused = bool(self.alg_temp) and rule != "tokens_per_step"
             yield unused, f"alg_temp is {self.alg_temp}, but {rule} draws no positions: set alg_temp to None"
         if self.tokens_per_step is not None:
@@ -142,8 +137,5 @@ _ALLOWED = {  # option → which values other than None, as a function and in wo
     "eps": ((lambda value: 0 < value < 1), "in (0, 1): the authors use 1e-3"),
     "factor": ((lambda value: 0 < value < inf), "finite and above 0: 1.0 is usual"),
     "seed": (_is_integer, "an integer"),
-    "banned_tokens": (
-        (lambda ids: isinstance(ids, list | tuple) and all(map(_is_integer, ids))),
-        "a list of token ids",
-    ),
+    "banned_tokens": (lambda ids: isinstance(ids, list | tuple) and all(map(_is_integer, ids)), "a list of token ids"),
 }

@@ -1,4 +1,4 @@
-"""Which token for a masked position, and how certain it is. Pure functions; noise is passed as uniforms.
+"""Which token for a masked position, and how certain it is. Noise is passed as uniforms.
 
 Formulas: `sample_tokens`, `top_p_logits`, `top_k_logits` of the authors' generation_utils.py. All in float32.
 """
@@ -9,7 +9,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dream_lightning.errors import UserError
+from dream_lightning.sampling.canvas import Canvas
 from dream_lightning.sampling.params import Algorithm, SamplingParams
+
+LogitsHook = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(step, x [B, L], logits [m, V], row [m], column [m]) → logits [m, V], float32.
+
+logits[j] predicts x[row[j], column[j]], a masked position. A step may call the hook several times. Unlike the authors'
+`generation_logits_hook_func` it never gets the logits of filled positions: they are not computed.
+"""
+
+TokensHook = Callable[[int, Tensor], Tensor]
+"""(step, x [B, L]) → x [B, L] int64, after every step, as the authors' `generation_tokens_hook_func`."""
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -27,17 +39,15 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(logits < smallest_kept, -torch.inf)
 
 
-def token_probabilities(
-    logits: Tensor, *, temperature: float = 0.0, top_p: float | None = None, top_k: int | None = None
-) -> Tensor:
+def token_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities [M, V] float32 after temperature (0 does not change the logits), then top-p, then top-k."""
     logits = logits.float()
-    if temperature > 0:
-        logits = logits / temperature
-    if top_p is not None and top_p < 1:
-        logits = keep_top_p(logits, top_p)
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
+    if params.temperature > 0:
+        logits = logits / params.temperature
+    if params.top_p not in (None, 1):
+        logits = keep_top_p(logits, params.top_p)
+    if params.top_k is not None:
+        logits = keep_top_k(logits, params.top_k)
     return logits.softmax(-1)
 
 
@@ -75,36 +85,45 @@ def certainty(confidence: Tensor, alg: Algorithm) -> Tensor:
 def best_tokens(logits: Tensor, alg: Algorithm) -> tuple[Tensor, Tensor]:
     """`choose_tokens` at temperature 0 without filters, a function that can be compiled."""
     probs = logits.float().softmax(-1)
-    tokens = _first_maximum(probs)
-    return tokens, confidence_of(probs, tokens, alg)
-
-
-def _first_maximum(probs: Tensor) -> Tensor:
-    """`probs.max(-1).indices`, [M, V] → [M], by parts of each row: as one part it would leave a GPU mostly idle."""
+    # `probs.max(-1).indices` by parts of each row: compiled, a row in one part would leave the GPU mostly idle.
     width = math.gcd(probs.shape[-1], 512)
     value, inside = probs.unflatten(-1, (-1, width)).max(-1)  # [M, V / width]
     part = value.max(-1, keepdim=True).indices  # [M, 1]
-    return (part * width + inside.gather(-1, part)).squeeze(-1)
+    tokens = (part * width + inside.gather(-1, part)).squeeze(-1)  # [M]
+    return tokens, confidence_of(probs, tokens, alg)
 
 
 def choose_tokens(
-    logits: Tensor,
-    uniforms: Tensor | None,
-    params: SamplingParams,
-    best: Callable[[Tensor, Algorithm], tuple[Tensor, Tensor]] = best_tokens,
+    logits: Tensor, uniforms: Tensor | None, params: SamplingParams, best: Callable | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A token for every masked position (at temperature 0 the argmax, the lowest id of a tie), and its confidence.
+    """Tokens [M] int64 (at temperature 0 the argmax, the lowest id of a tie) and their confidences [M] float32.
 
     Args:
         logits: [M, V], already aligned with the positions they predict.
         uniforms: [M] float32 in [0, 1); None at temperature 0.
-        best: `best_tokens`, or a compiled form of it.
-
-    Returns:
-        tokens [M] int64 and confidences [M] float32.
+        best: a compiled form of `best_tokens`.
     """
     if params.temperature == 0 and params.top_p in (None, 1) and params.top_k is None:
-        return best(logits, params.alg)
-    probs = token_probabilities(logits, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k)
+        return (best or best_tokens)(logits, params.alg)
+    probs = token_probabilities(logits, params)
     tokens = draw(probs, uniforms) if params.temperature > 0 else probs.max(-1).indices
     return tokens, confidence_of(probs, tokens, params.alg)
+
+
+def constrain(logits: Tensor, column: Tensor, canvas: Canvas, params: SamplingParams) -> Tensor:
+    """Logits [m, V] at columns [m] without tokens that are banned there; in-place."""
+    for token in [*(params.banned_tokens or []), *[canvas.mask_token_id] * params.forbid_mask]:
+        logits[:, token].fill_(-torch.inf)
+    if params.min_new_tokens:
+        early = column < canvas.prompt_length + params.min_new_tokens  # [m]
+        logits[:, canvas.eos_token_id].masked_fill_(early, -torch.inf)
+    return logits
+
+
+def same_kind(name: str, changed: object, given: Tensor) -> Tensor:
+    """`changed`, or UserError if it is no tensor of the shape and dtype of `given`."""
+    got = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
+    wanted = f"{given.dtype} {list(given.shape)}"
+    if got != wanted:
+        raise UserError(f"{name} returned {got}, wanted {wanted} as it got")
+    return changed

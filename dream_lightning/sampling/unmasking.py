@@ -1,7 +1,4 @@
-"""How many of the masked positions are filled at a step: one class for each rule.
-
-A rule is any object with `counts(confidence, remaining, step)`; `diffusion_generate(…, unmasking=…)` takes your own.
-"""
+"""How many of the masked positions are filled at a step: one class for each rule, yours too; and which ones."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +6,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dream_lightning.errors import UserError
 from dream_lightning.sampling.canvas import ORDER, Canvas
 from dream_lightning.sampling.params import SamplingParams
 
@@ -34,16 +30,10 @@ class UnmaskingRule(Protocol):
 
 @dataclass
 class AuthorsSchedule:
-    """A fixed share of the remaining masks at every step, rounded down in float32.
+    """A fixed share of the remaining masks at every step, rounded down in float32."""
 
-    Args:
-        shares: of `fill_shares`.
-        averaged: take the share of the mean of the rows' masks, as the authors do. It may exceed the masks of a row
-            where the model predicts mask tokens, see `reference_topk_overflow`.
-    """
-
-    shares: list[float]
-    averaged: bool
+    shares: list[float]  # of every step
+    averaged: bool  # take the share of the mean of the rows' masks, as the authors do
     counts_known_on_host = True
 
     def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
@@ -104,6 +94,7 @@ class Factor:
 def rule_of(params: SamplingParams, *, rows_differ: bool = False) -> UnmaskingRule:
     """The rule that `params` names. The mean of the rows' masks is meaningless if `rows_differ` (infilling, hooks)."""
     steps = params.steps // params.blocks
+    shares = fill_shares(steps, params.eps)
     if params.tokens_per_step is not None:
         return TokensPerStep(params.tokens_per_step, steps)
     if params.threshold is not None:
@@ -111,10 +102,9 @@ def rule_of(params: SamplingParams, *, rows_differ: bool = False) -> UnmaskingRu
     if params.factor is not None:
         return Factor(params.factor)
     if params.alg == "origin":
-        return Origin(fill_shares(steps, params.eps), params.seed)
+        return Origin(shares, params.seed)
     # Noise makes runs of the authors' code irreproducible; without it we follow them to the token.
-    averaged = not (params.forbid_mask or params.noisy or rows_differ)
-    return AuthorsSchedule(fill_shares(steps, params.eps), averaged)
+    return AuthorsSchedule(shares, averaged=not (params.forbid_mask or params.noisy or rows_differ))
 
 
 def fill_shares(steps: int, eps: float) -> list[float]:
@@ -124,13 +114,6 @@ def fill_shares(steps: int, eps: float) -> list[float]:
     """
     t = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
     return [*(1 - t[1:-1] / t[:-2]).tolist(), 1.0]
-
-
-def clamped(counts: Tensor, remaining: Tensor) -> Tensor:
-    """A rule's counts within 1 … remaining, [B] int64; UserError if they have another shape."""
-    if counts.shape != remaining.shape:
-        raise UserError(f"the unmasking rule returned counts {list(counts.shape)}, wanted {list(remaining.shape)}")
-    return torch.minimum(counts.clamp(min=1), remaining)
 
 
 def choose_positions(order: Tensor, counts: Tensor) -> Tensor:
@@ -154,8 +137,7 @@ def reference_topk_overflow(order: Tensor, count: int) -> Tensor:
 def perturb(confidence: Tensor, alg_temp: float, uniforms: Tensor) -> Tensor:
     """Confidences whose k largest are a draw of k without replacement from softmax(confidence / alg_temp), in float64.
 
-    Gumbel top-k (Kool, van Hoof and Welling 2019, arXiv:1903.06059) with multiples of 2⁻²⁴ in [0, 1). Unlike a
-    multinomial it cannot run out of probability when the softmax underflows.
+    Gumbel top-k (arXiv:1903.06059). Unlike a multinomial it cannot run out of probability if the softmax underflows.
     """
     u = uniforms.double() + 2.0**-25  # strictly between 0 and 1
     return confidence.double() / alg_temp - torch.log(-torch.log(u))

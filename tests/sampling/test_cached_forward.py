@@ -6,6 +6,7 @@ import torch
 MASK = 57
 NOISY = {"steps": 12, "temperature": 1.0}
 RULES = [{"steps": 12}, {"threshold": 0.3}, {"factor": 2.0}, {"tokens_per_step": 3}, NOISY]
+every_cache = pytest.mark.parametrize("cache", ["prefix", "dual"])
 
 
 def test_one_block_is_no_block(deep, prompts, run):
@@ -13,16 +14,15 @@ def test_one_block_is_no_block(deep, prompts, run):
     assert torch.equal(a.history, b.history)
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@every_cache
 @pytest.mark.parametrize("rule", [*RULES, {"steps": 12, "alg": "origin"}], ids=str)
-def test_refreshed_at_every_step_a_cache_changes_nothing(deep, ragged, run, rule, cache):
+def test_a_cache_refreshed_at_every_step_changes_nothing(deep, ragged, run, rule, cache):
     plain = run(deep, *ragged[:2], block_length=8, **rule)
     cached = run(deep, *ragged[:2], block_length=8, cache=cache, refresh_every=1, **rule)
-    assert torch.equal(plain.history, cached.history)
-    assert torch.equal(plain.forwards, cached.forwards)
+    assert torch.equal(plain.history, cached.history) and torch.equal(plain.forwards, cached.forwards)
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@every_cache
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_cached_keys_of_one_layer_are_exact(shallow, ragged, run, rule, cache):
     """The keys and values of one layer depend on a position's own token only.
@@ -53,59 +53,49 @@ def test_the_first_token_of_a_block_is_predicted_from_a_current_hidden_state(sha
     assert not torch.equal(run(shallow, ids, block_length=8, cache="dual").sequences, right)
 
 
-@pytest.mark.parametrize(("cache", "kept_from"), [("prefix", 31), ("dual", None)])
-def test_kept_keys_are_those_of_the_last_refresh(deep, prompts, run, cache, kept_from):
-    """Against keys and values recorded layer by layer in a plain model, at the second step of the second block."""
-    ids = prompts(2)
-    out = run(deep, ids, block_length=8, steps=24, tokens_per_step=1, cache=cache)
-    first, last, length = 15, 23, 31
+@pytest.mark.parametrize(("cache", "end"), [("prefix", 31), ("dual", 23)])
+def test_cached_keys_are_those_of_the_last_refresh(deep, prompts, run, cache, end):
+    """Against keys and values replaced in a plain model, at the second step of the second block."""
+    first, last = 15, 23
+    options = {"block_length": 8, "steps": 24, "tokens_per_step": 1}
+    out = run(deep, prompts(2), cache=cache, **options)
     at_refresh, now = out.history[7], out.history[8]  # states before steps 8 (computes all) and 9 (the window)
-    window = slice(first - 1, last if kept_from is None else length)
+    kept, handles = {}, []
 
-    remembered = []
-    for layer in deep.model.layers:  # keys and values before rotation are per position
-        for name in ("k_proj", "v_proj"):
-            getattr(layer.self_attn, name).register_forward_hook(lambda m, i, o: remembered.append(o))
+    def replace(module, inputs, output):  # keys and values before rotation are per position
+        if module not in kept:
+            kept[module] = output
+            return output
+        mixed = kept[module].clone()
+        mixed[:, first - 1 : end] = output[:, first - 1 : end]
+        return mixed
+
+    for layer in deep.model.layers:
+        handles += [x.register_forward_hook(replace) for x in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
     with torch.no_grad():
         deep(at_refresh)
-        old = list(remembered)
-        for layer in deep.model.layers:
-            for name in ("k_proj", "v_proj"):
-                getattr(layer.self_attn, name)._forward_hooks.clear()
-        handles = []
-
-        def substitute(kept):
-            def hook(module, inputs, output):
-                mixed = kept.clone()
-                mixed[:, window] = output[:, window]
-                return mixed
-
-            return hook
-
-        for number, layer in enumerate(deep.model.layers):
-            for which, name in enumerate(("k_proj", "v_proj")):
-                kept = old[2 * number + which]
-                handles.append(getattr(layer.self_attn, name).register_forward_hook(substitute(kept)))
         logits = deep(now).logits[:, first - 1 : last - 1]
-        for handle in handles:
-            handle.remove()
+    for handle in handles:
+        handle.remove()
     logits[..., MASK] = -torch.inf
     probs = logits.softmax(-1)
-    entropy = (probs * (probs + 1e-10).log()).sum(-1).masked_fill(now[:, first:last] != MASK, -torch.inf)
-    best = entropy.argmax(1)
+    best = (probs * (probs + 1e-10).log()).sum(-1).masked_fill(now[:, first:last] != MASK, -torch.inf).argmax(1)
     expected = now.clone()
     expected[[0, 1], first + best] = probs.argmax(-1)[[0, 1], best]
     assert torch.equal(out.history[9], expected)
-    assert not torch.equal(out.history, run(deep, ids, block_length=8, steps=24, tokens_per_step=1).history)
+    assert not torch.equal(out.history, run(deep, prompts(2), **options).history)
 
 
-def test_what_a_step_computes(deep, prompts, run, calls):
+@pytest.mark.parametrize(
+    ("options", "shapes"),
+    [
+        ({"tokens_per_step": 4, "cache": "dual", "steps": 12}, [[2, 31], [2, 9]] * 3),
+        ({"tokens_per_step": 4, "cache": "prefix"}, [[2, 31], [2, 25], [2, 31], [2, 17], [2, 31], [2, 9]]),
+        ({"tokens_per_step": 2, "cache": "dual", "refresh_every": 3}, [[2, 31], [2, 9], [2, 9], [2, 31]] * 3),
+    ],
+    ids=str,
+)
+def test_what_a_step_computes(deep, prompts, run, calls, options, shapes):
     seen = calls(deep)
-    run(deep, prompts(2), block_length=8, tokens_per_step=4, cache="dual", steps=12)
-    assert seen == [[2, 31], [2, 9]] * 3
-    seen.clear()
-    run(deep, prompts(2), block_length=8, tokens_per_step=4, cache="prefix", steps=12)
-    assert seen == [[2, 31], [2, 25], [2, 31], [2, 17], [2, 31], [2, 9]]
-    seen.clear()
-    run(deep, prompts(2), block_length=8, tokens_per_step=2, cache="dual", refresh_every=3)
-    assert seen == [[2, 31], [2, 9], [2, 9], [2, 31]] * 3
+    run(deep, prompts(2), block_length=8, **options)
+    assert seen == shapes

@@ -110,7 +110,7 @@ def test_noise_is_a_function_of_seed_and_sample(deep, prompts, run):
     assert not torch.equal(run(deep, ids, seed=1, **NOISY).sequences, run(deep, ids, **NOISY).sequences)
 
 
-NOISY_DEFAULT, BLOCKS = {"temperature": 1.0, "steps": 4}, {"block_length": 8}
+NOISY_DEFAULT, BLOCKS, STOP = {"temperature": 1.0, "steps": 4}, {"block_length": 8}, {"stop_at_eos": True}
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,6 @@ def test_several_sequences(deep, prompts, run):
     assert len(noise.unique()) == noise.numel()
 
 
-@pytest.fixture
-def talker(deep, prompts, run, monkeypatch):
-    """A model whose eos is the token that it predicts most."""
-    common = run(deep, prompts(16)).sequences[:, 7:].flatten().mode().values
-    monkeypatch.setattr(deep.config, "eos_token_id", int(common))
-    return deep
-
-
 @every_rule
 @every_cache
 def test_stopping_at_eos_does_not_change_the_text(talker, prompts, run, rule, cache):
@@ -182,13 +174,7 @@ def test_stopping_at_eos_does_not_change_the_text(talker, prompts, run, rule, ca
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"stop_at_eos": True},
-        {"stop_at_eos": True, **BLOCKS},
-        {"stop_at_eos": True, **BLOCKS, "cache": "dual"},
-        {"threshold": 0.4, "alg": "maskgit_plus"},
-    ],
-    ids=str,
+    [STOP, {**STOP, **BLOCKS}, {**STOP, **BLOCKS, "cache": "dual"}, {"threshold": 0.4, "alg": "maskgit_plus"}],
 )
 def test_finished_rows_leave_the_batch(talker, prompts, run, calls, options):
     seen = calls(talker)
@@ -292,4 +278,3 @@ def test_locating_is_nonzero():
         assert torch.equal(torch.stack([row, column], 1)[:number], where.nonzero())
         assert torch.equal(index[where], torch.arange(number)) and index.min() >= -1 and index.max() < number
         assert len(row) == at_least and not row[number:].any() and not column[number:].any()
-    assert [len(part) for part in locate(torch.zeros(2, 3).bool(), 0)[:2]] == [0, 0]

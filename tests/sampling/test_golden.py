@@ -58,7 +58,7 @@ def test_the_checkpoints_own_top_k_is_the_default(model, golden):
 
 @pytest.mark.parametrize(("name", "options"), [("top_p_0.9", {"top_p": 0.9}), ("top_k_7", {"top_k": 7})])
 def test_filters_equal_the_authors(golden, name, options):
-    probs = token_probabilities(golden["filter.logits"], **options)
+    probs = token_probabilities(golden["filter.logits"], SamplingParams(**options))
     expected = golden[f"filter.{name}.probs"]
     assert torch.equal(probs > 0, expected > 0)
     torch.testing.assert_close(probs, expected, rtol=1e-6, atol=1e-8)

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh test
 ruff check .
 ruff format --check .
-pytest -n 2 "$@" # two tests at a time, each on one core; -n 0 for a debugger
+pytest -n 2 --dist loadgroup "$@" # two tests at a time, each on one core; -n 0 for a debugger

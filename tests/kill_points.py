@@ -1,12 +1,9 @@
-"""Kills at exact moments: right before the n-th change of the files in a folder.
-
-Between two changes a kill finds the same files, so killing before each of them covers every moment but the middle of a
-write.
-"""
+"""Kills right before the n-th change of the files in a folder: every moment that differs, but the middle of a write."""
 
 import os
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -14,13 +11,10 @@ _NAMES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symli
 
 
 class Watch:
-    """Calls `before_change(what)` before this process changes anything in `folder`.
-
-    An audit hook cannot be removed, so all instances share one.
-    """
+    """Calls `before_change(what)` before this process changes anything in `folder`."""
 
     _active: "Watch | None" = None
-    _hooked = False
+    _hooked = False  # an audit hook cannot be removed, so all instances share one
 
     def __init__(self, folder: Path, before_change: Callable[[str], None]) -> None:
         self.folder, self.before_change = os.path.join(os.path.abspath(folder), ""), before_change
@@ -52,20 +46,15 @@ class Killed(BaseException):
 
 
 def killed_before(change: int, folder: Path, work: Callable[[], object]) -> bool:
-    """Do `work` up to its n-th change of the folder, from 0; False if it ends before.
+    """Do `work` up to its n-th change of the folder, from 0; False if it ends before."""
+    numbers = count()
 
-    After that nothing can be changed, so no `finally` removes what a kill leaves.
-    """
-    seen = -1
-
-    def count(what: str) -> None:
-        nonlocal seen
-        seen += 1
-        if seen >= change:
+    def refuse(what: str) -> None:  # all later ones too: no `finally` removes what a kill leaves
+        if next(numbers) >= change:
             raise Killed(what)
 
     try:
-        with Watch(folder, count):
+        with Watch(folder, refuse):
             work()
     except Killed:
         return True

@@ -11,11 +11,12 @@ the exit statuses of both attempts, each with a port of its own.
 import json
 import os
 import random
+import re
 import resource
 import signal
 import sys
-import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import lightning as L
@@ -30,9 +31,6 @@ from meeting import end, fork
 from dream_lightning import SamplingParams
 from dream_lightning.training import Autosave
 from dream_lightning.training.checkpointing import SafeCheckpointIO
-
-MOMENTS = ("any time", "before a change", "in a save")
-FEW = 5  # steps that an attempt does at most before it waits for its kill
 
 
 def train(folder: Path, *callbacks: L.Callback, devices: int = 1, steps: int = 120) -> None:
@@ -57,29 +55,15 @@ def attempt(work: Callable[[], None], folder: Path) -> int:
     return fork(work, folder.parent / f"{folder.name}.log")
 
 
-class Wait(L.Callback):
-    """Do a few steps, then wait for the kill."""
-
-    def on_train_start(self, trainer, pl_module):
-        self.last = trainer.global_step + FEW
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        while trainer.global_step == self.last:
-            signal.pause()
-
-
 def killed_at_change(folder: Path, watched: Path, number: int, is_one: Callable[[str], bool], kill: Callable) -> None:
     """Train, and call `kill` before the n-th such change of the files in `watched`."""
-    left = number
+    numbers = count()
 
-    def count(what: str) -> None:
-        nonlocal left
-        if is_one(what):
-            if left == 0:
-                kill()
-            left -= 1
+    def before_change(what: str) -> None:
+        if is_one(what) and next(numbers) == number:
+            kill()
 
-    with Watch(watched, count):
+    with Watch(watched, before_change):
         train(folder)
 
 
@@ -87,38 +71,28 @@ def killed_in_save(folder: Path, save: int, size: int) -> None:
     """Train until the n-th save has written so many bytes: the kernel ends a process at its limit of a file's size."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    killed_at_change(
-        folder,
-        folder,
-        save,
-        lambda what: what.startswith("open last.ckpt.") and what.endswith(".partial"),
-        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
+    is_save = re.compile(r"open last\.ckpt\..*\.partial").fullmatch
+    killed_at_change(folder, folder, save, is_save, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 
 def kill(moment: str, folder: Path, chance: random.Random) -> int:
     """Train up to such a moment; returns how it ended."""
     if moment == "before a change":
-        number, die = chance.randrange(60), lambda: os.kill(os.getpid(), signal.SIGKILL)
+        number, die = chance.randrange(50), lambda: os.kill(os.getpid(), signal.SIGKILL)
         return end(attempt(lambda: killed_at_change(folder, folder.parent, number, lambda what: True, die), folder))
-    if moment == "in a save":
-        save, size = chance.randrange(FEW), chance.randrange(20_000)
-        return end(attempt(lambda: killed_in_save(folder, save, size), folder))
-    pid = attempt(lambda: train(folder, Wait()), folder)
-    time.sleep(chance.uniform(0, 0.6))
-    os.kill(pid, signal.SIGKILL)
-    return end(pid)
+    save, size = chance.randrange(5), chance.randrange(20_000)
+    return end(attempt(lambda: killed_in_save(folder, save, size), folder))
 
 
-def kills(folder: Path, count: int, seed: int) -> None:
+def kills(folder: Path, kill_count: int, seed: int) -> None:
     chance = random.Random(seed)
     whole, killed = (folder / name / "checkpoints" for name in ("whole", "killed"))
     for checkpoints in (whole, killed):
         checkpoints.parent.mkdir(parents=True)
         write_jsonl(checkpoints.parent / "sums.jsonl", addition_rows(40))
     alone = attempt(lambda: train(whole), whole)
-    for i in range(count):
-        moment, last = MOMENTS[i % len(MOMENTS)], killed / "last.ckpt"
+    for i in range(kill_count):
+        moment, last = ("before a change", "in a save")[i % 2], killed / "last.ckpt"
         seen = {"moment": moment, "exit": kill(moment, killed, chance)}
         seen["left"] = sorted(path.name for path in killed.glob("*.partial"))
         seen["saved"] = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0

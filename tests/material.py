@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util.tensor_util import make_ndarray
 
 from dream_lightning import DreamModel, DreamModule, S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.adapters import LoraParams, add_lora
@@ -59,6 +61,33 @@ def short_trainer(folder, *callbacks, **options) -> L.Trainer:
     """Six steps by default, without validation."""
     defaults = {"num_sanity_val_steps": 0, "limit_val_batches": 0, "max_steps": 6, "default_root_dir": folder}
     return quiet_trainer(*callbacks, **defaults | options)
+
+
+class Recorder(L.Callback):
+    """Keeps the loss and the gradient norm of every optimizer step."""
+
+    def __init__(self):
+        self.losses, self.norms = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step > len(self.losses) + self.first:  # not in the middle of accumulation
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
+            self.norms.append(trainer.callback_metrics["train/gradient_norm"].item())
+
+    def on_train_start(self, trainer, pl_module):
+        self.first = trainer.global_step
+
+
+def logged(folder: Path) -> dict[tuple[str, int], set[str]]:
+    """(scalar, step) → its values, from the TensorBoard files of all attempts in a folder."""
+    values = {}
+    for file in folder.rglob("events.out.*"):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag != "hp_metric":
+                    as_text = str(make_ndarray(value.tensor))  # NaN equals NaN
+                    values.setdefault((value.tag, event.step), set()).add(as_text)
+    return values
 
 
 def addition_rows(count: int, *, start: int = 0) -> list[dict]:

@@ -108,15 +108,6 @@ def test_the_content_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypat
     assert events == ["fsync", "replace", "fsync"]
 
 
-def test_only_partial_writes_are_removed(tmp_path):
-    write_file(tmp_path / "last.ckpt", "whole")
-    (tmp_path / "last.ckpt.1.partial").write_text("torn")
-    (tmp_path / "last.ckpt.2.partial").mkdir()
-    assert [path.name for path in remove_partials(tmp_path)] == ["last.ckpt.1.partial", "last.ckpt.2.partial"]
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-    assert remove_partials(tmp_path / "absent") == []
-
-
 def test_a_full_disk_is_recognized_in_causes_and_in_the_words_of_rust():
     outer = RuntimeError("writing failed")
     outer.__context__ = OSError(errno.ENOSPC, "No space left")

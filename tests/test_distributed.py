@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import addition_rows, output_of, quiet_trainer, tiny_data, write_jsonl
+from material import Recorder, addition_rows, output_of, quiet_trainer, tiny_data, write_jsonl
 from meeting import MeetingPoint, end, fork
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -23,6 +23,7 @@ from dream_lightning.batch import Batch
 from dream_lightning.training.fsdp import local, whole
 from dream_lightning.training.sharded_checkpoint import read_rest
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one launch of processes
 ENVIRONMENT = {}  # of this process of a launch
 LAUNCHES = {"one": 1, "two": 2, "back": 1}  # processes
 ROWS, STEPS, SAVED = 8, 3, 2  # rows a step, steps of a run, step of its checkpoint
@@ -34,25 +35,20 @@ SUM = "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_sing
 LORA = LoraParams(rank=5, alpha=10, targets="all-linear")
 
 
-class Recorder(L.Callback):
-    """Losses, gradient norms and validation answers of a run, and the share of the weights on this process."""
+class AnswerRecorder(Recorder):
+    """Also the validation answers of a run, and the share of the weights on this process."""
 
-    def __init__(self):
-        self.losses, self.norms, self.answers, self.parts = [], [], {}, 1.0
+    answers, part = {}, 1.0
 
     def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
         parameters = list(pl_module.parameters())
-        self.parts = sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if not trainer.fit_loop._should_accumulate():
-            self.losses.append(trainer.callback_metrics["train/loss"].item())
-            self.norms.append(trainer.callback_metrics["train/gradient_norm"].item())
+        self.part = sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if outputs is not None:
             pairs = zip(outputs.predictions, outputs.counted, strict=True)
-            self.answers |= {p.id: p.prediction for p, counted in pairs if counted}
+            self.answers = self.answers | {p.id: p.prediction for p, counted in pairs if counted}
 
 
 def module(kind, folder, **options):
@@ -81,7 +77,7 @@ def fit(folder, name, kind, strategy, *, batch_size, resume=None, unmasked=False
     os.environ.update(ENVIRONMENT)  # Lightning removes its variables at the end of a run
     world_size = int(os.environ["WORLD_SIZE"])
     L.seed_everything(0, verbose=False)
-    recorder, model = Recorder(), module(kind, folder, **options)
+    recorder, model = AnswerRecorder(), module(kind, folder, **options)
     if unmasked:
         nothing_masked_on_rank_1(model)
     micro_batches = ROWS // batch_size // world_size
@@ -103,7 +99,7 @@ def fit(folder, name, kind, strategy, *, batch_size, resume=None, unmasked=False
         torch.distributed.all_gather_object(everyone, recorder.answers)
         recorder.answers = {id_: answer for answers in everyone for id_, answer in answers.items()}
     seen = {
-        **{"losses": recorder.losses, "norms": recorder.norms, "answers": recorder.answers, "part": recorder.parts},
+        **{"losses": recorder.losses, "norms": recorder.norms, "answers": recorder.answers, "part": recorder.part},
         "sums": sums.call_count,
         "val_nll": trainer.callback_metrics.get("val/nll", torch.tensor(0.0)).item(),
         "weights": {n: whole(p).detach().clone() for n, p in model.named_parameters() if p.requires_grad},

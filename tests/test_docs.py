@@ -6,10 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from material import short_trainer as trainer
-from material import tiny_data as data
-from material import tiny_module as module
-from material import write_jsonl
+from material import short_trainer, tiny_data, tiny_module, write_jsonl
 
 from dream_lightning import DreamModule
 from dream_lightning.batch import Example
@@ -43,8 +40,8 @@ def test_every_python_block_runs(title, tmp_path, monkeypatch):
 def test_the_objective_in_readme_trains(tmp_path):
     losses = []
     for kind in (DreamModule, run_block("# an objective", tmp_path)["Softer"]):
-        fit = trainer(tmp_path, max_steps=1)
-        fit.fit(module(kind), data("bundled", tmp_path, first_n=8, validation_source="bundled"))
+        fit = short_trainer(tmp_path, max_steps=1)
+        fit.fit(tiny_module(kind), tiny_data("bundled", tmp_path, first_n=8, validation_source="bundled"))
         losses.append(float(fit.callback_metrics["train/loss"]))
     assert losses[0] != losses[1]
 

@@ -3,10 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from material import SIZES
-from material import short_trainer as trainer
-from material import tiny_data as data
-from material import tiny_module as module
+from material import SIZES, short_trainer, tiny_data, tiny_module
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,16 +15,16 @@ MASK, VOCABULARY, LENGTH = 10, 11, 6
 
 def test_a_checkpoint_outside_of_a_trainer(tmp_path):
     """The weights come back, and a new training may use another optimizer."""
-    trained, bundled = module(), data("bundled", tmp_path, first_n=8, validation_source="bundled")
-    run = trainer(tmp_path, max_steps=1)
+    trained, bundled = tiny_module(), tiny_data("bundled", tmp_path, first_n=8, validation_source="bundled")
+    run = short_trainer(tmp_path, max_steps=1)
     run.fit(trained, bundled)
     run.save_checkpoint(tmp_path / "a.ckpt")
     options = {"new_model": SIZES, "tokenizer": "bytes", "optimizer": lambda groups: torch.optim.SGD(groups, lr=1e-3)}
     loaded = DreamModule.load_from_checkpoint(tmp_path / "a.ckpt", **options, weights_only=True)
     for (name, ours), theirs in zip(loaded.named_parameters(), trained.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
-    assert "test/nll" in trainer(tmp_path, limit_test_batches=1).test(loaded, bundled, verbose=False)[0]
-    trainer(tmp_path, max_steps=1).fit(loaded, bundled)
+    assert "test/nll" in short_trainer(tmp_path, limit_test_batches=1).test(loaded, bundled, verbose=False)[0]
+    short_trainer(tmp_path, max_steps=1).fit(loaded, bundled)
 
 
 class Copier(L.LightningModule):

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from material import addition_rows, short_trainer, tiny_data, tiny_module, write_jsonl
 from meeting import MeetingPoint
 
+pytestmark = pytest.mark.xdist_group("invariance")  # one launch of processes
 TOLERANCE = 1e-5
 OBJECTIVES = {"1/t": {"weighting": "original"}, "linear": {"weighting": "linear"}, "cart": {"weighting": "cart"}}
 VARIANTS = {  # in a few cells only
@@ -37,11 +38,6 @@ class Cut:
     workers: int = 0
     packing: bool = False
     killed_after: int | None = None  # optimizer steps; then resumed
-
-    def __str__(self) -> str:
-        words = [f"{self.ranks} ranks x {self.rows} rows x {'all' if self.accumulate > 99 else self.accumulate}"]
-        words += ["packed"] * self.packing + [f"{self.workers} workers"] * bool(self.workers)
-        return ", ".join(words + [f"killed after {self.killed_after}"] * bool(self.killed_after))
 
 
 TO_THE_END = 1000  # micro-batches accumulated: all of an epoch
@@ -96,10 +92,8 @@ class Killed(Exception):
 class Recorder(L.Callback):
     """Keeps the loss and the gradient of every optimizer step; raises Killed after some of them."""
 
-    def __init__(self, killed_after: int | None = None) -> None:
-        self.losses: list[float] = []
-        self.gradients: list[torch.Tensor] = []
-        self.killed_after = killed_after
+    def __init__(self, killed_after=None):
+        self.losses, self.gradients, self.killed_after = [], [], killed_after
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step > len(self.losses):  # not in the middle of accumulation
@@ -177,7 +171,7 @@ def reference(folder: Path, objective: str, group: str) -> tuple[list[float], li
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("objective", "group", "cut"), CELLS, ids=lambda part: str(part))
+@pytest.mark.parametrize(("objective", "group", "cut"), CELLS, ids=str)
 def test_a_step_does_not_depend_on_how_it_is_split(request, folder, objective, group, cut):
     losses, gradients = reference(folder, objective, group)
     if cut.ranks == 2:

@@ -3,45 +3,25 @@
 import math
 from dataclasses import replace
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers.logger import DummyLogger
-from material import SIZES
-from material import short_trainer as trainer
-from material import tiny_data as data
-from material import tiny_module as module
+from lightning.pytorch.loggers import TensorBoardLogger
+from material import SIZES, Recorder, logged, short_trainer, tiny_data, tiny_module
 
 from dream_lightning import DreamModule
 
 
-class Recorder(L.Callback):
-    """Keeps the loss and the gradients of every optimizer step."""
-
-    def __init__(self):
-        self.losses, self.gradients = [], []
-
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        gradients = [p.grad.flatten().clone() for p in pl_module.parameters() if p.grad is not None]
-        if gradients:
-            self.gradients.append(torch.cat(gradients))
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if not trainer.fit_loop._should_accumulate():
-            self.losses.append(trainer.callback_metrics["train/loss"].item())
-
-
 def run(source, tmp_path, *, model=None, batch_size=4, accumulate=1, max_steps=6, **options):
     recorder = Recorder()
-    fit = trainer(tmp_path, recorder, max_steps=max_steps, accumulate_grad_batches=accumulate)
-    fit.fit(model or module(), data(source, tmp_path, batch_size=batch_size, **options))
+    fit = short_trainer(tmp_path, recorder, max_steps=max_steps, accumulate_grad_batches=accumulate)
+    fit.fit(model or tiny_module(), tiny_data(source, tmp_path, batch_size=batch_size, **options))
     return recorder
 
 
 def validate(source, tmp_path, model, **options):
-    rows = data(source, tmp_path, **options)
-    return trainer(tmp_path, limit_val_batches=1.0).validate(model, rows, verbose=False)[0]
+    rows = tiny_data(source, tmp_path, **options)
+    return short_trainer(tmp_path, limit_val_batches=1.0).validate(model, rows, verbose=False)[0]
 
 
 # (options of the module, options of the data), first what others are compared with
@@ -68,13 +48,13 @@ CHANGES = [
 
 def test_every_option_changes_the_loss(sums, tmp_path):
     cases = [BASELINES[0], *CHANGES]
-    losses = {str(c): run(sums, tmp_path, model=module(**c[0]), max_steps=1, **c[1]).losses[0] for c in cases}
+    losses = {str(c): run(sums, tmp_path, model=tiny_module(**c[0]), max_steps=1, **c[1]).losses[0] for c in cases}
     assert len(set(losses.values())) == len(cases), losses
 
 
 def test_the_authors_normalizer_depends_on_the_micro_batches(sums, tmp_path):
     one, cut = (
-        run(sums, tmp_path, model=module(normalizer="micro_batch"), batch_size=n, accumulate=8 // n, max_steps=1)
+        run(sums, tmp_path, model=tiny_module(normalizer="micro_batch"), batch_size=n, accumulate=8 // n, max_steps=1)
         for n in (8, 1)
     )
     assert abs(one.losses[0] - cut.losses[0]) > 1e-3
@@ -87,14 +67,14 @@ def test_resuming_in_the_middle_of_an_epoch_gives_the_same_losses(sums, tmp_path
     end = {"max_steps": -1} | end
     whole, resumed = Recorder(), Recorder()
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop_after, save_top_k=-1)
-    trainer(tmp_path, whole, checkpoint, **end).fit(module(), data(sums, tmp_path, num_workers=workers))
+    short_trainer(tmp_path, whole, checkpoint, **end).fit(tiny_module(), tiny_data(sums, tmp_path, num_workers=workers))
     resume = {"ckpt_path": tmp_path / f"step={stop_after}.ckpt", "weights_only": True}
-    trainer(tmp_path, resumed, **end).fit(module(), data(sums, tmp_path, num_workers=workers), **resume)
+    short_trainer(tmp_path, resumed, **end).fit(tiny_module(), tiny_data(sums, tmp_path, num_workers=workers), **resume)
     assert resumed.losses == whole.losses[stop_after:]
 
 
 def test_validation_is_the_same_every_time_and_for_any_batch_size(sums, tmp_path):
-    model = module()
+    model = tiny_module()
     run(sums, tmp_path, model=model, max_steps=60, batch_size=8)  # an untrained model answers by rounding errors
     first = validate(sums, tmp_path, model)
     assert validate(sums, tmp_path, model) == first
@@ -108,13 +88,13 @@ def test_validation_noise_does_not_depend_on_the_objective(sums, tmp_path):
     """So that the bounds of two runs compare."""
     options = {"validation_questions": 0, "eos_fill_to": 60}
     others = {"treat_eos_as_one": True, "stratified_t": False, "complementary_masks": True, "weighting": "cart"}
-    ours, theirs = (validate(sums, tmp_path, module(**kind), **options)["val/nll"] for kind in ({}, others))
+    ours, theirs = (validate(sums, tmp_path, tiny_module(**kind), **options)["val/nll"] for kind in ({}, others))
     assert ours == theirs
 
 
 def test_more_validation_draws_change_the_estimate(sums, tmp_path):
     one, many = (
-        validate(sums, tmp_path, module(), validation_draws=n, validation_questions=0)["val/nll"] for n in (1, 8)
+        validate(sums, tmp_path, tiny_module(), validation_draws=n, validation_questions=0)["val/nll"] for n in (1, 8)
     )
     assert one != many
     assert one == pytest.approx(many, rel=0.5)  # both estimate the same bound, about ln 263 at initialization
@@ -126,36 +106,24 @@ def test_a_bound_that_is_not_finite_is_not_left_out(sums, tmp_path):
             nll = super().masked_nll(batch, noised)
             return nll * float("nan") if int(batch.sample_ids.max()) < 4 else nll  # the first batch only
 
-    assert math.isnan(validate(sums, tmp_path, module(HalfBroken), validation_questions=0)["val/nll"])
+    assert math.isnan(validate(sums, tmp_path, tiny_module(HalfBroken), validation_questions=0)["val/nll"])
 
 
 def test_one_data_module_serves_one_stage_after_the_other(sums, tmp_path):
-    model, source = module(), data(sums, tmp_path)
-    validated = trainer(tmp_path, limit_val_batches=1.0).validate(model, source, verbose=False)
-    trainer(tmp_path, max_steps=2, limit_val_batches=1.0, val_check_interval=2).fit(model, source)
-    tested = trainer(tmp_path).test(model, source, verbose=False)
-    answers = trainer(tmp_path).predict(model, source)
+    model, source = tiny_module(), tiny_data(sums, tmp_path)
+    validated = short_trainer(tmp_path, limit_val_batches=1.0).validate(model, source, verbose=False)
+    short_trainer(tmp_path, max_steps=2, limit_val_batches=1.0, val_check_interval=2).fit(model, source)
+    tested = short_trainer(tmp_path).test(model, source, verbose=False)
+    answers = short_trainer(tmp_path).predict(model, source)
     assert tested[0]["test/nll"] < validated[0]["val/nll"]
     assert sum(len(batch.predictions) for batch in answers) == 4
 
 
-class Log(DummyLogger):
-    """Keeps the scalars of every call."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def log_metrics(self, metrics, step=None):
-        self.calls.append(metrics)
-
-
 def test_everything_is_logged(sums, tmp_path):
-    log = Log()
-    fit = trainer(tmp_path, max_steps=12, limit_val_batches=1.0, log_every_n_steps=1, logger=log)
-    fit.fit(module(), data(sums, tmp_path))
-    names = {name for call in log.calls for name in call}
-    assert names == {
+    logger = TensorBoardLogger(tmp_path)
+    fit = short_trainer(tmp_path, max_steps=12, limit_val_batches=1.0, log_every_n_steps=1, logger=logger)
+    fit.fit(tiny_module(), tiny_data(sums, tmp_path))
+    assert {name for name, _ in logged(tmp_path)} == {
         *("train/loss", "train/masked_fraction", "train/lr", "train/gradient_norm", "epoch"),
         *(f"train/nll_t_quartile_{n}" for n in (1, 2, 3, 4)),
         *("val/nll", "val/accuracy", "val/unparsed", "val/tokens_per_forward"),
@@ -164,12 +132,11 @@ def test_everything_is_logged(sums, tmp_path):
 
 def test_a_quartile_without_tokens_does_not_repeat_its_last_value(sums, tmp_path):
     """One document a step has one t."""
-    log = Log()
-    fit = trainer(tmp_path, max_steps=8, log_every_n_steps=1, logger=log)
-    fit.fit(module(), data(sums, tmp_path, batch_size=1))
-    values = [[call[f"train/nll_t_quartile_{n}"] for n in (1, 2, 3, 4)] for call in log.calls if "train/loss" in call]
-    assert len(values) == 8 and all(sum(map(math.isfinite, row)) == 1 for row in values)
-    assert len({row.index(min(row, key=math.isnan)) for row in values}) > 1
+    fit = short_trainer(tmp_path, max_steps=8, log_every_n_steps=1, logger=TensorBoardLogger(tmp_path))
+    fit.fit(tiny_module(), tiny_data(sums, tmp_path, batch_size=1))
+    found = logged(tmp_path)
+    rows = [[found[f"train/nll_t_quartile_{n}", step] != {"nan"} for n in (1, 2, 3, 4)] for step in range(8)]
+    assert all(sum(row) == 1 for row in rows) and len({row.index(True) for row in rows}) > 1
 
 
 def test_it_learns(sums, tmp_path):
@@ -178,13 +145,12 @@ def test_it_learns(sums, tmp_path):
 
 
 def test_a_step_with_nothing_masked_has_no_loss_and_no_gradient(sums, tmp_path):
-    model = module()
+    model = tiny_module()
     model.noise = lambda batch, **options: DreamModule.noise(
         model, replace(batch, maskable=torch.zeros_like(batch.maskable)), **options
     )
     recorder = run(sums, tmp_path, model=model, max_steps=2)
-    assert recorder.losses == [0, 0]
-    assert all((g == 0).all() for g in recorder.gradients)
+    assert recorder.losses == recorder.norms == [0, 0]
 
 
 NEW = {"new_model": {}, "tokenizer": "bytes"}
@@ -222,4 +188,4 @@ def test_impossible_options_are_refused(options, words):
 )
 def test_impossible_options_of_the_data_are_refused(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
-        data("bundled", tmp_path, **options)
+        tiny_data("bundled", tmp_path, **options)

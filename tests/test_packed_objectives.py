@@ -45,21 +45,3 @@ def test_packed_equals_unpacked(sums, tmp_path, objective):
     assert masked == packed_masked > 100
     assert abs(packed_loss - loss) <= 1e-6 * loss
     assert (packed_gradient - gradient).norm() <= 1e-6 * gradient.norm()
-
-
-def test_documents_stay_whole_in_their_rows(sums, tmp_path):
-    """Positions restart, the first token is never masked, and eos filling is the document's, not the row's."""
-    module = tiny_module(complementary_masks=True)
-    alone, packed = (whole_epoch(sums, tmp_path, packing) for packing in (False, True))
-    assert len(packed.input_ids) <= len(alone.input_ids) / 2
-    starts = (packed.position_ids == 0) & (packed.document_ids >= 0)
-    assert starts.sum() == len(alone.input_ids)
-    _, noised = module.training_noise(packed)
-    assert not noised.is_masked[starts.repeat(2, 1)].any()
-    for row in range(len(alone.input_ids)):
-        real = alone.document_ids[row] >= 0
-        where = packed.document_ids == alone.document_ids[row, 0]
-        for name in ("input_ids", "maskable", "position_ids", "sample_ids", "epochs", "extra_weight"):
-            assert torch.equal(getattr(alone, name)[row, real], getattr(packed, name)[where]), name
-        assert alone.maskable[row].sum() == 60  # filled with eos to eos_fill_to, in the loss
-    assert not packed.maskable[packed.document_ids < 0].any()

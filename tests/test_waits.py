@@ -1,6 +1,7 @@
 """Training synchronizes with its GPU only where it logs: on a GPU, and on a CPU that simulates one."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -38,12 +39,13 @@ def trainer(tmp_path, *callbacks, **options):
     return short_trainer(tmp_path, *callbacks, **steps | {"enable_progress_bar": True} | options)
 
 
-class SimulatedGPU(TorchDispatchMode):
+class SimulatedGPU(TorchDispatchMode, L.Callback):
     """Takes weights and moved batches for tensors of a GPU, and records the micro-batches that synchronize with it."""
 
     def __init__(self):
         super().__init__()
-        self.tensors, self.micro_batch, self.synchronized = WeakTensorKeyDictionary(), 0, []
+        self.tensors, self.synchronized = WeakTensorKeyDictionary(), set()
+        self.micro_batch = 0  # from 1, until the epoch ends
 
     def take(self, x):
         self.tensors[x] = True
@@ -54,25 +56,18 @@ class SimulatedGPU(TorchDispatchMode):
         if any(isinstance(x, Tensor) and x in self.tensors for x in tree_leaves((args, kwargs))):
             tree_map_only(Tensor, self.take, out)
             by_mask = "index" in name and any(getattr(i, "dtype", None) == torch.bool for i in tree_leaves(args[1]))
-            if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
-                self.synchronized.append(self.micro_batch)
+            if self.micro_batch and (by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")):
+                self.synchronized.add(self.micro_batch)
         return out
 
-
-class TellMicroBatch(L.Callback):
-    """Tells the simulated GPU the number of the micro-batch, from 1, until the epoch ends."""
-
-    def __init__(self, gpu):
-        self.gpu = gpu
-
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.gpu.micro_batch = trainer.global_step * ACCUMULATE + batch_idx % ACCUMULATE + 1
-        if self.gpu.micro_batch == 1:
+        self.micro_batch = trainer.global_step * ACCUMULATE + batch_idx % ACCUMULATE + 1
+        if self.micro_batch == 1:
             for x in [*pl_module.parameters(), *vars(pl_module.totals).values()]:
-                self.gpu.take(x)
+                self.take(x)
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.gpu.micro_batch = "end"
+        self.micro_batch = 0
 
 
 @pytest.fixture
@@ -90,16 +85,10 @@ def gpu(monkeypatch):
         sent.where = tuple(simulated.take(x.clone()) for x in noised.where)
         return sent
 
-    class AsyncCopy:  # that of a GPU does not synchronize
-        def __init__(self, number):
-            self.value = torch.zeros(())
-
-        def done(self):
-            return True
-
     monkeypatch.setattr(Batch, "to", send)
     monkeypatch.setattr(NoisedBatch, "to", send_noised)
-    monkeypatch.setattr(progress, "_AsyncCopy", AsyncCopy)
+    arrived = SimpleNamespace(value=0.0, done=lambda: True)  # does not synchronize
+    monkeypatch.setattr(progress, "_AsyncCopy", lambda number: arrived)
     return simulated
 
 
@@ -115,22 +104,22 @@ def test_training_synchronizes_only_where_it_logs(sums, tmp_path, gpu, monkeypat
         log(model, name, value, **kwargs)
 
     monkeypatch.setattr(DreamModule, "log", watched)
-    fit = trainer(tmp_path, TellMicroBatch(gpu), Throughput(), ProgressBar())
+    fit = trainer(tmp_path, gpu, Throughput(), ProgressBar())
     with gpu:
         fit.fit(module(**options), data(sums, tmp_path, packing=packing))
     logged = {step * ACCUMULATE for step in range(LOG_EVERY, 9, LOG_EVERY)}
-    assert fit.global_step == 8 and set(gpu.synchronized) - {"end"} == logged
+    assert fit.global_step == 8 and gpu.synchronized == logged
     assert not numbers
 
 
 def test_another_bar_synchronizes_once_a_step_and_shows_the_loss(sums, tmp_path, gpu):
-    fit = trainer(tmp_path, TellMicroBatch(gpu), TQDMProgressBar(), log_every_n_steps=0)
+    fit = trainer(tmp_path, gpu, TQDMProgressBar(), log_every_n_steps=0)
     cpu = Tensor.cpu
     with gpu, pytest.MonkeyPatch.context() as patch:
         # A simulated GPU is on the CPU already.
         patch.setattr(Tensor, "cpu", lambda x: torch.tensor(x.item()) if x in gpu.tensors and x.dim() == 0 else cpu(x))
         fit.fit(module(), data(sums, tmp_path))
-    assert set(gpu.synchronized) - {"end"} == {ACCUMULATE * step for step in range(1, 9)}
+    assert gpu.synchronized == {ACCUMULATE * step for step in range(1, 9)}
     assert fit.progress_bar_metrics["train/loss"] > 0
 
 
@@ -188,8 +177,7 @@ class RaiseWhereItSynchronizes(L.Callback):
         torch.cuda.set_sync_debug_mode("error" if watches else "default")
         self.seen += watches
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, *args):
         torch.cuda.set_sync_debug_mode("default")
 
-    def on_exception(self, trainer, pl_module, exception):
-        torch.cuda.set_sync_debug_mode("default")
+    on_exception = on_train_epoch_end

@@ -8,10 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from material import SIZES
-from material import short_trainer as trainer
-from material import tiny_data as data
-from material import tiny_module as module
+from material import SIZES, short_trainer, tiny_data, tiny_module
 from test_atomic import files_up_to
 
 from dream_lightning.training import Autosave
@@ -62,8 +59,8 @@ def test_bytes_of_nested_tensors_are_counted():
 def test_training_stops_at_a_full_disk_and_resumes_when_there_is_room(tmp_path, sums):
     def run(*callbacks, ckpt_path=None):
         autosave = Autosave(tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=0, save_last=True)
-        model, fit = module(), trainer(tmp_path, *callbacks, autosave, plugins=[SafeCheckpointIO()])
-        fit.fit(model, data(sums, tmp_path), ckpt_path=ckpt_path, weights_only=True)
+        model, fit = tiny_module(), short_trainer(tmp_path, *callbacks, autosave, plugins=[SafeCheckpointIO()])
+        fit.fit(model, tiny_data(sums, tmp_path), ckpt_path=ckpt_path, weights_only=True)
         return model
 
     class Fills(L.Callback):
@@ -85,7 +82,7 @@ def test_training_stops_at_a_full_disk_and_resumes_when_there_is_room(tmp_path, 
 )
 def test_a_checkpoint_of_another_network_is_refused(change, words):
     """By the name of what differs, not by the shapes of its tensors, which may agree."""
-    saved, other = module(), module(new_model=SIZES | change)
+    saved, other = tiny_module(), tiny_module(new_model=SIZES | change)
     saved.configure_model()
     other.configure_model()
     checkpoint = {"dream_config": saved.model.config.to_dict()}
@@ -99,18 +96,18 @@ def test_a_checkpoint_of_another_network_is_refused(change, words):
 @pytest.mark.parametrize("optimizers", [("AdamW", "SGD"), ("SGD", "AdamW")])
 def test_another_optimizer_than_the_checkpoints_is_refused_in_fit_only(sums, tmp_path, optimizers):
     def using(name):
-        return module(optimizer=lambda groups: getattr(torch.optim, name)(groups, lr=1e-3))
+        return tiny_module(optimizer=lambda groups: getattr(torch.optim, name)(groups, lr=1e-3))
 
     first, second = optimizers
-    trained = trainer(tmp_path, max_steps=1)
-    trained.fit(using(first), data(sums, tmp_path))
+    trained = short_trainer(tmp_path, max_steps=1)
+    trained.fit(using(first), tiny_data(sums, tmp_path))
     trained.save_checkpoint(tmp_path / "one.ckpt")
     resume = {"ckpt_path": tmp_path / "one.ckpt", "weights_only": True}
     with pytest.raises(ValueError, match=f"states of {first} and model.optimizer is {second}"):
-        trainer(tmp_path, max_steps=2).fit(using(second), data(sums, tmp_path), **resume)
-    validation, other = trainer(tmp_path, limit_val_batches=1), using(second)
-    assert validation.validate(other, data(sums, tmp_path), verbose=False, **resume)
-    trainer(tmp_path, max_steps=1).fit(other, data(sums, tmp_path))  # a new run, from the weights it has
+        short_trainer(tmp_path, max_steps=2).fit(using(second), tiny_data(sums, tmp_path), **resume)
+    validation, other = short_trainer(tmp_path, limit_val_batches=1), using(second)
+    assert validation.validate(other, tiny_data(sums, tmp_path), verbose=False, **resume)
+    short_trainer(tmp_path, max_steps=1).fit(other, tiny_data(sums, tmp_path))  # a new run, from the weights it has
 
 
 @pytest.mark.parametrize(("before", "now", "ready"), [(4, 4, 12), (4, 8, 24), (8, 2, 4), (8, 4, 8)])

@@ -12,9 +12,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from material import short_trainer as trainer
-from material import tiny_data as data
-from material import tiny_module as module
+from material import short_trainer, tiny_data, tiny_module
 from tiny_models import tiny_model
 from torch import distributed
 from torch._dynamo.testing import CompileCounter
@@ -61,9 +59,11 @@ def test_tested_combinations_pass():
 
 
 def test_a_run_refuses_before_it_builds_anything(sums, tmp_path):
-    model = module()
+    model = tiny_module()
     with pytest.raises(ValueError, match="gradient_clip_algorithm is value"):
-        trainer(tmp_path, gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(model, data(sums, tmp_path))
+        short_trainer(tmp_path, gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(
+            model, tiny_data(sums, tmp_path)
+        )
     assert model.model is None
 
 

@@ -19,6 +19,7 @@ from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
 from dream_lightning.training.sharded_checkpoint import read_into, read_rest, read_sharded, write
 
+pytestmark = pytest.mark.xdist_group("sharded_checkpoint")  # one launch of processes
 # odd sizes, so that the two shards differ
 SIZES = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 33, "num_hidden_layers": 2}
 IDS = {"mask_token_id": 90, "pad_token_id": 91, "bos_token_id": 91, "eos_token_id": 91}

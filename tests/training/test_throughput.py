@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from material import quiet_trainer, tiny_module
+from lightning.pytorch.loggers import TensorBoardLogger
+from material import logged, quiet_trainer, tiny_module
 
 from dream_lightning import S1KDataModule
 from dream_lightning.data import epoch_order as order
@@ -32,28 +33,15 @@ class Clock(L.Callback):
         self.now += 1000
 
 
-class Notes(L.pytorch.loggers.logger.DummyLogger):
-    """scalar → step → logged value."""
-
-    def __init__(self):
-        super().__init__()
-        self.scalars = {}
-
-    def log_metrics(self, metrics, step=None):
-        for name, value in metrics.items():
-            self.scalars.setdefault(name, {})[step] = value
-
-
 class SlowData(S1KDataModule):
     """A quarter of a second for every batch."""
 
     def train_dataloader(self):
         loader = super().train_dataloader()
-        collate = loader.collate_fn
 
         def slow(rows):
             self.clock.now += 0.25
-            return collate(rows)
+            return loader.collate_fn(rows)
 
         return ResumableLoader(loader.dataset, batch_size=4, sampler=loader.sampler, collate_fn=slow)
 
@@ -62,7 +50,7 @@ class SlowData(S1KDataModule):
 @pytest.mark.parametrize("validate_every", [3, 9])
 def test_real_tokens_over_training_time(sums, tmp_path, monkeypatch, accumulate, validate_every):
     """36 documents in 9 batches an epoch, one second each; logged once an epoch, validated in the middle or after."""
-    clock, notes = Clock(), Notes()
+    clock = Clock()
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=clock.perf_counter))
     module = tiny_module()
     module.matmul_ceiling = lambda: 1e6
@@ -74,25 +62,28 @@ def test_real_tokens_over_training_time(sums, tmp_path, monkeypatch, accumulate,
     trainer = quiet_trainer(
         clock,
         Throughput(),
-        **{"logger": notes, "max_steps": 2 * steps, "accumulate_grad_batches": accumulate, "log_every_n_steps": steps},
-        **{"val_check_interval": validate_every, "default_root_dir": tmp_path},
+        **{"max_steps": 2 * steps, "accumulate_grad_batches": accumulate, "log_every_n_steps": steps},
+        **{"val_check_interval": validate_every, "default_root_dir": tmp_path, "logger": TensorBoardLogger(tmp_path)},
     )
     trainer.fit(module, data)
     tokens, seconds = int(data.train_set.lengths.sum()), 9 * 1.25
     assert clock.now > 1000 and tokens < clock.padded / 2  # both would show
 
+    def scalars(name):
+        return {step: float(*values) for (n, step), values in logged(tmp_path).items() if n == f"train/{name}"}
+
     def both_epochs(value):
         return {steps - 1: pytest.approx(value), 2 * steps - 1: pytest.approx(value)}
 
-    assert notes.scalars["train/tokens_per_second"] == both_epochs(tokens / seconds)
-    assert sum(tokens / share for share in notes.scalars["train/useful_share"].values()) == pytest.approx(clock.padded)
-    assert notes.scalars["train/data_wait_share"] == both_epochs(0.25 / 1.25)
+    assert scalars("tokens_per_second") == both_epochs(tokens / seconds)
+    assert sum(tokens / share for share in scalars("useful_share").values()) == pytest.approx(clock.padded)
+    assert scalars("data_wait_share") == both_epochs(0.25 / 1.25)
     lengths = data.train_set.lengths
     flops = training_cost(module.model).of(2 * tokens, 2 * int((lengths**2).sum()), clock.masked)
     assert module.training_flops() == flops
-    assert sum(notes.scalars["train/mfu"].values()) == pytest.approx(flops / seconds / 1e6)
+    assert sum(scalars("mfu").values()) == pytest.approx(flops / seconds / 1e6)
     assert {"train/mfu", "train/useful_share", "train/data_wait_share"} <= trainer.progress_bar_metrics.keys()
-    assert "train/peak_memory_gib" not in notes.scalars  # of a GPU
+    assert not scalars("peak_memory_gib")  # of a GPU
 
 
 def test_queued_work_of_a_gpu_counts(monkeypatch):
@@ -112,15 +103,11 @@ def test_queued_work_of_a_gpu_counts(monkeypatch):
     trainer = SimpleNamespace(strategy=strategy, train_dataloader=None, global_step=0)
     module = SimpleNamespace(device=torch.device("cpu"))
 
-    def speed():
-        return callback._scalars(trainer, module, flops=0)["tokens_per_second"]
-
-    callback._start(trainer, flops=0)
-    callback._tokens, callback._positions = Queued(), 100
-    assert speed() == 100 / 2
-    callback._start(trainer, flops=0)
-    callback._tokens, callback._positions = Queued(), 100
-    callback.on_validation_start(trainer, module)
-    clock.now += 1000
-    callback.on_validation_end(trainer, module)
-    assert speed() == 100 / 2
+    for validates in (False, True):
+        callback._start(trainer, flops=0)
+        callback._tokens, callback._positions = Queued(), 100
+        if validates:
+            callback.on_validation_start(trainer, module)
+            clock.now += 1000
+            callback.on_validation_end(trainer, module)
+        assert callback._scalars(trainer, module, flops=0)["tokens_per_second"] == 100 / 2

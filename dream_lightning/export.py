@@ -207,8 +207,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _merged(checkpoint: dict[str, Any], state: dict[str, torch.Tensor], pretrained: str) -> DreamModel:
     """The unquantized base with the adapters merged into its weights."""
-    folder, base = local_folder(pretrained), checkpoint["base"]
-    check_base(base["hash"], base_hash(weight_files(folder)), saved_base=base["name"], loaded_base=pretrained)
+    folder = local_folder(pretrained)
+    check_base(checkpoint["base"], {"name": pretrained, "hash": base_hash(weight_files(folder))})
     model = DreamModel.from_pretrained(folder)
     add_lora(model, LoraParams(**checkpoint["lora"]))
     load_adapter_state(model, adapter_state(state))

@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import addition_rows, quiet_trainer, write_jsonl
+from material import addition_rows, fit_on, write_jsonl
 
-from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule, load_tokenizer
+from dream_lightning import DreamModel, DreamModule, load_tokenizer
 from dream_lightning.adapters import LoraParams
 from dream_lightning.export import export_checkpoint
+from dream_lightning.model_factory import random_model
 
 KINDS = [None, "float8", *(pytest.param(k, marks=pytest.mark.filterwarnings("ignore")) for k in ("nf4", "nf4_float8"))]
 
@@ -29,65 +29,42 @@ def base(tmp_path_factory):
 def new_base(folder, seed):
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("bytes")
-    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("mask", "pad", "bos", "eos")}
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    DreamModel(DreamConfig(vocab_size=320, num_key_value_heads=2, **sizes, **ids)).to(torch.bfloat16).save_pretrained(
-        folder
-    )
+    random_model(sizes | {"num_key_value_heads": 2}, tokenizer).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def module(base, quantize=None, rank=4, **options):
+def module(base, quantize=None):
     return DreamModule(
         base,
         dtype="bfloat16",
-        lora=LoraParams(rank=rank, alpha=8, targets=["q_proj", "v_proj"]),
+        lora=LoraParams(rank=4, alpha=8, targets=["q_proj", "v_proj"]),
         quantize=quantize,
         gradient_checkpointing=True,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
         lr_schedule="constant_with_warmup",
         warmup_fraction=0.0,  # so that it does not depend on max_steps
-        **options,
     )
-
-
-def fit(model, tmp_path, steps, ckpt_path=None, callbacks=()):
-    source = write_jsonl(tmp_path / "sums.jsonl", addition_rows(40))
-    data = S1KDataModule(
-        str(source), tokenizer=model.tokenizer, batch_size=4, validation_questions=0, cache_dir=str(tmp_path / "cache")
-    )
-    trainer = quiet_trainer(
-        precision="bf16-mixed",
-        max_steps=steps,
-        callbacks=list(callbacks),
-        enable_checkpointing=bool(callbacks),
-        limit_val_batches=0,
-    )
-    trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
-    return trainer
 
 
 @pytest.mark.parametrize("quantize", KINDS)
-def test_only_adapters_train_and_are_saved_and_resume(base, tmp_path, quantize):
+def test_only_adapters_train_and_are_saved_and_resume(base, sums, tmp_path, quantize):
     if quantize in ("nf4", "nf4_float8"):
         pytest.importorskip("bitsandbytes")
-    model = module(base, quantize)
+    whole, resumed = module(base, quantize), module(base, quantize)
     after_three = ModelCheckpoint(tmp_path, filename="three", every_n_train_steps=3)
-    fit(model, tmp_path, steps=5, callbacks=[after_three])
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    fit_on(sums, whole, max_steps=5, enable_checkpointing=True, callbacks=[after_three])
+    trained = {n: p for n, p in whole.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 2 and all("lora_" in n and p.dtype == torch.float32 for n, p in trained.items())
     saved = torch.load(tmp_path / "three.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == trained.keys()
+    assert not any(torch.equal(saved["state_dict"][n], p) for n, p in trained.items())
     assert (tmp_path / "three.ckpt").stat().st_size < 100_000
 
-    whole = module(base, quantize)
-    fit(whole, tmp_path, steps=6)
-    resumed = module(base, quantize)
-    fit(resumed, tmp_path, steps=6, ckpt_path=tmp_path / "three.ckpt")
+    fit_on(sums, resumed, max_steps=5, ckpt_path=tmp_path / "three.ckpt")
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert not torch.equal(whole.model.state_dict()[BIG], model.model.state_dict()[BIG])
 
 
 def test_between_processes_ddp_sends_only_what_trains(base, tmp_path):
@@ -125,47 +102,47 @@ def one_backward_under_ddp(base, meeting, quantize):
     assert all(p.grad is not None for p in trained)
 
 
-BIG = "model.layers.0.self_attn.q_proj.lora_A.weight"
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A module after 3 steps and its checkpoint."""
+    folder, model = tmp_path_factory.mktemp("trained"), module(base)
+    trainer = fit_on(write_jsonl(folder / "sums.jsonl", addition_rows(40)), model, max_steps=3)
+    trainer.save_checkpoint(folder / "three.ckpt")
+    return model, folder / "three.ckpt"
 
 
-def test_other_checkpoints_are_refused(base, tmp_path):
-    fit(module(base), tmp_path, steps=1).save_checkpoint(tmp_path / "one.ckpt")
+def test_other_checkpoints_are_refused(base, trained, sums, tmp_path):
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="other"):
-        fit(module(new_base(tmp_path / "other", seed=1)), tmp_path, 2, ckpt_path=tmp_path / "one.ckpt")
-    with pytest.raises(ValueError, match="saved with adapters"):
-        fit(DreamModule(base), tmp_path, 2, ckpt_path=tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match=r"belong to .*other has other weights"):
+        fit_on(sums, module(new_base(tmp_path / "other", seed=1)), max_steps=4, ckpt_path=trained[1])
+    with pytest.raises(ValueError, match=r"adapters are {.*model.lora is None"):
+        fit_on(sums, DreamModule(base), max_steps=4, ckpt_path=trained[1])
 
 
-def test_a_base_quantized_differently_is_said(base, tmp_path):
-    fit(module(base), tmp_path, steps=1).save_checkpoint(tmp_path / "one.ckpt")
+def test_a_base_quantized_differently_is_said(base, trained, sums):
     with pytest.warns(UserWarning, match="model.quantize none, now it is float8"):
-        fit(module(base, "float8"), tmp_path, 2, ckpt_path=tmp_path / "one.ckpt")
+        fit_on(sums, module(base, "float8"), max_steps=4, ckpt_path=trained[1])
 
 
-def test_export_merges_into_the_bfloat16_base(base, tmp_path):
-    model = module(base)
-    fit(model, tmp_path, steps=3).save_checkpoint(tmp_path / "three.ckpt")
-    folder = export_checkpoint(tmp_path / "three.ckpt", tmp_path / "exported")
+def test_export_merges_into_the_bfloat16_base(base, trained, tmp_path):
+    model, checkpoint = trained
+    folder = export_checkpoint(checkpoint, tmp_path / "exported")
     exported = DreamModel.from_pretrained(folder).eval()
     assert exported.dtype == torch.bfloat16
     assert len(load_tokenizer(folder)) == len(model.tokenizer)  # the base's, though it was not named
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    networks = (model.model.eval().float(), DreamModel.from_pretrained(base).float(), exported.float())
     with torch.no_grad():
-        ours = model.model.eval().float()(ids).logits
-        base_logits = DreamModel.from_pretrained(base).float()(ids).logits
-        theirs = exported.float()(ids).logits
-    assert (theirs - ours).abs().max() < 0.05 * (base_logits - ours).abs().max()
+        ours, untrained, theirs = (network(ids).logits for network in networks)
+    assert (theirs - ours).abs().max() < 0.05 * (untrained - ours).abs().max()
 
 
-def test_what_cannot_work_is_refused(base, tmp_path):
+def test_what_cannot_work_is_refused(base, sums):
     for quantize in ("nf4", "nf4_float8"):
         with pytest.raises(ValueError, match=f"quantize is {quantize}, but quantized weights do not train"):
             DreamModule(base, quantize=quantize)
-    model = module(base)
-    trainer = L.Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="bf16-mixed"):
-        trainer.fit(model, S1KDataModule("bundled", tokenizer=model.tokenizer, first_n=4, validation_source="bundled"))
+        fit_on(sums, module(base), precision="bf16-true", max_steps=1)
 
 
 if __name__ == "__main__":

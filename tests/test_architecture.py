@@ -62,7 +62,7 @@ FORBIDDEN = {
 }
 ONLY_IN = {
     "math_verify": {"tasks/symbolic.py"},
-    "bitsandbytes": {"adapters/quantized_linear.py", "training/optimizer.py"},
+    "bitsandbytes": {"adapters/quantized_linear.py"},
 }
 # Underscore attributes of other packages: torch's in kernels and model_factory, Lightning's in training.
 # torch._scaled_mm: Dynamo of torch 2.11 cannot trace the public F.scaled_mm.

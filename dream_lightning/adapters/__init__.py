@@ -1,6 +1,6 @@
 """Adapters on a frozen base, plain or quantized, and float8 products for weights that train."""
 
-from dream_lightning.adapters.base_fingerprint import base_hash, check_adapters, check_base
+from dream_lightning.adapters.base_fingerprint import base_hash, check_base
 from dream_lightning.adapters.float8_linear import train_in_float8
 from dream_lightning.adapters.lora import (
     LoraParams,
@@ -19,7 +19,6 @@ __all__ = [
     "adapter_state",
     "add_lora",
     "base_hash",
-    "check_adapters",
     "check_base",
     "dequantized",
     "load_adapter_state",

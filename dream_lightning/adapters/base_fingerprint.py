@@ -1,13 +1,9 @@
-"""Which base adapters were trained on: a content hash, and the checks when a checkpoint is loaded."""
+"""Which base adapters were trained on: a content hash of its files, and the check when adapters are loaded."""
 
 import hashlib
 import json
-import warnings
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from dream_lightning.adapters.lora import LoraParams
 from dream_lightning.errors import UserError
 
 _BLOCK, _SAMPLES = 4096, 16  # bytes of one sample and samples of one tensor, in `base_hash`
@@ -42,55 +38,12 @@ def base_hash(files: dict[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def check_base(saved_hash: str, loaded_hash: str, *, saved_base: str, loaded_base: str) -> None:
-    """Refuse adapters that were trained on another base.
-
-    Args:
-        saved_hash: `base_hash` of the base of the adapters.
-        loaded_hash: `base_hash` of the loaded base.
-        saved_base, loaded_base: their folders or hub ids, for the message.
-
-    Raises:
-        UserError: the hashes differ.
-    """
-    if saved_hash != loaded_hash:
+def check_base(saved: dict[str, str], loaded: dict[str, str]) -> None:
+    """Raise UserError if adapters were trained on another base; of both `name` (folder or hub id) and `hash`."""
+    if saved["hash"] != loaded["hash"]:
         raise UserError(
-            f"these adapters belong to {saved_base} (hash {saved_hash[:12]}), but the base loaded from {loaded_base} "
-            f"has other weights (hash {loaded_hash[:12]}): load the base that they were trained on"
-        )
-
-
-def check_adapters(checkpoint: dict[str, Any], params: LoraParams | None, base: dict[str, str] | None) -> None:
-    """Refuse a checkpoint whose adapters or base are not the model's; reads no tensor.
-
-    Args:
-        checkpoint: of a DreamModule; one with adapters holds `lora`, their LoraParams, and `base`.
-        params: the model's adapters; None if all weights train.
-        base: `name`, content `hash` and `quantize` of the model's base.
-
-    Warns:
-        The base is quantized differently, so its rounding differs.
-
-    Raises:
-        UserError: only one of the two has adapters, the adapters differ, or the contents of the bases differ.
-    """
-    saved = checkpoint.get("lora")
-    if (params is None) != (saved is None):
-        raise UserError(
-            f"the checkpoint was saved {'without' if saved is None else 'with'} adapters and model.lora is {params}: "
-            "use the configuration of the run that saved it"
-        )
-    if params is None:
-        return
-    saved_base = checkpoint["base"]
-    check_base(saved_base["hash"], base["hash"], saved_base=saved_base["name"], loaded_base=base["name"])
-    if len({(p.rank, p.alpha, *p.target_names) for p in (params, LoraParams(**saved))}) > 1:
-        raise UserError(f"the checkpoint's adapters are {saved}, model.lora is {asdict(params)}")
-    if saved_base["quantize"] != base["quantize"]:
-        warnings.warn(
-            f"the adapters were trained on a base with model.quantize {saved_base['quantize']}, now it is "
-            f"{base['quantize']}: losses and answers change a little",
-            stacklevel=2,
+            f"these adapters belong to {saved['name']} (hash {saved['hash'][:12]}), but {loaded['name']} has other "
+            f"weights (hash {loaded['hash'][:12]}): load the base that they were trained on"
         )
 
 

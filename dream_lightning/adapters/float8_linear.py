@@ -8,7 +8,7 @@ torchao's float8 is not used: its frozen weight has no backward pass to the inpu
 layer computes the weight gradient itself, so that the gradient cannot be accumulated in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,8 @@ def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def float8_matmul(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:
-    """(a · scale_a)(b · scale_b)ᵀ: float8 [M, K], float32 [M, 1], float8 [N, K], float32 [N, 1] → bfloat16 [M, N].
-
-    The CPU computes in float32, for tests.
-    """
-    if not a.is_cuda:
+    """(a · scale_a)(b · scale_b)ᵀ: float8 [M, K], float32 [M, 1], float8 [N, K], float32 [N, 1] → bfloat16 [M, N]."""
+    if not a.is_cuda:  # for tests
         return ((a.float() @ b.float().t()) * scale_a * scale_b.t()).to(torch.bfloat16)
     # Not the public F.scaled_mm: Dynamo of torch 2.11 cannot trace it.
     return torch._scaled_mm(
@@ -39,10 +36,33 @@ def float8_matmul(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Ten
     )
 
 
-def linear_by_rows(x: Tensor, multiply: Callable[[Tensor], Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[..., in] → [..., out] in `dtype`; `multiply` maps rows [M, in] to x Wᵀ [M, out], both bfloat16."""
+class _Product(torch.autograd.Function):
+    """x Wᵀ of bfloat16 x [M, in] and, in the backward pass, g W by a layer's `product`; gᵀ x if W trains."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, product: Callable[..., Tensor], weight: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, *others)
+        ctx.product = product
+        return product(x, False, weight, *others)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        of_weight = None if x is None else gradient.t() @ x
+        return ctx.product(gradient, True, *weights), None, of_weight, *(None for _ in weights[1:])
+
+
+def linear_by_product(
+    x: Tensor, product: Callable[..., Tensor], weights: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[..., in] → [..., out] in `dtype`, multiplied in bfloat16 or less.
+
+    Args:
+        product: maps (rows [M, in], False, *weights) to x Wᵀ [M, out], and (rows [M, out], True, *weights) to x W, for
+            the backward pass; both bfloat16. Only the weights are kept in between.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        out = multiply(x.to(torch.bfloat16).flatten(0, -2))
+        out = _Product.apply(x.to(torch.bfloat16).flatten(0, -2), product, *weights)
         out = out if bias is None else out + bias.to(out.dtype)
     return out.unflatten(0, x.shape[:-1]).to(dtype)
 
@@ -54,31 +74,22 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def check_float8(model: nn.Module, device: torch.device) -> None:
-    """Refuse a model whose layers cannot be multiplied in float8 on this device.
-
-    Raises:
-        UserError: a GPU without float8; a layer's sizes are no multiples of 16.
-    """
+    """Raise UserError for a GPU without float8, and for layers whose sizes are no multiples of 16."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(
-            f"{torch.cuda.get_device_name(device)} has no 8-bit floats (Ada, Hopper and later have): leave "
-            "model.float8_products out, and set model.quantize to nf4 or leave it out"
-        )
+        gpu = torch.cuda.get_device_name(device)
+        raise UserError(f"{gpu} has no float8 (Ada and Hopper have): leave it out, or set model.quantize to nf4")
     for name, linear in linear_layers(model):
-        if linear.in_features % 16 or linear.out_features % 16:
+        out, into = linear.weight.shape
+        if out % 16 or into % 16:
             raise UserError(
-                f"{name} is {linear.out_features} × {linear.in_features}: float8 products need multiples of 16; "
-                "leave model.quantize and model.float8_products out"
+                f"{name} is {out} × {into}, float8 needs multiples of 16: leave it out of the configuration"
             )
 
 
 class Float8TrainingLinear(nn.Linear):
     """A trained layer with two of its three products in float8: x Wᵀ and g W.
 
-    The weight gradient gᵀ x stays in bfloat16. Weights, optimizer and evaluation are those of the plain layer.
-
-    Args:
-        linear: the layer to replace; its parameters are shared.
+    The weight gradient gᵀ x stays in bfloat16. Parameters and evaluation are those of `linear`, which it replaces.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -87,7 +98,6 @@ class Float8TrainingLinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out] in the dtype of the plain layer's output."""
         multiply = self.multiply if self.training else F.linear
         return multiply(x, self.weight, self.bias)
 
@@ -96,31 +106,16 @@ class Float8TrainingLinear(nn.Linear):
         """Compute as `F.linear`, in float8."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return linear_by_rows(x, lambda rows: _TrainedProduct.apply(rows, weight.to(torch.bfloat16)), bias, dtype)
+        return linear_by_product(x, _round_both, [weight.to(torch.bfloat16)], bias, dtype)
 
 
-class _TrainedProduct(torch.autograd.Function):
-    """x Wᵀ for bfloat16 x [M, in] and W [out, in]; W is quantized for each product and not kept."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return float8_matmul(*to_float8(x), *to_float8(weight))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        columns, scales = to_float8(weight.t())
-        of_weight = gradient.t() @ x if ctx.needs_input_grad[1] else None
-        return float8_matmul(*to_float8(gradient), columns.contiguous(), scales), of_weight
+def _round_both(x: Tensor, backward: bool, weight: Tensor) -> Tensor:
+    weight, scales = to_float8(weight.t() if backward else weight)
+    return float8_matmul(*to_float8(x), weight.contiguous(), scales)
 
 
 def train_in_float8(model: nn.Module, device: torch.device) -> None:
-    """Replace every plain linear layer except the head by a `Float8TrainingLinear` of the same parameters.
-
-    Raises:
-        UserError: as `check_float8`.
-    """
+    """Replace every plain linear layer except the head by a `Float8TrainingLinear`; raises as `check_float8`."""
     check_float8(model, device)
     for name, linear in linear_layers(model):
         model.set_submodule(name, Float8TrainingLinear(linear))

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
-from dream_lightning.atomic import atomic_write
 from dream_lightning.errors import UserError
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -34,14 +34,13 @@ class LoraParams:
     """Kinds of layers, in every decoder layer; `all-linear` is all seven kinds. The head never gets one."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        if not isinstance(self.rank, int) or self.rank < 1:
             raise UserError(f"rank is {self.rank!r}, it must be an integer of at least 1, such as 16")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+        if not 0 < self.alpha < math.inf:
             raise UserError(f"alpha is {self.alpha}, it must be finite and above 0, such as twice the rank")
         known = get_args(Target)
-        if self.targets != "all-linear" and (
-            isinstance(self.targets, str) or not self.targets or not set(self.targets) <= set(known)
-        ):
+        listed = not isinstance(self.targets, str) and set() < set(self.targets) <= set(known)
+        if not listed and self.targets != "all-linear":
             raise UserError(f"targets is {self.targets!r}: wanted all-linear, or a list of some of {', '.join(known)}")
 
     @property
@@ -51,32 +50,22 @@ class LoraParams:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a float32 adapter, which is zero at first.
-
-    Args:
-        base_layer: the layer, plain or quantized.
-        params: rank and alpha.
-        generator: on the CPU, for A.
-        device: of the adapter.
-    """
+    """A frozen linear layer, plain or quantized, with a float32 adapter that changes nothing at first."""
 
     def __init__(
         self, base_layer: nn.Linear, params: LoraParams, generator: torch.Generator | None, device: torch.device
     ) -> None:
         super().__init__()
         self.base_layer, self.scale = base_layer, params.alpha / params.rank
-        empty = {"bias": False, "device": "meta", "dtype": torch.float32}
-        self.lora_A = nn.Linear(base_layer.in_features, params.rank, **empty).to_empty(device=device)
-        self.lora_B = nn.Linear(params.rank, base_layer.out_features, **empty).to_empty(device=device)
+        options = {"bias": False, "device": device, "dtype": torch.float32}
+        self.lora_A = skip_init(nn.Linear, base_layer.in_features, params.rank, **options)
+        self.lora_B = skip_init(nn.Linear, params.rank, base_layer.out_features, **options)
         nn.init.zeros_(self.lora_B.weight)
-        if device.type != "meta":
-            # Drawn on the CPU: the same numbers for every device.
-            a = torch.empty(self.lora_A.weight.shape, device="cpu")
-            self.lora_A.weight.data.copy_(nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
+        a = torch.empty(self.lora_A.weight.shape, device="cpu")  # the same random numbers for every device
+        self.lora_A.weight.data.copy_(nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out] in the dtype of the base layer's output."""
-        out = self.base_layer(x)
+        out = self.base_layer(x)  # [..., out]
         low = F.linear(x, self.lora_A.weight.to(x.dtype))  # [..., rank]
         return out + F.linear(low, (self.lora_B.weight * self.scale).to(low.dtype)).to(out.dtype)
 
@@ -98,20 +87,13 @@ def add_lora(
         device: of the adapters; by default that of the base.
 
     Raises:
-        UserError: the model has adapters already, lacks a target, or has one that is smaller than the rank.
+        UserError: the model has adapters already, or lacks a target.
     """
-    if _adapted(model):
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise UserError("the model already has adapters: merge_lora them first, or load the base again")
-    layers = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in params.target_names}
-    if absent := [t for t in params.target_names if not any(name.endswith(f".{t}") for name in layers)]:
-        raise UserError(f"{type(model).__name__} has no layers called {', '.join(absent)}: take them out of targets")
-    for name, linear in layers.items():
-        if params.rank > min(linear.in_features, linear.out_features):
-            raise UserError(
-                f"rank is {params.rank}, and {name} has {linear.in_features:,} inputs and {linear.out_features:,} "
-                f"outputs: no change of it has more than rank {min(linear.in_features, linear.out_features)}, take "
-                "that or less"
-            )
+    layers = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in params.target_names}
+    if absent := set(params.target_names) - {name.rpartition(".")[2] for name in layers}:
+        raise UserError(f"{type(model).__name__} has no {', '.join(sorted(absent))}: take them out of targets")
     model.requires_grad_(False)
     for name, linear in layers.items():
         adapted = LoraLinear(linear, params, generator, device or linear.weight.device)
@@ -132,10 +114,9 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     wanted = {name: list(tensor.shape) for name, tensor in adapter_state(model.state_dict()).items()}
     got = {name: list(tensor.shape) for name, tensor in state.items()}
     if wrong := sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name)):
-        name = wrong[0]
         raise UserError(
-            f"{len(wrong)} adapter tensors do not fit the model's adapters, such as {name}: got {got.get(name)}, "
-            f"wanted {wanted.get(name)}. Use the rank and targets with which they were trained"
+            f"{len(wrong)} tensors do not fit the model's adapters, such as {wrong[0]}: got {got.get(wrong[0])}, "
+            f"wanted {wanted.get(wrong[0])}. Use the rank and targets of their training"
         )
     model.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}, strict=False)
 
@@ -143,28 +124,20 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 def save_peft_folder(folder: str | Path, state: dict[str, Tensor], params: LoraParams, base_name: str) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads.
 
-    Args:
-        folder: is created, or replaced.
-        state: of `adapter_state`.
-        params: of the adapters.
-        base_name: folder or hub id of the base, for the configuration.
+    `state` is that of `adapter_state`, `base_name` a folder or hub id. `export.export_adapter` writes atomically.
     """
     config = {
         "base_model_name_or_path": base_name,
         "bias": "none",
-        "inference_mode": True,
         "lora_alpha": params.alpha,
-        "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": params.rank,
         "target_modules": params.target_names,
-        "task_type": None,
     }
-    with atomic_write(folder, needed_bytes=sum(tensor.nbytes for tensor in state.values())) as partial:
-        partial.mkdir()
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    Path(folder).mkdir(exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -174,14 +147,11 @@ def merge_lora(model: nn.Module) -> None:
     Raises:
         UserError: the base is quantized; there are no adapters.
     """
-    layers = _adapted(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     if not layers:
         raise UserError("the model has no adapters to merge: add_lora and load_adapter_state first")
     if any(type(layer.base_layer) is not nn.Linear for layer in layers.values()):
-        raise UserError(
-            "adapters are not merged into a quantized base, its rounding would be kept: load the bfloat16 checkpoint, "
-            "add_lora, load_adapter_state, and merge there"
-        )
+        raise UserError("adapters do not merge into a quantized base: load the bfloat16 checkpoint and merge there")
     for name, layer in layers.items():
         weight = layer.base_layer.weight
         weight.copy_(weight.float() + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight))
@@ -190,10 +160,6 @@ def merge_lora(model: nn.Module) -> None:
 
 def trainable_summary(model: nn.Module) -> str:
     """How many parameters there are and how many train, also on the meta device and in packed 4-bit weights."""
-    sizes = [(p.numel() * (2 if p.dtype == torch.uint8 else 1), p.requires_grad) for p in model.parameters()]
-    total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
-    return f"{trainable:,} of {total:,} parameters train ({100 * trainable / max(total, 1):.4f} %)"
-
-
-def _adapted(model: nn.Module) -> dict[str, LoraLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.4f} %)"

@@ -1,6 +1,6 @@
 """The frozen base under adapters, quantized while it is read: 4-bit nf4 (QLoRA, arXiv:2305.14314) or float8."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,7 @@ from dream_lightning.adapters.float8_linear import (
     LARGEST,
     check_float8,
     float8_matmul,
-    linear_by_rows,
+    linear_by_product,
     linear_layers,
     to_float8,
 )
@@ -27,75 +27,40 @@ _INTEGERS = {torch.bfloat16: (torch.int16, torch.int32), torch.float8_e4m3fn: (t
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer on the meta device, to be filled from a weight.
+    """A frozen linear layer of the sizes of `linear`, on the meta device until a weight is quantized into it.
 
-    The quantized weight is a parameter and what else its products need are buffers: as inputs of compiled code, which
-    all layers then share.
-
-    Args:
-        linear: the layer to replace; it gives the sizes.
+    Subclasses define `fill(weight)`, which quantizes a bfloat16 weight [out, in] on its device, and `product`, as
+    `linear_by_product` calls it. The quantized weight is a parameter and what else the product needs are buffers: as
+    inputs of compiled code, which all layers then share.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.requires_grad_(False)
 
-    def fill(self, weight: Tensor) -> None:
-        """Quantize a bfloat16 weight [out, in] on its device."""
-        raise NotImplementedError
-
-    def quantized(self) -> tuple[Tensor, ...]:
-        """The last arguments of `product`."""
-        raise NotImplementedError
-
-    @staticmethod
-    def product(x: Tensor, backward: bool, *quantized: Tensor) -> Tensor:
-        """x Wᵀ of bfloat16 rows [M, in] or, in the backward pass, x W of [M, out]; W is never kept."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out] in the dtype of x."""
-        weights = (type(self).product, *self.quantized())
-        return linear_by_rows(x, lambda rows: _FrozenProduct.apply(rows, *weights), self.bias, x.dtype)
-
-    def _keep(self, weight: Tensor, **buffers: Tensor) -> None:
+    def keep(self, weight: Tensor, **buffers: Tensor) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
+    def quantized(self) -> list[Tensor]:
+        """The last arguments of `product`."""
+        return [self.weight, *self._buffers.values()]
 
-class _FrozenProduct(torch.autograd.Function):
-    """x Wᵀ and, in the backward pass, g W, by `product` of a layer's class."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, product: Callable[..., Tensor], *quantized: Tensor) -> Tensor:
-        ctx.save_for_backward(*quantized)
-        ctx.product = product
-        return product(x, False, *quantized)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        quantized = ctx.saved_tensors
-        return ctx.product(gradient, True, *quantized), None, *(None for _ in quantized)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_by_product(x, type(self).product, self.quantized(), self.bias, x.dtype)
 
 
 class Float8Linear(QuantizedLinear):
     """A float8 weight, W and Wᵀ: the matrix units read it along the summed axis. 2 bytes a weight, as bfloat16."""
 
-    @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
-        """See `QuantizedLinear`."""
         rows, row_scales = to_float8(weight)
         columns, column_scales = to_float8(weight.t())
-        self._keep(rows, row_scales=row_scales, columns=columns.contiguous(), column_scales=column_scales)
-
-    def quantized(self) -> tuple[Tensor, ...]:
-        """See `QuantizedLinear`."""
-        return self.weight, self.row_scales, self.columns, self.column_scales
+        self.keep(rows, row_scales=row_scales, columns=columns.contiguous(), column_scales=column_scales)
 
     @staticmethod
     def product(x: Tensor, backward: bool, *quantized: Tensor) -> Tensor:
-        """See `QuantizedLinear`."""
         return float8_matmul(*to_float8(x), *(quantized[2:] if backward else quantized[:2]))
 
 
@@ -107,20 +72,13 @@ class NF4Linear(QuantizedLinear):
     """
 
     def fill(self, weight: Tensor) -> None:
-        """See `QuantizedLinear`.
-
-        Raises:
-            UserError: rows do not fill blocks of 64 weights; bitsandbytes' CPU kernels dequantize them wrongly.
-        """
-        if self.in_features % BLOCK:
+        if self.in_features % BLOCK:  # bitsandbytes' CPU kernels would dequantize it wrongly
             raise UserError(
-                f"a 4-bit layer of shape {list(weight.shape)} has rows that do not fill blocks of {BLOCK} weights: "
-                "leave quantize out"
+                f"a layer has {self.in_features} inputs: nf4 needs multiples of {BLOCK}, leave quantize out"
             )
-        packed, state = _bitsandbytes().functional.quantize_4bit(
-            weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
-        )
-        self._keep(
+        functional = _bitsandbytes().functional
+        packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        self.keep(
             packed,  # [out · in / 2, 1] uint8
             levels=state.code,  # [16] float32
             scale_codes=state.absmax,  # [C] uint8, one per block
@@ -129,19 +87,12 @@ class NF4Linear(QuantizedLinear):
             offset=state.offset,  # [] float32, the mean of the scales
         )
 
-    def quantized(self) -> tuple[Tensor, ...]:
-        """See `QuantizedLinear`; the first arguments of `dequantize`."""
-        scales = (self.scale_codes, self.scale_levels, self.superscales, self.offset)
-        return (self.weight.view(-1), self.levels, *scales)
-
     @staticmethod
     def product(x: Tensor, backward: bool, *quantized: Tensor) -> Tensor:
-        """See `QuantizedLinear`."""
         weight = dequantize(*quantized, again=backward)
         return x @ weight.view(x.shape[-1], -1) if backward else F.linear(x, weight.view(-1, x.shape[-1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `QuantizedLinear`."""
         if torch.compiler.is_compiling():
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -168,11 +119,10 @@ class NF4Float8Linear(NF4Linear):
     """
 
     def fill(self, weight: Tensor) -> None:
-        """See `NF4Linear`."""
         super().fill(weight)
         scales = block_scales(self.scale_codes, self.scale_levels, self.superscales, self.offset)
         scale = (scales.abs().amax() / LARGEST).clamp(min=1e-12)  # a level is at most 1
-        self._keep(
+        self.keep(
             self.weight.data,
             float8_superscales=self.superscales / scale,
             float8_offset=self.offset / scale,
@@ -180,14 +130,13 @@ class NF4Float8Linear(NF4Linear):
             weight_scales=scale.expand(max(self.in_features, self.out_features), 1).contiguous(),
         )
 
-    def quantized(self) -> tuple[Tensor, ...]:
-        """See `NF4Linear`; dequantized, the largest weight is 448, and then come its scales."""
-        scales = (self.scale_codes, self.scale_levels, self.float8_superscales, self.float8_offset)
-        return (self.weight.view(-1), self.levels, *scales, self.weight_scales)
+    def quantized(self) -> list[Tensor]:
+        """With scales that make 448 of the largest weight."""
+        scales = [self.scale_codes, self.scale_levels, self.float8_superscales, self.float8_offset]
+        return [self.weight, self.levels, *scales, self.weight_scales]
 
     @staticmethod
     def product(x: Tensor, backward: bool, *quantized: Tensor) -> Tensor:
-        """See `QuantizedLinear`."""
         *nf4, scales = quantized
         weight = dequantize(*nf4, dtype=torch.float8_e4m3fn, again=backward)
         # The matrix units read W along the summed axis.
@@ -200,26 +149,22 @@ class NF4Float8Linear(NF4Linear):
 def block_scales(
     scale_codes: Tensor, scale_levels: Tensor, superscales: Tensor, offset: Tensor, *, again: bool = False
 ) -> Tensor:
-    """The scale of every nf4 block, [C, 1] float32; `again` as in `dequantize`."""
+    """The scale of every nf4 block, [C, 1] float32; see `dequantize`."""
     shape = (-1, 1) if again else (-1,)
     superblock = torch.arange(len(scale_codes), device=scale_codes.device).view(shape) // _SUPERBLOCK
     return (scale_levels[scale_codes.view(shape).int()] * superscales[superblock] + offset).view(-1, 1)
 
 
 def dequantize(
-    packed: Tensor,
-    levels: Tensor,
-    *scales: Tensor,
-    dtype: torch.dtype = torch.bfloat16,
-    again: bool = False,
+    packed: Tensor, levels: Tensor, *scales: Tensor, dtype: torch.dtype = torch.bfloat16, again: bool = False
 ) -> Tensor:
-    """Dequantize nf4, two weights a byte, the first in the high half → all weights, [2 · len(packed)].
+    """Dequantize nf4, two weights a byte, the first in the high half → all weights, [N].
 
     In bfloat16 the result equals bitsandbytes' bit for bit. Every byte becomes one word of two weights, so that its
     scale is looked up once.
 
     Args:
-        packed: [N / 2] uint8.
+        packed: N / 2 elements, uint8.
         levels: [16] float32.
         scales: the arguments of `block_scales`.
         dtype: of the weights, bfloat16 or float8_e4m3fn.
@@ -255,38 +200,28 @@ def load_quantized(
     Args:
         model: a DreamModel on the meta device, without adapters.
         files: tensor name → file, as `dream_lightning.model.loading.weight_files` finds them.
-        kind: `nf4`, `nf4_float8` (nf4 weights, float8 products) or `float8`.
-        device: where the weights go and are quantized.
+        kind: `nf4`, `nf4_float8` (nf4 weights, float8 products) or `float8`; quantized on the device.
 
     Raises:
-        UserError: the model is not on the meta device; `files` lacks tensors of the model; bitsandbytes is not
-            installed; as `check_float8` and `NF4Linear.fill`.
+        UserError: bitsandbytes is not installed; sizes or a GPU that the kind has no kernels for.
     """
     device = torch.device(device)
-    if any(not p.is_meta for p in model.parameters()):
-        raise UserError(
-            'the model already has memory: wanted one on the meta device (with torch.device("meta"): DreamModel(...)), '
-            "because its weights are quantized while they are read"
-        )
-    if lacking := sorted({name for name, _ in model.named_parameters()} - files.keys()):
-        raise UserError(f"the files lack {len(lacking)} of the model's tensors, {lacking[0]} first: copy them again")
     if kind != "nf4":
         check_float8(model, device)
     if kind != "float8":
         _bitsandbytes()
     for name, linear in linear_layers(model):
         model.set_submodule(name, _LAYERS[kind](linear))
-    for name in sorted((name for name, _ in model.named_parameters()), key=lambda n: (str(files[n]), n)):
+    for name in [name for name, _ in model.named_parameters()]:
         # Opened for each tensor: pages of a mapped file count as memory of this process until it is closed.
         with safe_open(files[name], framework="pt", device=str(device)) as file:
-            tensor = file.get_tensor(name).to(torch.bfloat16)
+            # On the CPU the tensor may be the mapped file itself.
+            tensor = file.get_tensor(name).to(torch.bfloat16, copy=device.type == "cpu")
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, QuantizedLinear) and attribute == "weight":
             module.fill(tensor)
         else:
-            if device.type == "cpu":
-                tensor = tensor.clone()  # otherwise it may be the mapped file itself
             setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
 
 
@@ -295,13 +230,8 @@ def dequantized(model: nn.Module) -> Iterator[None]:
     """Inside, 4-bit layers are bfloat16 layers of the same values, so that a forward does not dequantize them.
 
     Costs 2 bytes a weight, 13 GB for Dream 7B. For generation; do not train inside. Adapters stay as they are.
-
-    Raises:
-        UserError: the model has no 4-bit layers.
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-    if not packed:
-        raise UserError("the model has no 4-bit layers: there is nothing to dequantize")
     try:
         for name, module in packed.items():
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -317,8 +247,5 @@ def _bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise UserError(
-            f"a 4-bit base was asked for, but bitsandbytes cannot be imported ({error}): pip install bitsandbytes, or "
-            "leave quantize out and train adapters on the bfloat16 base"
-        ) from error
+        raise UserError(f"nf4 needs bitsandbytes: pip install bitsandbytes, or leave quantize out ({error})") from error
     return bitsandbytes

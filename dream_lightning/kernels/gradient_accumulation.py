@@ -10,17 +10,12 @@ from torch import Tensor, nn
 
 
 class AccumulatingLinear(nn.Linear):
-    """A trained layer that adds its weight gradient in place to `weight.grad`; autograd gets none.
-
-    Args:
-        linear: the layer to replace; its parameters are shared. If it has a `multiply(x, weight, bias)` of its own (a
-            `Float8TrainingLinear`), that one is used.
-    """
+    """Replaces a trained layer and adds its weight gradient in place to `weight.grad`; autograd gets none."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.multiply = getattr(linear, "multiply", F.linear)
+        self.multiply = getattr(linear, "multiply", F.linear)  # of a Float8TrainingLinear
         self.replaced = [linear]  # in a list, or it would be a submodule
         self.weight.grad = torch.zeros_like(self.weight)
         # A buffer is an input of compiled code, so that layers share one graph.
@@ -28,12 +23,10 @@ class AccumulatingLinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
-        multiply = self.multiply if self.training else F.linear
-        if not (self.training and torch.is_grad_enabled()):
-            return multiply(x, self.weight, self.bias)
+        if not self.training:
+            return F.linear(x, self.weight, self.bias)
         x = x.to(self.weight.dtype)
-        out = multiply(x, self.weight.detach(), self.bias)
+        out = self.multiply(x, self.weight.detach(), self.bias)
         return _AddWeightGradient.apply(out, x.detach(), self.gradient_sum)
 
 
@@ -54,20 +47,18 @@ class _AddWeightGradient(torch.autograd.Function):
 
 @torch.library.custom_op("dream_lightning::add_product", mutates_args=("total",))
 def add_product(total: Tensor, gradient: Tensor, x: Tensor) -> None:
-    """total [out, in] += gradient [M, out]ᵀ x [M, in]; a custom operation is what compiled code may call in place."""
+    """total [out, in] += gradient [M, out]ᵀ x [M, in]; compiled code changes tensors in place by custom ops only."""
     total.addmm_(gradient.t(), x)
 
 
-@add_product.register_fake
-def _(total: Tensor, gradient: Tensor, x: Tensor) -> None:
-    pass
+add_product.register_fake(lambda total, gradient, x: None)
 
 
 def accumulate_in_place(model: nn.Module) -> None:
-    """Replace every trained linear layer except the head by an `AccumulatingLinear`, until `accumulate_by_autograd`.
+    """Replace trained linear layers except the head by `AccumulatingLinear`s, until `accumulate_by_autograd`.
 
-    Gradients of these weights always exist, and a step begins with `training.optimizer.zero_gradients`. Hooks of the
-    weights are not called, so this is not for DDP and FSDP. Call it when the model is on its device.
+    Call it when the model is on its device. Gradients of these weights then always exist: start a step with
+    `training.optimizer.zero_gradients`. Hooks of the weights are not called, so this is not for DDP and FSDP.
     """
     head = model.get_output_embeddings()
     for name, linear in list(model.named_modules()):

@@ -1,5 +1,6 @@
 """Checkpoint files: written atomically, never of a diverged run, and refused by a model that they do not fit."""
 
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from torch import Tensor
 
-from dream_lightning.adapters import check_adapters
+from dream_lightning.adapters import LoraParams, check_base
 from dream_lightning.atomic import atomic_write
 from dream_lightning.errors import UserError
 
@@ -85,7 +86,21 @@ def check_checkpoint(checkpoint: dict[str, Any], module: L.LightningModule) -> N
         raise UserError(
             f"the checkpoint is of another network: {'; '.join(others)}. Use the configuration of the run that saved it"
         )
-    check_adapters(checkpoint, module.lora, module.base)
+    lora, adapters = module.lora, checkpoint.get("lora")
+    if lora is None and adapters is None:
+        return
+    if lora is None or adapters is None:
+        raise UserError(
+            f"the checkpoint's adapters are {adapters} and model.lora is {lora}: use the configuration of its run"
+        )
+    check_base(checkpoint["base"], module.base)
+    if len({(p.rank, p.alpha, *p.target_names) for p in (lora, LoraParams(**adapters))}) > 1:
+        raise UserError(f"the checkpoint's adapters are {adapters}, model.lora is {asdict(lora)}")
+    if (trained_on := checkpoint["base"]["quantize"]) != (now := module.base["quantize"]):
+        warnings.warn(
+            f"the adapters were trained with model.quantize {trained_on}, now it is {now}: answers change a little",
+            stacklevel=2,
+        )
 
 
 def resume(trainer: L.Trainer, saved_optimizer: str | None) -> None:

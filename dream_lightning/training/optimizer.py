@@ -1,6 +1,7 @@
 """AdamW for all weights of a 7B model on one 80 GB card: bfloat16 weights, 8-bit moments, no update lost."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from dream_lightning.errors import UserError
 
 BLOCK = 256  # elements of a moment that share a scale
 SMALL = 4096  # smaller parameters (biases, norms), and those that do not fill their blocks, keep float32 moments
-_NO_LOW_BITS = -(2**15)  # the low-order bits of a float32 number that is a bfloat16 number
 
+Moment = tuple[Tensor, Tensor | None]  # codes [C, BLOCK] uint8 with scales [C, 1], or float32 numbers without
 Levels = tuple[Tensor, Tensor]  # what 8-bit codes stand for, [256] rising, and the middles between neighbors [255]
 
 
@@ -24,11 +25,8 @@ def in_8_bits(p: Tensor) -> bool:
 def decay_groups(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
     """Parameter groups for any optimizer: those with one dimension (norms, biases) get no weight decay."""
     parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1]},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    decayed, others = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    return [g for g in ({"params": decayed}, {"params": others, "weight_decay": 0.0}) if g["params"]]
 
 
 def zero_gradients(parameters: Iterable[Tensor]) -> None:
@@ -47,26 +45,17 @@ def adamw(params: Iterable[Any]) -> torch.optim.AdamW:
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) with 8-bit moments (arXiv:2110.02861) over exact float32 master weights.
 
-    At lr 2e-6 an update is a fiftieth of the distance between two bfloat16 numbers near 0.02, so bfloat16 weights
-    alone never move. A bfloat16 weight is the upper half of a float32 number; the low-order 16 bits are kept here.
-    Together they are the float32 master weight, and the model computes with its nearest bfloat16 number, as it would
-    under `bf16-mixed`. A resumed run is the same to the bit. Stochastic rounding would save the 2 bytes, but at this lr
-    its noise on a weight grows as large as what the weight learns. Float32 parameters need no low-order bits.
+    At lr 2e-6 an update is a fiftieth of the distance between two bfloat16 numbers near 0.02, so bfloat16 weights alone
+    never move. The optimizer keeps the low-order 16 bits: with them a bfloat16 weight is its float32 master weight, and
+    the model computes with the nearest bfloat16 number, as under `bf16-mixed`. Stochastic rounding would save these 2
+    bytes, but at this lr its noise on a weight grows as large as what the weight learns.
 
-    Bytes per parameter: weight 2, gradient 2, moments 2.03, low-order bits 2; for Dream 7B 57 GiB, so that 80 GB leave
-    20 GiB for activations (float32 weights, gradients and AdamW take 114 GiB). On a GPU a parameter's update is
-    compiled into one kernel, which reads and writes every number once and takes no memory.
-
-    Args:
-        params: parameters or groups, in bfloat16 or float32.
-        lr: learning rate.
-        betas: decay of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled; a step multiplies the weights by 1 − lr · weight_decay.
+    Bytes per parameter: weight 2, gradient 2, moments 2.03, low-order bits 2; for Dream 7B 57 GiB (float32 weights,
+    gradients and AdamW take 114 GiB). On a GPU a parameter's update is compiled into one kernel, which reads and writes
+    every number once and takes no memory.
 
     Raises:
-        UserError: a parameter of another dtype, or sharded; at the first step, less free memory on the GPU than the
-            optimizer's state needs.
+        UserError: an option out of its range; a parameter that is sharded or neither bfloat16 nor float32.
     """
 
     def __init__(
@@ -77,19 +66,13 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
+        options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise UserError(
-                f"lr is {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}: wanted lr and weight_decay of at "
-                "least 0, eps above 0, and betas from 0 to below 1"
-            )
-        self._levels: dict[torch.device, tuple[Levels, Levels]] = {}
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+            raise UserError(f"got {options}, wanted lr and weight_decay of at least 0, eps above 0, betas in [0, 1)")
+        super().__init__(params, options)
         for p in self._parameters():
             if isinstance(p, DTensor):
-                raise UserError(
-                    "the weights are sharded, and a shard does not fill whole blocks of moments: set model.optimizer "
-                    "to torch.optim.AdamW, as in configs/fsdp_full.yaml"
-                )
+                raise UserError("the weights are sharded, wanted whole ones: set model.optimizer to torch.optim.AdamW")
             if p.dtype not in (torch.bfloat16, torch.float32):
                 raise UserError(f"a parameter is {p.dtype}, wanted bfloat16 or float32: set model.dtype to bfloat16")
 
@@ -99,103 +82,58 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Update every parameter that has a gradient; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self.state:
-            self._check_memory()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            numbers: dict[tuple, Tensor] = {}  # one copy to the device for all parameters with the same step
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state.update(self._new_state(p))
-                state["step"] += 1
-                key = (state["step"], p.device)
-                if key not in numbers:
-                    numbers[key] = _numbers(group, state["step"]).to(p.device, non_blocking=True)
-                self._update(p, state, numbers[key])
+                if p.grad is not None:
+                    self._update(p, group)
         return loss
 
-    def _update(self, p: Tensor, state: dict[str, Any], numbers: Tensor) -> None:
-        update = _compiled_update if p.is_cuda else adamw_update
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state.update(_new_state(p))
+        state["step"] += 1
+        corrections = (1 - beta ** state["step"] for beta in group["betas"])
+        scalars = [group["lr"], group["weight_decay"], group["eps"], *group["betas"], *corrections]
+        # Python numbers would be constants of compiled code.
+        scalars = torch.tensor(scalars).to(p.device, non_blocking=True)
+        moments = [(state[f"moment{i}"], state.get(f"scale{i}")) for i in (1, 2)]
         shape = state["moment1"].shape
-        update(
-            p.view(shape),
-            p.grad.reshape(shape),
-            state.get("low_bits"),
-            *(state["moment1"], state.get("scale1"), state["moment2"], state.get("scale2")),
-            *(*self._levels_on(p.device), numbers),
-        )
+        update = _compiled_update if p.is_cuda else adamw_update
+        update(p.view(shape), p.grad.reshape(shape), state.get("low_bits"), moments, levels_on(p.device), scalars)
 
-    def _levels_on(self, device: torch.device) -> tuple[Levels, Levels]:
-        """Of the first and of the second moment."""
-        if device not in self._levels:
-            both = (dynamic_levels(signed=signed).to(device) for signed in (True, False))
-            self._levels[device] = tuple((levels, (levels[1:] + levels[:-1]) / 2) for levels in both)
-        return self._levels[device]
-
-    def _new_state(self, p: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = {"step": 0}
-        shape = (p.numel() // BLOCK, BLOCK) if in_8_bits(p) else (p.numel(),)
-        if p.dtype == torch.bfloat16:
-            state["low_bits"] = torch.full(shape, _NO_LOW_BITS, dtype=torch.int16, device=p.device)
-        for i, (levels, _) in enumerate(self._levels_on(p.device), 1):
-            if in_8_bits(p):
-                zero = int(levels.abs().argmin())
-                state[f"moment{i}"] = torch.full(shape, zero, dtype=torch.uint8, device=p.device)
-                state[f"scale{i}"] = torch.zeros(shape[0], 1, device=p.device)
-            else:
-                state[f"moment{i}"] = torch.zeros(shape, device=p.device)
-        return state
-
-    def _check_memory(self) -> None:
-        """Say what the state needs before the GPU runs out of memory in the middle of the first step."""
-        for device in {p.device for p in self._parameters() if p.is_cuda}:
-            here = [p for p in self._parameters() if p.device == device and p.requires_grad]
-            needed = sum(p.numel() * (2 + 8 / BLOCK + 2 * (p.dtype == torch.bfloat16)) for p in here)
-            torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info(device)
-            if needed > free:
-                raise UserError(
-                    f"the optimizer's state needs {needed / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are "
-                    "free next to weights and gradients: train adapters (model.lora), or shard over several GPUs"
-                )
-
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but keeps the dtype of every state, which torch would cast to that of the parameter.
-
-        Raises:
-            UserError: the states are of parameters of another size or dtype.
-        """
+        """As torch's, which would cast states to the parameter's dtype; UserError for those of another dtype."""
         super().load_state_dict({**state_dict, "state": {}})
-        self._check_memory()
         parameters = self._parameters()
         for i, saved in state_dict["state"].items():
-            state = self.state[parameters[i]] = self._new_state(parameters[i])
-            if _shapes(saved) != _shapes(state):
-                raise UserError(
-                    f"the saved states of parameter {i} are {_shapes(saved)}, here {_shapes(state)}: resume with the "
-                    "model.dtype of the run that saved them, low_bits is half of a bfloat16 weight"
-                )
-            for name, value in saved.items():
-                state[name] = state[name].copy_(value) if isinstance(value, Tensor) else value
+            p = parameters[i]
+            if (p.dtype == torch.bfloat16) != ("low_bits" in saved):
+                raise UserError(f"parameter {i} is {p.dtype}, its state is not: use the model.dtype of the saved run")
+            self.state[p] = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in saved.items()}
 
 
-def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: list(value.shape) for name, value in sorted(state.items()) if isinstance(value, Tensor)}
+def _new_state(p: Tensor) -> dict[str, Any]:
+    shape = (p.numel() // BLOCK, BLOCK) if in_8_bits(p) else (p.numel(),)
+    state: dict[str, Any] = {"step": 0}
+    if p.dtype == torch.bfloat16:
+        state["low_bits"] = torch.full(
+            shape, -(2**15), dtype=torch.int16, device=p.device
+        )  # `split` of a bfloat16 number
+    for i, (levels, _) in enumerate(levels_on(p.device), 1):
+        state[f"moment{i}"] = torch.zeros(shape, device=p.device)
+        if in_8_bits(p):
+            state[f"moment{i}"] = torch.full(shape, int(levels.abs().argmin()), dtype=torch.uint8, device=p.device)
+            state[f"scale{i}"] = torch.zeros(shape[0], 1, device=p.device)
+    return state
 
 
-def _numbers(group: dict[str, Any], step: int) -> Tensor:
-    """The scalars of a step in one tensor: they change from step to step, and compiled code stays."""
-    beta1, beta2 = group["betas"]
-    return torch.tensor(
-        [group["lr"], group["weight_decay"], group["eps"], beta1, beta2, 1 - beta1**step, 1 - beta2**step]
-    )
+@cache
+def levels_on(device: torch.device) -> list[Levels]:
+    """The levels of the first and of the second moment."""
+    both = (dynamic_levels(signed=signed).to(device) for signed in (True, False))
+    return [(levels, (levels[1:] + levels[:-1]) / 2) for levels in both]
 
 
 def dynamic_levels(*, signed: bool) -> Tensor:
@@ -206,7 +144,7 @@ def dynamic_levels(*, signed: bool) -> Tensor:
     """
     levels = [torch.tensor([0.0, 1.0])]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1)
         decade = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         levels += [decade, -decade] if signed else [decade]
     return torch.cat(levels).sort().values
@@ -216,37 +154,30 @@ def adamw_update(
     weight: Tensor,
     gradient: Tensor,
     low_bits: Tensor | None,
-    moment1: Tensor,
-    scale1: Tensor | None,
-    moment2: Tensor,
-    scale2: Tensor | None,
-    signed: Levels,
-    unsigned: Levels,
-    numbers: Tensor,
+    moments: list[Moment],
+    levels: list[Levels],
+    scalars: Tensor,
 ) -> None:
-    """One AdamW step of one parameter, in place: C blocks with 8-bit moments, or without scales any shape.
+    """One AdamW step of one parameter, in place.
 
     Args:
-        weight, gradient: [C, BLOCK] bfloat16 or float32.
+        weight, gradient: [C, BLOCK] bfloat16 or float32; any shape where moments have no scales.
         low_bits: [C, BLOCK] int16, of bfloat16 weights.
-        moment1, moment2: [C, BLOCK] uint8 codes, or float32 where there are no scales.
-        scale1, scale2: [C, 1] float32.
-        signed, unsigned: what the codes of moment1 and moment2 stand for.
-        numbers: [7] float32 of `_numbers`.
+        scalars: [7] float32: lr, weight_decay, eps, the betas and their bias corrections.
     """
-    if scale1 is not None:
+    if moments[0][1] is not None:
         # Makes constants of them in compiled code. It is one kernel only with rows of a constant length that come in
         # as rows: with views of [N] in here it is nine, which take up to 16 bytes an element for a moment.
-        assert weight.shape[1] == BLOCK and len(signed[1]) == len(unsigned[1]) == BLOCK - 1
-    lr, weight_decay, eps, beta1, beta2, correction1, correction2 = numbers.unbind()
+        assert weight.shape[1] == BLOCK and len(levels[0][1]) == len(levels[1][1]) == BLOCK - 1
+    lr, weight_decay, eps, beta1, beta2, correction1, correction2 = scalars.unbind()
     master = weight if low_bits is None else join(weight, low_bits)
     g = gradient.float()
-    first = beta1 * decode(moment1, scale1, signed) + (1 - beta1) * g
-    second = beta2 * decode(moment2, scale2, unsigned) + (1 - beta2) * g * g
+    first = beta1 * decode(moments[0], levels[0]) + (1 - beta1) * g
+    second = beta2 * decode(moments[1], levels[1]) + (1 - beta2) * g * g
     change = (first / correction1) / ((second / correction2).sqrt() + eps) + weight_decay * master
     master = master - lr * change
-    encode(first, moment1, scale1, signed)
-    encode(second, moment2, scale2, unsigned)
+    encode(first, moments[0], levels[0])
+    encode(second, moments[1], levels[1])
     if low_bits is None:
         weight.copy_(master)
     else:
@@ -258,13 +189,15 @@ def adamw_update(
 _compiled_update = torch.compile(adamw_update, dynamic=True, options={"max_autotune_pointwise": True})
 
 
-def decode(codes: Tensor, scales: Tensor | None, levels: Levels) -> Tensor:
-    """8-bit codes [C, BLOCK] with scales [C, 1] → numbers [C, BLOCK]; without scales they are numbers already."""
+def decode(moment: Moment, levels: Levels) -> Tensor:
+    """The numbers of a moment."""
+    codes, scales = moment
     return codes if scales is None else levels[0][codes.int()] * scales
 
 
-def encode(numbers: Tensor, codes: Tensor, scales: Tensor | None, levels: Levels) -> None:
-    """Write numbers [C, BLOCK] as the codes of their nearest levels; the largest of a block is its scale."""
+def encode(numbers: Tensor, moment: Moment, levels: Levels) -> None:
+    """Write numbers as the codes of their nearest levels; the largest of a block is its scale."""
+    codes, scales = moment
     if scales is None:
         codes.copy_(numbers)
         return

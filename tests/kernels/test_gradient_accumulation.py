@@ -5,9 +5,9 @@ import copy
 import lightning as L
 import pytest
 import torch
-from material import quiet_trainer
+from material import fit_on, quiet_trainer, random_dream
 
-from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule
+from dream_lightning import DreamModule
 from dream_lightning.adapters import train_in_float8
 from dream_lightning.kernels.gradient_accumulation import (
     AccumulatingLinear,
@@ -20,9 +20,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 
 
 def model(*, float8=False):
-    torch.manual_seed(0)
-    ids = {"mask_token_id": 1, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 0}
-    dream = DreamModel(DreamConfig(vocab_size=64, num_key_value_heads=2, **SIZES, **ids)).bfloat16().train()
+    dream = random_dream().bfloat16().train()
     if float8:
         train_in_float8(dream, torch.device("cpu"))
     return dream
@@ -152,46 +150,35 @@ class Seen(L.Callback):
         self.in_place.add(accumulates(pl_module.model))
 
 
-@pytest.fixture
-def fit(sums, tmp_path):
-    def run(accumulate, batch_size, dtype="bfloat16"):
-        torch.manual_seed(0)
-        module = DreamModule(
-            new_model=SIZES, tokenizer="bytes", dtype=dtype, optimizer=lambda groups: AdamW8bit(groups, lr=1e-3)
-        )
-        rows = S1KDataModule(
-            str(sums), tokenizer=module.tokenizer, batch_size=batch_size, cache_dir=str(tmp_path / "cache")
-        )
-        seen = Seen()
-        trainer = quiet_trainer(
-            default_root_dir=tmp_path,
-            callbacks=[seen],
-            max_steps=3,
-            accumulate_grad_batches=accumulate,
-            limit_val_batches=0,
-        )
-        trainer.fit(module, rows)
-        return seen, module
-
-    return run
+def new_module(dtype="bfloat16"):
+    torch.manual_seed(0)
+    return DreamModule(
+        new_model=SIZES, tokenizer="bytes", dtype=dtype, optimizer=lambda groups: AdamW8bit(groups, lr=1e-3)
+    )
 
 
-def test_in_a_fit_four_micro_batches_are_one_batch(fit):
-    (four, module), (one, _) = fit(4, 2), fit(1, 8)
+def fit(rows, module, accumulate, batch_size):
+    seen, options = Seen(), {"accumulate_grad_batches": accumulate, "batch_size": batch_size}
+    fit_on(rows, module, precision="32-true", max_steps=3, callbacks=[seen], **options)
+    return seen
+
+
+def test_in_a_fit_four_micro_batches_are_one_batch(sums):
+    module = new_module()
+    four, one = fit(sums, module, 4, 2), fit(sums, new_module(), 1, 8)
     assert four.in_place == {True} and one.in_place == {False}
     for ours, theirs in zip(four.gradients, one.gradients, strict=True):
         assert max(distance(ours, theirs).values()) < 0.02
     assert not accumulates(module.model)
 
 
-def test_float32_weights_are_left_to_autograd(fit):
-    seen, _ = fit(2, 2, dtype="float32")
-    assert seen.in_place == {False}
+def test_float32_weights_are_left_to_autograd(sums):
+    assert fit(sums, new_module("float32"), 2, 2).in_place == {False}
 
 
 @pytest.mark.parametrize(("strategy", "in_place"), [("auto", True), ("ddp", False), ("fsdp2", False)])
 def test_weights_with_hooks_are_left_to_autograd(strategy, in_place):
-    module = DreamModule(new_model=SIZES, tokenizer="bytes", dtype="bfloat16")
+    module = new_module()
     module.model = model()
     module.trainer = quiet_trainer(strategy=strategy, devices=1, accumulate_grad_batches=2)
     module._set_accumulation()

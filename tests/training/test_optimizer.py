@@ -1,32 +1,20 @@
 """AdamW with 8-bit moments over exact float32 master weights in bfloat16 parameters."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import quiet_trainer
+from material import fit_on
 from torch._dynamo.testing import CompileCounter
 from torch._inductor import metrics
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dream_lightning import DreamModule, S1KDataModule
+from dream_lightning import DreamModule
 from dream_lightning.training import optimizer as optim
 
 LR, STEPS, SIZE = 2e-6, 50, 8192
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@contextmanager
-def fake_processes(number):
-    """A mesh of so many processes, of which this is the first and the others do not exist."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
-    try:
-        yield init_device_mesh("cpu", (number,))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def weights(size=SIZE, seed=0):
@@ -55,60 +43,50 @@ def master(optimizer, parameter):
     return optim.join(parameter.detach().view(-1), optimizer.state[parameter]["low_bits"].view(-1))
 
 
-class TestHalves:
-    """float32 as bfloat16 and low-order bits."""
-
-    numbers = torch.cat(
-        [
-            torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-20, 20).repeat(250),
-            torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-40, -1e-45, 1.00390625, 3.4e38, torch.inf, -torch.inf]),
-        ]
+def test_split_rounds_to_the_nearest_bfloat16_and_join_gives_the_number_back():
+    numbers = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-20, 20).repeat(
+        250
     )
-
-    def halves(self, numbers):
-        weight, low_bits = (torch.empty(len(numbers), dtype=d) for d in (torch.bfloat16, torch.int16))
-        optim.split(numbers.clone(), weight, low_bits)
-        return weight, low_bits
-
-    def test_together_they_are_the_number_and_the_weight_is_the_nearest_bfloat16(self):
-        weight, low_bits = self.halves(self.numbers)
-        assert torch.equal(optim.join(weight, low_bits).view(torch.int32), self.numbers.view(torch.int32))
-        finite = self.numbers.isfinite() & (self.numbers.abs() < 3e38)
-        torchs = self.numbers.bfloat16()
-        error, least = (weight.double() - self.numbers.double()).abs(), (torchs.double() - self.numbers.double()).abs()
-        assert torch.equal(error[finite], least[finite])
-        assert torch.equal(weight[~finite].float(), torchs[~finite].float())
-
-    def test_a_bfloat16_number_has_the_low_bits_of_a_new_state(self):
-        _, low_bits = self.halves(weights().float())
-        assert (low_bits == optim._NO_LOW_BITS).all()
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-40, -1e-45, 1.00390625, 3.4e38, torch.inf, -torch.inf])
+    numbers = torch.cat([numbers, special])
+    weight, low_bits = torch.empty_like(numbers, dtype=torch.bfloat16), torch.empty_like(numbers, dtype=torch.int16)
+    optim.split(numbers.clone(), weight, low_bits)
+    assert torch.equal(optim.join(weight, low_bits).view(torch.int32), numbers.view(torch.int32))
+    finite = numbers.isfinite() & (numbers.abs() < 3e38)
+    torchs = numbers.bfloat16()
+    error, least = (weight.double() - numbers.double()).abs(), (torchs.double() - numbers.double()).abs()
+    assert torch.equal(error[finite], least[finite])
+    assert torch.equal(weight[~finite].float(), torchs[~finite].float())
 
 
-class TestMoments:
-    """8-bit codes of their nearest levels."""
+def test_a_new_state_is_that_of_the_weight():
+    parameter = torch.nn.Parameter(weights())
+    optimizer = optim.AdamW8bit([parameter], lr=0.0)
+    train(parameter, optimizer, steps=1)
+    assert torch.equal(master(optimizer, parameter), weights().float())
 
-    @pytest.mark.parametrize("signed", [True, False])
-    def test_levels_are_those_of_bitsandbytes(self, signed):
-        theirs = pytest.importorskip("bitsandbytes").functional.create_dynamic_map(signed)
-        assert torch.equal(optim.dynamic_levels(signed=signed), theirs)
 
-    @pytest.mark.parametrize("signed", [True, False])
-    def test_every_number_gets_its_nearest_level(self, signed):
-        both = optim.AdamW8bit([torch.nn.Parameter(weights())])._levels_on(torch.device("cpu"))[not signed]
-        levels = both[0]
-        assert len(levels) == 256 and (levels.diff() > 0).all() and levels[-1] == 1
-        numbers = (
-            torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) ** 3
-            * torch.tensor([1e-12, 1e3] * 4)[:, None]
-        )
-        numbers[5] = 0
-        numbers = numbers if signed else numbers.abs()
-        codes, scales = torch.empty(8, 256, dtype=torch.uint8), torch.empty(8, 1)
-        optim.encode(numbers, codes, scales, both)
-        assert torch.equal(scales[:, 0], numbers.abs().amax(-1))
-        error = (optim.decode(codes, scales, both) - numbers).abs()
-        least = (levels * scales[..., None] - numbers[..., None]).abs().amin(-1)
-        assert (error <= least + 1e-6 * scales).all()
+@pytest.mark.parametrize("signed", [True, False])
+def test_levels_are_those_of_bitsandbytes(signed):
+    theirs = pytest.importorskip("bitsandbytes").functional.create_dynamic_map(signed)
+    assert torch.equal(optim.dynamic_levels(signed=signed), theirs)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_number_gets_its_nearest_level(signed):
+    both = optim.levels_on(torch.device("cpu"))[not signed]
+    levels = both[0]
+    assert len(levels) == 256 and (levels.diff() > 0).all() and levels[-1] == 1
+    sizes = torch.tensor([1e-12, 1e3] * 4)[:, None]
+    numbers = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) ** 3 * sizes
+    numbers[5] = 0
+    numbers = numbers if signed else numbers.abs()
+    codes, scales = torch.empty(8, 256, dtype=torch.uint8), torch.empty(8, 1)
+    optim.encode(numbers, (codes, scales), both)
+    assert torch.equal(scales[:, 0], numbers.abs().amax(-1))
+    error = (optim.decode((codes, scales), both) - numbers).abs()
+    least = (levels * scales[..., None] - numbers[..., None]).abs().amin(-1)
+    assert (error <= least + 1e-6 * scales).all()
 
 
 def test_small_updates_are_lost_by_bfloat16_alone_and_kept_here():
@@ -220,32 +198,29 @@ def test_float32_parameters_are_updated_as_they_are():
 @pytest.mark.parametrize("device", DEVICES)
 def test_saved_and_loaded_it_resumes_to_the_bit(tmp_path, device):
     def start():
-        big, small = (torch.nn.Parameter(weights(n).to(device)) for n in (204_800, 100))
+        pair = [torch.nn.Parameter(weights(n).to(device)) for n in (204_800, 100)]
         unused = torch.nn.Parameter(weights(10))
-        return big, small, optim.AdamW8bit([{"params": [unused, big]}, {"params": [small]}], lr=LR)
+        return pair, optim.AdamW8bit([{"params": [unused, pair[0]]}, {"params": [pair[1]]}], lr=LR)
 
-    def steps(big, small, optimizer, first):
-        for p in (big, small):
-            p.grad = None
+    def steps(pair, optimizer, first):
         for i in range(first, first + 5):
-            for p in (big, small):
+            for p in pair:
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)
             optimizer.step()
 
-    big, small, optimizer = start()
-    steps(big, small, optimizer, 0)
-    torch.save({"optimizer": optimizer.state_dict(), "weights": [big, small]}, tmp_path / "five.pt")
-    steps(big, small, optimizer, 5)
+    pair, optimizer = start()
+    steps(pair, optimizer, 0)
+    torch.save({"optimizer": optimizer.state_dict(), "weights": pair}, tmp_path / "five.pt")
+    steps(pair, optimizer, 5)
 
     saved = torch.load(tmp_path / "five.pt", weights_only=True, map_location="cpu")
-    big_again, small_again, resumed = start()
-    for p, value in zip((big_again, small_again), saved["weights"], strict=True):
+    again, resumed = start()
+    for p, value in zip(again, saved["weights"], strict=True):
         p.data.copy_(value)
     resumed.load_state_dict(saved["optimizer"])
-    again = resumed.state_dict()["state"]  # before a step: nothing may be lost
-    assert {i: s["step"] for i, s in again.items()} == {1: 5, 2: 5}
-    steps(big_again, small_again, resumed, 5)
-    for p, q in ((big, big_again), (small, small_again)):
+    assert {i: s["step"] for i, s in resumed.state_dict()["state"].items()} == {1: 5, 2: 5}
+    steps(again, resumed, 5)
+    for p, q in zip(pair, again, strict=True):
         assert torch.equal(master(optimizer, p), master(resumed, q))
         for name, value in optimizer.state[p].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed.state[q][name])), name
@@ -258,7 +233,7 @@ def test_states_of_another_element_type_are_refused(saved):
     first, second = (torch.nn.Parameter(weights().to(dtype)) for dtype in (saved, other))
     optimizer = optim.AdamW8bit([first])
     train(first, optimizer, steps=1)
-    with pytest.raises(ValueError, match=r"low_bits.*model\.dtype of the run that saved them"):
+    with pytest.raises(ValueError, match=r"its state is not: use the model\.dtype of the saved run"):
         optim.AdamW8bit([second]).load_state_dict(optimizer.state_dict())
 
 
@@ -273,27 +248,12 @@ def module(optimizer=None):
     )
 
 
-def fit(model, tmp_path, sums, steps, callbacks=(), ckpt_path=None):
-    data = S1KDataModule(
-        str(sums), tokenizer=model.tokenizer, batch_size=4, validation_questions=0, cache_dir=str(tmp_path / "cache")
-    )
-    trainer = quiet_trainer(
-        precision="bf16-mixed",
-        max_steps=steps,
-        gradient_clip_val=1.0,
-        callbacks=list(callbacks),
-        enable_checkpointing=bool(callbacks),
-        limit_val_batches=0,
-    )
-    trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
-    return trainer.optimizers[0]
-
-
 def test_a_resumed_run_is_the_same_to_the_bit(sums, tmp_path):
     whole, resumed = module(), module()
     saving = ModelCheckpoint(tmp_path, filename="four", every_n_train_steps=4)
-    first = fit(whole, tmp_path, sums, 10, [saving])
-    second = fit(resumed, tmp_path, sums, 10, ckpt_path=tmp_path / "four.ckpt")
+    options = {"max_steps": 10, "gradient_clip_val": 1.0}
+    first = fit_on(sums, whole, enable_checkpointing=True, callbacks=[saving], **options).optimizers[0]
+    second = fit_on(sums, resumed, ckpt_path=tmp_path / "four.ckpt", **options).optimizers[0]
     for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert p.dtype == torch.bfloat16
         assert torch.equal(master(first, p), master(second, q)), name
@@ -302,9 +262,9 @@ def test_a_resumed_run_is_the_same_to_the_bit(sums, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "options", "words"),
     [
-        (torch.bfloat16, {"lr": -1.0}, "lr is -1.0"),
-        (torch.bfloat16, {"betas": (0.9, 1.0)}, "betas"),
-        (torch.bfloat16, {"eps": 0.0}, "eps 0.0"),
+        (torch.bfloat16, {"lr": -1.0}, "'lr': -1.0"),
+        (torch.bfloat16, {"betas": (0.9, 1.0)}, "betas in"),
+        (torch.bfloat16, {"eps": 0.0}, "'eps': 0.0"),
         (torch.float16, {}, r"float16, wanted bfloat16 or float32"),
     ],
 )
@@ -314,10 +274,15 @@ def test_impossible_settings_are_refused(dtype, options, words):
 
 
 def test_sharded_weights_are_refused():
-    with fake_processes(2) as mesh, pytest.raises(ValueError, match=r"sharded.*torch\.optim\.AdamW"):
-        optim.AdamW8bit([torch.nn.Parameter(distribute_tensor(weights(), mesh, [Shard(0)], src_data_rank=None))])
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # the other does not exist
+    try:
+        sharded = distribute_tensor(weights(), init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+        with pytest.raises(ValueError, match=r"sharded.*torch\.optim\.AdamW"):
+            optim.AdamW8bit([torch.nn.Parameter(sharded)])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
-def test_bfloat16_weights_with_an_optimizer_that_loses_updates_are_refused(sums, tmp_path):
+def test_bfloat16_weights_with_an_optimizer_that_loses_updates_are_refused(sums):
     with pytest.raises(ValueError, match=r"is AdamW and.*AdamW8bit"):
-        fit(module(lambda groups: torch.optim.AdamW(groups, lr=1e-4)), tmp_path, sums, 1)
+        fit_on(sums, module(lambda groups: torch.optim.AdamW(groups, lr=1e-4)), max_steps=1)

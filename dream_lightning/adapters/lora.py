@@ -45,7 +45,6 @@ class LoraParams:
 
     @property
     def target_names(self) -> list[str]:
-        """The kinds of layers, `all-linear` written out."""
         return sorted(get_args(Target) if self.targets == "all-linear" else set(self.targets))
 
 

@@ -54,8 +54,7 @@ class AdamW8bit(torch.optim.Optimizer):
     gradients and AdamW take 114 GiB). On a GPU a parameter's update is compiled into one kernel, which reads and writes
     every number once and takes no memory.
 
-    Raises:
-        UserError: an option out of its range; a parameter that is sharded or neither bfloat16 nor float32.
+    Raises UserError for an option out of its range, and for parameters that are sharded or of another dtype.
     """
 
     def __init__(
@@ -96,8 +95,7 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] += 1
         corrections = (1 - beta ** state["step"] for beta in group["betas"])
         scalars = [group["lr"], group["weight_decay"], group["eps"], *group["betas"], *corrections]
-        # Python numbers would be constants of compiled code.
-        scalars = torch.tensor(scalars).to(p.device, non_blocking=True)
+        scalars = torch.tensor(scalars).to(p.device, non_blocking=True)  # compiled code would hold Python numbers fixed
         moments = [(state[f"moment{i}"], state.get(f"scale{i}")) for i in (1, 2)]
         shape = state["moment1"].shape
         update = _compiled_update if p.is_cuda else adamw_update
@@ -131,7 +129,6 @@ def _new_state(p: Tensor) -> dict[str, Any]:
 
 @cache
 def levels_on(device: torch.device) -> list[Levels]:
-    """The levels of the first and of the second moment."""
     both = (dynamic_levels(signed=signed).to(device) for signed in (True, False))
     return [(levels, (levels[1:] + levels[:-1]) / 2) for levels in both]
 

@@ -59,13 +59,6 @@ def test_split_rounds_to_the_nearest_bfloat16_and_join_gives_the_number_back():
     assert torch.equal(weight[~finite].float(), torchs[~finite].float())
 
 
-def test_a_new_state_is_that_of_the_weight():
-    parameter = torch.nn.Parameter(weights())
-    optimizer = optim.AdamW8bit([parameter], lr=0.0)
-    train(parameter, optimizer, steps=1)
-    assert torch.equal(master(optimizer, parameter), weights().float())
-
-
 @pytest.mark.parametrize("signed", [True, False])
 def test_levels_are_those_of_bitsandbytes(signed):
     theirs = pytest.importorskip("bitsandbytes").functional.create_dynamic_map(signed)

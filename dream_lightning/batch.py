@@ -1,9 +1,7 @@
 """Plain typed containers that the parts of the package exchange.
 
-Axis letters, used in every shape comment of the package:
-
-    B rows · L positions · V vocabulary · D hidden size · H heads · M masked positions of a batch
-    P prompt positions · N new (generated) positions · S denoising steps
+Axis letters, used in every shape comment of the package: B rows · L positions · V vocabulary · D hidden size · H heads
+M masked positions of a batch · P prompt positions · N new (generated) positions · S denoising steps
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -76,7 +74,6 @@ class Batch:
     host: tuple[Any, dict[str, tuple[Tensor, int]]] | None = field(default=None, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device, by asynchronous copies."""
         device = torch.device(device)
         with torch.inference_mode(False):  # tensors made in inference mode have no version
             moved = {name: send(x, device) for name, x in self.tensors().items() if name != "document_bounds"}
@@ -87,10 +84,7 @@ class Batch:
 
     @property
     def on_host(self) -> "Batch":
-        """The CPU batch that this is a copy of: from it, noise is made without synchronizing with the GPU.
-
-        This batch itself if there is none, or if a tensor was replaced or written to in-place since the copy.
-        """
+        """The CPU batch that this is an unchanged copy of, else this; noise from it needs no GPU synchronization."""
         host, copies = self.host or (self, {})
         return host if all(getattr(self, n) is x and x._version == v for n, (x, v) in copies.items()) else self
 
@@ -108,7 +102,7 @@ class Batch:
         return replace(self, **{name: x.pin_memory() for name, x in self.tensors().items()})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles CPU tensors as arrays: a worker would open a shared file for each tensor, 2 ms a batch."""
+        # CPU tensors are pickled as arrays: a worker would open a shared file for each tensor, 2 ms a batch.
         arrays = {n: x.numpy() for n, x in self.tensors().items() if x.is_cpu and x.dtype != torch.bfloat16}
         return vars(self) | arrays | {"host": None}  # a copy's tensors have versions of their own
 
@@ -117,8 +111,7 @@ class Batch:
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. A copy from the CPU to a GPU is asynchronous, from pinned memory."""
-    # The caching host allocator reuses pinned memory only after the copy, so the caller may drop the tensor at once.
+    """Copy to a device, asynchronously from the CPU to a GPU; the caller may drop the tensor at once."""
     to_gpu = x.is_cpu and device.type == "cuda"
     return (x.pin_memory() if to_gpu else x).to(device, non_blocking=to_gpu)
 
@@ -146,16 +139,14 @@ class NoisedBatch:
 
     @cached_property
     def where(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns [M] of the masked positions. Computing them synchronizes with the GPU, see `to`."""
+        """Rows and columns [M] of the masked positions; synchronizes with the GPU at the first use."""
         return self.is_masked.nonzero(as_tuple=True)
 
     def to(self, device: torch.device) -> "NoisedBatch":
-        """The noise on a device, by asynchronous copies, `where` included."""
         if self.x_t.device == device:
             return self
-        x_t, is_masked, t, *where = (send(x, device) for x in (self.x_t, self.is_masked, self.t, *self.where))
-        moved = NoisedBatch(x_t, is_masked, t)
-        moved.where = tuple(where)
+        moved = NoisedBatch(*(send(x, device) for x in (self.x_t, self.is_masked, self.t)))
+        moved.where = tuple(send(x, device) for x in self.where)
         return moved
 
 
@@ -170,16 +161,16 @@ class PromptBatch:
     examples: list[Example]
 
     def to(self, *args: Any, **kwargs: Any) -> "PromptBatch":
-        moved = [x.to(*args, **kwargs) for x in (self.input_ids, self.attention_mask, self.sample_ids, self.counted)]
-        return PromptBatch(*moved, self.examples)
+        *tensors, examples = vars(self).values()
+        return PromptBatch(*(x.to(*args, **kwargs) for x in tensors), examples)
 
 
 @dataclass
 class LossTerms:
-    """A loss before its one division: `sum / count`, both summed over an optimizer step first."""
+    """A loss before its one division: `sum / count`, both [] float32 and summed over an optimizer step first."""
 
-    sum: Tensor  # [] float32
-    count: Tensor  # [] float32
+    sum: Tensor
+    count: Tensor
 
     @property
     def mean(self) -> Tensor:
@@ -213,5 +204,4 @@ class Answers:
     prompt_length: int = 0  # P
 
     def to(self, *args: Any, **kwargs: Any) -> "Answers":
-        """Lightning moves what `predict_step` returns to the CPU with this."""
         return self if self.history is None else replace(self, history=self.history.to(*args, **kwargs))

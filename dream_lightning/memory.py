@@ -1,8 +1,7 @@
 """How much GPU memory a training step takes, by formulas on shapes: nothing is loaded.
 
-Counts what `torch.cuda.max_memory_allocated` counts. `RESERVE` and `GAPS` come on top. Validation, generation and
-loading are not counted. Tests compare the terms with what autograd saves, and the
-peak with measurements at 7B shapes, within 15 %.
+Counts what `torch.cuda.max_memory_allocated` counts, for training only; `RESERVE` and `GAPS` come on top. Tests compare
+the terms with what autograd saves, and the peak with measurements at 7B shapes, within 15 %.
 """
 
 from collections import Counter
@@ -31,8 +30,8 @@ GIB = 2**30
 RESERVE = 1.0  # GiB that torch does not count: CUDA context, buffers of libraries and NCCL
 GAPS = 0.03  # of the peak: between the blocks of torch's allocator
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a uint8 scale per 64, a float32 scale per 256 of those
+MakeOptimizer = Callable[[list[dict]], torch.optim.Optimizer]  # from parameter groups
 _SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layers that read the same input
-_SHORTEST = 1024  # tokens of a row that `changes` proposes
 
 
 @dataclass(frozen=True)
@@ -40,69 +39,50 @@ class Setting:
     """One training step, as the options of `DreamModule`, the data and the trainer describe it."""
 
     config: DreamConfig
-    rows: int
-    """of a micro-batch on one GPU"""
-    length: int
-    """tokens of a row, at most"""
-    optimizer: Callable[[list[dict]], torch.optim.Optimizer]
-    dtype: torch.dtype = torch.float32
-    """of the stored weights"""
-    mixed: bool = True
-    """bfloat16 autocast (`precision=bf16-mixed`)"""
+    rows: int  # of a micro-batch on one GPU
+    length: int  # tokens of a row, at most
+    optimizer: MakeOptimizer
+    dtype: torch.dtype = torch.float32  # of the stored weights
+    mixed: bool = True  # bfloat16 autocast (`precision=bf16-mixed`)
     lora: LoraParams | None = None
     four_bit: bool = False
-    float8_products: bool = False
-    """of trained weights or of the frozen base"""
-    checkpointed: bool | int = True
-    """recompute all layers in the backward pass, or the first n"""
-    compiled: bool = False
-    """layers and loss"""
-    accumulation: int = 1
-    """micro-batches of a step"""
-    gpus: int = 1
-    """over which FSDP2 shards weights, gradients and optimizer; 1 for DDP"""
+    float8_products: bool = False  # of trained weights or of the frozen base
+    checkpointed: bool | int = True  # recompute all layers in the backward pass, or the first n
+    compiled: bool = False  # layers and loss
+    accumulation: int = 1  # micro-batches of a step
+    gpus: int = 1  # over which FSDP2 shards weights, gradients and optimizer; 1 for DDP
 
     @property
     def tokens(self) -> int:
-        """T."""
         return self.rows * self.length
 
     @property
-    def chunk(self) -> int:
-        """Rows of logits at a time."""
+    def chunk(self) -> int:  # rows of logits at a time
         return chunk_of(self.config.vocab_size)
 
     @property
-    def recomputed(self) -> int:
-        """Number of layers that are recomputed in the backward pass."""
+    def recomputed(self) -> int:  # layers
         layers = self.config.num_hidden_layers
         return layers if self.checkpointed is True else min(int(self.checkpointed), layers)
 
     @property
-    def casts(self) -> bool:
-        """Whether autocast copies float32 weights; sharded weights are gathered in bfloat16."""
+    def casts(self) -> bool:  # autocast copies float32 weights; sharded weights are gathered in bfloat16
         return self.mixed and self.dtype == torch.float32 and self.gpus == 1
 
     @property
-    def stream(self) -> int:
-        """Bytes of an element of the residual stream."""
+    def stream(self) -> int:  # bytes of an element of the residual stream
         return 4 if self.dtype == torch.float32 and (self.casts or not self.mixed) else 2
 
     @property
-    def compute(self) -> int:
-        """Bytes of an element of what a linear layer reads and writes."""
+    def compute(self) -> int:  # bytes of an element of what a linear layer reads and writes
         return 2 if self.mixed else self.dtype.itemsize
 
     @cached_property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of a decoder layer: name → (in, out)."""
+    def matrices(self) -> dict[str, tuple[int, int]]:  # linear layers of a decoder layer: name → (in, out)
         d, i = self.config.hidden_size, self.config.intermediate_size
         kv = self.config.num_key_value_heads * self.config.head_dim
         attention = {"q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d)}
         return attention | {"gate_proj": (d, i), "up_proj": (d, i), "down_proj": (i, d)}
-
-
-# ── parameters and optimizer ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -111,52 +91,32 @@ class Parameters:
 
     total: int
     trainable: int
-    weights: float
-    """bytes; a packed 4-bit weight has `NF4` bytes"""
-    gradients: int
-    """bytes; a gradient has the dtype of its parameter"""
-    layer: int
-    """of one decoder layer, adapters included"""
+    weights: float  # bytes; a packed 4-bit weight has `NF4` bytes
+    gradients: int  # bytes; a gradient has the dtype of its parameter
+    layer: int  # of one decoder layer, adapters included
     layer_trainable: int
-    shapes: Counter
-    """shape of a trainable parameter → how many there are"""
+    shapes: Counter  # shape of a trainable parameter → how many there are
 
 
 def count_parameters(s: Setting) -> Parameters:
-    """The parameters of a setting's model."""
     c, layers = s.config, s.config.num_hidden_layers
     table, norm = (c.vocab_size, c.hidden_size), (c.hidden_size,)
     biases = [s.matrices[name][1:] for name in ("q_proj", "k_proj", "v_proj")]
     base = Counter({table: 2, norm: 1})
     base.update(layers * [*s.matrices.values(), *biases, norm, norm])
     matrices = sum(map(prod, s.matrices.values()))
-    layer, total = matrices + sum(map(prod, biases)) + 2 * c.hidden_size, _elements(base)
+    layer, total = matrices + sum(map(prod, biases)) + 2 * c.hidden_size, sum(map(prod, base.elements()))
     weights = total * s.dtype.itemsize - layers * matrices * (s.dtype.itemsize - NF4) * s.four_bit
     if s.lora is None:
         return Parameters(total, total, weights, total * s.dtype.itemsize, layer, layer, base)
-    ends = [s.matrices[name] for name in s.lora.target_names]
-    adapters = Counter(layers * [(n, s.lora.rank) for pair in ends for n in pair])
-    count = _elements(adapters)
+    adapters = Counter(layers * [(n, s.lora.rank) for name in s.lora.target_names for n in s.matrices[name]])
+    count = sum(map(prod, adapters.elements()))
     per_layer = count // layers
     return Parameters(total + count, count, weights + 4 * count, 4 * count, layer + per_layer, per_layer, adapters)
 
 
-def _elements(shapes: Counter) -> int:
-    return sum(prod(shape) * number for shape, number in shapes.items())
-
-
-def optimizer_bytes(
-    make: Callable[[list[dict]], torch.optim.Optimizer], shapes: Counter, dtype: torch.dtype
-) -> tuple[int, int]:
-    """Bytes of an optimizer's states, and how many more it takes while it steps.
-
-    Args:
-        make: parameter groups → optimizer.
-        shapes: of the parameters → how many there are; one of each makes a step on the meta device.
-
-    Raises:
-        UserError: the optimizer cannot step on the meta device, so its states cannot be counted.
-    """
+def optimizer_bytes(make: MakeOptimizer, shapes: Counter, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the states, and how many more a step takes. UserError: it cannot step on the meta device."""
     parameters = {shape: nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in shapes}
     try:
         optimizer = make(decay_groups(parameters.values()))
@@ -169,8 +129,7 @@ def optimizer_bytes(
         optimizer.step()
     except (RuntimeError, NotImplementedError, AttributeError, AssertionError) as error:
         raise UserError(
-            f"the states of the optimizer cannot be counted without running it ({str(error)[:200]}): plan with "
-            "torch.optim.AdamW, which keeps 8 bytes per float32 parameter"
+            f"the optimizer's states cannot be counted ({str(error)[:200]}): plan with torch.optim.AdamW instead"
         ) from error
     states = stepping = 0
     # The foreach form, torch's default on a GPU, holds the root of all second moments at once; the fused one does not.
@@ -188,16 +147,9 @@ def _adamw_8bit(p: Tensor) -> int:
     return 2 * moment + low_bits
 
 
-# ── activations ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def layer_keeps(s: Setting) -> int:
-    """Bytes per token that one decoder layer saves for its backward pass when it is not recomputed.
-
-    With compiled layers at most: the compiler may save less. Attention is counted as its kernels for a GPU save it,
-    without an L² term.
-    """
-    c = s.config
+    """Bytes per token that a decoder layer saves for its backward pass when not recomputed; at most, when compiled."""
+    c = s.config  # attention is counted as its kernels for a GPU save it, without an L² term
     hidden, inner, key_value = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim
     kept = s.compute * (2 * hidden + 2 * key_value) + 4 * c.num_attention_heads  # q, k, v, output and log-sums
     if s.lora is not None:
@@ -215,30 +167,14 @@ def layer_keeps(s: Setting) -> int:
     return kept + s.compute * sum(s.matrices[t][0] for t in read if t != "o_proj")
 
 
-def checkpoint_keeps(s: Setting) -> int:
-    """Bytes per token that a recomputed layer keeps: its input."""
-    return s.stream * s.config.hidden_size
-
-
 def logits_bytes(s: Setting, *, backward: bool) -> int:
-    """Bytes of one chunk of logits and what is derived from them, per logit:
-
-    | head    | pass     | eager                                                         | compiled              |
-    |---------|----------|---------------------------------------------------------------|-----------------------|
-    | trained | forward  | float32 logits, log-softmax: 8                                | 16-bit logits: 2 + 2  |
-    |         | backward | and their gradient: 12                                        | and their gradient: 6 |
-    | frozen  | forward  | 16-bit and float32 logits, log p, p, hits twice, gradient: 23 | logits, gradient: 4   |
-    |         | backward | 0                                                             | 0                     |
-    """
-    if s.lora is not None:
-        eager, compiled = (0, 0) if backward else (19 + s.compute * 2, 2 * s.compute)
-    else:
+    """Bytes of one chunk of logits and what is derived from them."""
+    if s.lora is None:  # float32 logits and log-softmax, compiled 16-bit logits twice; backward also their gradient
         eager, compiled = (12, 3 * s.compute) if backward else (8, 2 * s.compute)
+    else:  # forward only: 16-bit and float32 logits, log p, p, hits twice and the gradient; compiled logits, gradient
+        eager, compiled = (0, 0) if backward else (19 + s.compute * 2, 2 * s.compute)
     rows = s.chunk if s.compiled else min(s.chunk, s.tokens)
     return (compiled if s.compiled else eager) * rows * s.config.vocab_size
-
-
-# ── the moments of a step ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -251,17 +187,14 @@ class Plan:
 
     @property
     def peak_moment(self) -> str:
-        """Name of the largest moment."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
-    def peak_gib(self) -> float:
-        """As `torch.cuda.max_memory_allocated` gives it."""
+    def peak_gib(self) -> float:  # as `torch.cuda.max_memory_allocated` gives it
         return sum(self.moments[self.peak_moment].values()) / GIB
 
     @property
-    def needed_gib(self) -> float:
-        """What the GPU must have."""
+    def needed_gib(self) -> float:  # what the GPU must have
         return self.peak_gib * (1 + GAPS) + RESERVE
 
 
@@ -273,8 +206,7 @@ def make_plan(s: Setting) -> Plan:
     hidden, inner = s.config.hidden_size, s.config.intermediate_size
     table = s.config.vocab_size * hidden  # elements of the embeddings, and of the head
     matrix = inner * hidden * s.compute  # bytes of the largest matrix
-
-    layer, checkpoint = s.tokens * layer_keeps(s), s.tokens * checkpoint_keeps(s)
+    layer, checkpoint = s.tokens * layer_keeps(s), s.tokens * s.stream * hidden  # a recomputed layer keeps its input
     # The last norm, and the masked tokens' hidden states; a frozen head computes their gradient in its forward pass.
     top = s.tokens * (4 * hidden + 4 + 2 * s.stream * hidden)
     kept = recomputed * checkpoint + (layers - recomputed) * layer + top
@@ -305,19 +237,18 @@ def make_plan(s: Setting) -> Plan:
     ends = table * (1 if trained else 2) * s.compute * sharded
     pair, last = 2 * p.layer * s.compute * sharded, (p.layer + table * trained) * s.compute * sharded
     in_layer = ends + matrix * s.four_bit  # dequantized
-    all_recomputed, any_recomputed = recomputed == layers, recomputed > 0
 
     def moment(copies: float, gradients: float, activations: float, logits: float = 0, temporaries: float = 0) -> dict:
         always = {"weights": p.weights / s.gpus, "optimizer": states / s.gpus}
-        changing = {"copies": copies, "gradients": gradients, "activations": activations}
-        return always | changing | {"logits": logits, "temporaries": temporaries}
+        changing = {"copies": copies, "gradients": gradients, "activations": activations, "logits": logits}
+        return always | changing | {"temporaries": temporaries}
 
-    last_layer = in_layer + copies + copy * all_recomputed + pair, max(older, of_head) + new
-    first_layer = in_layer + copy + last, gradients + new, layer + checkpoint * any_recomputed
+    last_layer = in_layer + copies + copy * (recomputed == layers) + pair, max(older, of_head) + new
+    first_layer = in_layer + copy + last, gradients + new, layer + checkpoint * (recomputed > 0)
     moments = {
         "forward, at the head": moment(forward_copies + ends, gradients, kept, logits_bytes(s, backward=False)),
         "backward, at the head": moment(copies + ends, older + at_head, kept, logits_bytes(s, backward=True)),
-        "backward, last layer": moment(*last_layer, kept - top + layer * all_recomputed, temporaries=temporary),
+        "backward, last layer": moment(*last_layer, kept - top + layer * (recomputed == layers), temporaries=temporary),
         "backward, first layer": moment(*first_layer, temporaries=temporary),
         "backward, embeddings": moment(ends, gradients + of_embeddings, 0),
         "optimizer step": moment(0, gradients, 0, temporaries=stepping / s.gpus),
@@ -325,16 +256,8 @@ def make_plan(s: Setting) -> Plan:
     return Plan(s, p, moments)
 
 
-# ── options, advice, text ────────────────────────────────────────────────────────────────────────────────────────
-
-
 def setting_from(options: Namespace) -> Setting:
-    """What `fit` would run with these parsed options. Builds nothing; reads config.json or the tokenizer's size.
-
-    Raises:
-        UserError: no configuration at `model.pretrained`; a precision whose memory is not known; what `fit` refuses;
-            sharding over an unknown number of GPUs.
-    """
+    """What `fit` would run with these options; reads only config.json or the tokenizer. Raises UserError as `fit`."""
     model, data, trainer = options.model, options.data, options.trainer
     if (model.pretrained is None) == (model.new_model is None):
         raise UserError("wanted one of model.pretrained and model.new_model: add a config, such as --config tiny")
@@ -377,22 +300,17 @@ def _instantiate(kind: Any, value: Any) -> Any:
 
 
 def _gpus(trainer: Namespace) -> int:
-    devices = trainer.devices
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    if isinstance(devices, list):
-        devices = len(devices)
-    if devices in ("auto", -1) and not (devices := torch.cuda.device_count()):
+    devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
+    if devices in ("auto", "-1", -1) and not (devices := torch.cuda.device_count()):
         raise UserError(
-            f"trainer.devices is {trainer.devices}, and no GPU is visible here: name the number to plan for, such as "
-            "--trainer.devices=2"
+            f"trainer.devices is {trainer.devices}, and no GPU is visible here: set a number (--trainer.devices=2)"
         )
     return int(devices) * (trainer.num_nodes or 1)
 
 
 def changes(s: Setting, gpu_gib: float) -> Iterator[tuple[str, Plan]]:
     """Options that lower the memory, each on top of those before, with its plan; more GPUs until it fits `gpu_gib`."""
-    accumulate, length = s.accumulation * s.rows, max(s.length // 2, _SHORTEST)
+    accumulate, length = s.accumulation * s.rows, max(s.length // 2, 1024)
     batch = f"--data.batch_size=1 --trainer.accumulate_grad_batches={accumulate} (the same steps)"
     shorter = f"--data.max_length={length} (shortens thinking, see data-report)"
     for option, change in (
@@ -423,11 +341,7 @@ def changes(s: Setting, gpu_gib: float) -> Iterator[tuple[str, Plan]]:
 
 
 def report(setting: Setting, gpu_gib: float | None) -> str:
-    """Versions, the plan, whether it fits, and what to change if it does not.
-
-    Args:
-        gpu_gib: memory of the card to plan for; None takes this machine's.
-    """
+    """Versions, the plan, whether it fits a card of `gpu_gib` (None: this machine's), and what to change if not."""
     if gpu_gib is None and torch.cuda.is_available():
         gpu_gib = torch.cuda.mem_get_info()[1] / GIB
     plan = make_plan(setting)
@@ -455,10 +369,8 @@ def describe(plan: Plan) -> list[str]:
     base = "nf4" if s.four_bit else str(s.dtype).removeprefix("torch.")
     sharded = f"sharded over {s.gpus} GPUs" if s.gpus > 1 else ""
     notes = {
-        "weights": sharded,
+        **dict.fromkeys(("weights", "optimizer", "gradients"), sharded),
         "copies": "gathered" if sharded else "dequantized" if s.four_bit else "in bfloat16, of float32 weights",
-        "optimizer": sharded,
-        "gradients": sharded,
         "activations": f"{s.config.num_hidden_layers} layers, {s.recomputed} of them recomputed",
         "logits": f"of {min(s.chunk, s.tokens)} masked tokens at a time",
         "temporaries": "of one layer's backward pass, or of the optimizer step",
@@ -487,12 +399,12 @@ def _advice(setting: Setting, gpu_gib: float) -> list[str]:
 
 
 def _environment() -> str:
-    def installed(name: str) -> str:
+    packages = []
+    for name in ("torch", "lightning", "transformers", "bitsandbytes", "triton"):
         try:
-            return f"{name} {version(name)}"
+            packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            return f"{name} missing"
-
-    packages = ", ".join(map(installed, ("torch", "lightning", "transformers", "bitsandbytes", "triton")))
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{packages}\nGPU: {', '.join(names) or 'none visible to torch, see nvidia-smi and CUDA_VISIBLE_DEVICES'}"
+            packages.append(f"{name} missing")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    visible = ", ".join(gpus) or "none visible to torch, see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return f"{', '.join(packages)}\nGPU: {visible}"

@@ -4,9 +4,8 @@ question   457+286=?
 trace      06 13 13 011
 attempt    \\boxed{743}
 
-The trace adds every column, then lists what each column carries to its left neighbor. With it, each digit of the
-answer follows from one column; without it, the first digit depends on all six. A trace in words is easier to read and
-slower to learn.
+The trace adds every column, then lists what each column carries to its left neighbor: with it, each digit of the
+answer follows from one column; without it, the first digit depends on all six.
 """
 
 import json
@@ -27,9 +26,8 @@ def sample_rows(split: Literal["train", "validation"]) -> list[dict[str, Any]]:
 
 
 def sample_row(a: int, b: int) -> dict[str, Any]:
-    """The sum of two terms that have the same number of digits, in s1K's columns."""
     columns = [int(x) + int(y) for x, y in zip(str(a), str(b), strict=True)]
-    # The carry out of each column, from the left: for three digits into the thousands, the hundreds and the tens.
+    # The carry out of each column, from the left.
     carries = [(a % 10**place + b % 10**place) // 10**place for place in range(len(columns), 0, -1)]
     return {
         "question": f"{a}+{b}=?",

@@ -24,8 +24,7 @@ from dream_lightning.errors import UserError
 from dream_lightning.tasks import apply_task, load_task, task_of
 
 # Batches per process that predict sorts by length together. In batches of 8, padding is then 13 % of the prompts'
-# positions for s1K, 5 % for GSM8K and 19 % for MATH-500, instead of 48, 31 and 58 % in file order. With 64 it is 5, 1
-# and 7 %, but the first answers come later, and answers of 256 tokens cost more than either.
+# positions for s1K, 5 % for GSM8K and 19 % for MATH-500, instead of 48, 31 and 58 % in file order.
 _WINDOW = 16
 
 
@@ -104,25 +103,22 @@ class S1KDataModule(L.LightningDataModule):
         super().__init__()
         if packing and batch_cutoff:
             raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
-        at_least_one = {"batch_size": batch_size, "first_n": first_n, "validation_draws": validation_draws}
-        at_least_one |= {"max_length": max_length, "eos_fill_to": eos_fill_to}
-        at_least_zero = {"validation_questions": validation_questions, "num_workers": num_workers}
-        at_least_zero |= {f"extra_weight of {text!r}": weight for text, weight in (extra_weight or {}).items()}
-        for least, options in ((1, at_least_one), (0, at_least_zero)):
-            for name, value in options.items():
-                if value is not None and not value >= least:  # written so that NaN is refused
-                    raise UserError(f"{name} is {value}, wanted at least {least}")
-        if task is not None:
-            task = load_task(task)
+        least = {"batch_size": (1, batch_size), "first_n": (1, first_n), "validation_draws": (1, validation_draws)}
+        least |= {"max_length": (1, max_length), "eos_fill_to": (1, eos_fill_to), "num_workers": (0, num_workers)}
+        least |= {"validation_questions": (0, validation_questions)}
+        least |= {f"extra_weight of {text!r}": (0, weight) for text, weight in (extra_weight or {}).items()}
+        for name, (lowest, value) in least.items():
+            if value is not None and not value >= lowest:  # written so that NaN is refused
+                raise UserError(f"{name} is {value}, wanted at least {lowest}")
         self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
         self.validation_fraction, self.first_n = validation_fraction, first_n
-        columns = {"prompt_column": prompt_column, "response_column": response_column}
-        columns |= {"reference_column": reference_column}
-        self.reading = {"subset": subset, "schema": schema, "task": task, "filters": filters, **columns}
+        self.reading = {"subset": subset, "schema": schema, "filters": filters, "reference_column": reference_column}
+        self.reading |= {"prompt_column": prompt_column, "response_column": response_column}
+        self.reading["task"] = None if task is None else load_task(task)
         self.prompting = {"style": style, "system_prompt": system_prompt}
-        fitting = {"max_length": max_length, "overflow": overflow, "eos_fill_to": eos_fill_to}
-        self.encoding = {**self.prompting, **fitting, "thinking": thinking, "extra_weight": extra_weight}
+        self.encoding = {**self.prompting, "thinking": thinking, "extra_weight": extra_weight}
+        self.encoding |= {"max_length": max_length, "overflow": overflow, "eos_fill_to": eos_fill_to}
         self.batch_size, self.packing, self.batch_cutoff = batch_size, packing, batch_cutoff
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
         self.num_workers = num_workers
@@ -132,7 +128,7 @@ class S1KDataModule(L.LightningDataModule):
         self._answered: set[int] = set()
 
     def prepare_data(self) -> None:
-        """Read and tokenize on one process of a machine; the others find the result in the cache."""
+        # On one process of a machine; the others find the result in the cache.
         if self.trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn != "predict":
             for examples in self.read():
                 self.tokenized(examples)
@@ -146,9 +142,7 @@ class S1KDataModule(L.LightningDataModule):
         return training[: self.first_n], validation
 
     def _examples(self, source: str, part: str) -> list[Example]:
-        return [
-            apply_task(example, self.reading["task"]) for example in read_examples(source, split=part, **self.reading)
-        ]
+        return [apply_task(e, self.reading["task"]) for e in read_examples(source, split=part, **self.reading)]
 
     def tokenized(self, examples: Sequence[Example], name: str = "") -> TokenizedSet:
         """Documents of the examples, cached; a `name` prints a summary."""
@@ -172,8 +166,7 @@ class S1KDataModule(L.LightningDataModule):
         if stage == "fit":
             self.train_set = self.tokenized(training, "training")
 
-    def question_settings(self) -> dict[str, Any]:
-        """What the prompts and grades of `predict` depend on, as text and hashes."""
+    def question_settings(self) -> dict[str, Any]:  # what the prompts and grades of `predict` depend on
         records = [(e.id, e.prompt, e.reference, e.task, task_of(e).reference(e)) for e in self.questions]
         tokenizer = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
         return {
@@ -183,27 +176,24 @@ class S1KDataModule(L.LightningDataModule):
             "tokenizer": f"hash {_hash(tokenizer)}",
         }
 
-    def skip_questions(self, numbers: Collection[int]) -> None:
-        """Leave these out of `predict`: they are already answered."""
+    def skip_questions(self, numbers: Collection[int]) -> None:  # in `predict`: they are already answered
         self._answered = set(numbers)
 
     def train_dataloader(self) -> ResumableLoader:
-        collation = partial(collate, pad_token_id=self.tokenizer.pad_token_id)
+        collation = collate
         if self.batch_cutoff:
-            authors = partial(collate_with_cutoff, eos_token_id=self.tokenizer.eos_token_id, seed=self.seed)
-            collation = partial(authors, pad_token_id=self.tokenizer.pad_token_id)
+            collation = partial(collate_with_cutoff, eos_token_id=self.tokenizer.eos_token_id, seed=self.seed)
         return ResumableLoader(
             KeyedItems(self.train_set),
             batch_size=self.batch_size,
             sampler=self._sampler(self._rows(self.train_set), shuffle=True, seed=self.seed),
-            collate_fn=collation,
+            collate_fn=partial(collation, pad_token_id=self.tokenizer.pad_token_id),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
     def val_dataloader(self) -> list[DataLoader]:
-        """Documents whose likelihood is estimated, and questions to answer."""
         sampler = self._sampler(self._rows(self.validation_set), shuffle=False, repeats=self.validation_draws)
         likelihood = self._loader(self.validation_set, sampler, collate)
         return [likelihood, self._question_loader(range(len(self.questions)))] if self.questions else [likelihood]

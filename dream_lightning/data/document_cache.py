@@ -26,8 +26,8 @@ _PARALLEL_FROM = 500  # examples; with fewer, starting processes takes longer th
 class TokenizedSet(Sequence[Document]):
     """The documents of a set, memory-mapped from disk if cached, and what happened to every example.
 
-    The arrays have one entry an example, dropped ones included: `full_length` before truncation and filling,
-    `prompt_length`, and `response_length` as kept, with eos and its filling, 0 for a dropped one.
+    Arrays have one entry an example: `full_length` before truncation and filling, `prompt_length`, and
+    `response_length` as kept, with eos and its filling, 0 for a dropped one.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
@@ -51,21 +51,20 @@ class TokenizedSet(Sequence[Document]):
                 weights.append(np.array([1.0] * prompt_length + document.response_weight, np.float32))
                 names.append(document.id)
         weight = np.concatenate(weights)
-        return cls(
-            {
-                "ids": np.concatenate(ids),  # [tokens]
-                "weights": weight if (weight != 1).any() else weights[0],  # [tokens], or [0] if all are 1
-                "names": np.array(names, np.str_),  # [documents]
-                "counts": np.array(counts, np.int64).T,  # [4, examples]
-            }
-        )
+        arrays = {
+            "ids": np.concatenate(ids),  # [tokens]
+            "weights": weight if (weight != 1).any() else weights[0],  # [tokens], or [0] if all are 1
+            "names": np.array(names, np.str_),  # [documents]
+            "counts": np.array(counts, np.int64).T,  # [4, examples]
+        }
+        return cls(arrays)
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizedSet":
         return cls({file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")})
 
     def save(self, folder: Path) -> None:
-        """Write the arrays to a new folder, atomically. Of several processes, the first to finish does."""
+        """Write a new folder, atomically. Of several processes, the first to finish does."""
         try:
             with atomic_write(folder) as partial_folder:
                 partial_folder.mkdir()
@@ -107,8 +106,7 @@ def tokenize(
         cache_dir: a later call with the same arguments reads the result from here; several processes may fill it.
         encoding: options of `tokenization.encode`.
 
-    Raises:
-        UserError: there are no examples, `encode` raises, every document is dropped, or the disk is full.
+    Raises UserError without examples, if every document is dropped or the disk is full, and as `encode`.
     """
     if not examples:
         raise UserError("no examples to tokenize: check the source, the filters and the split")
@@ -120,8 +118,8 @@ def tokenize(
     documents = TokenizedSet.of(_encode_all(examples, partial(encode, tokenizer=tokenizer, **encoding), num_proc))
     if not len(documents):
         raise UserError(
-            f"all {len(examples)} documents are longer than max_length {encoding['max_length']} (the shortest has "
-            f"{documents.full_length.min():,} tokens) and overflow drops them: raise max_length, or truncate"
+            f"overflow drops all {len(examples)} documents: the shortest has {documents.full_length.min():,} tokens, "
+            f"max_length is {encoding['max_length']}; raise it, or truncate"
         )
     if folder is None:
         return documents
@@ -156,7 +154,6 @@ def _encode_one(example: Example) -> Encoded:
 
 
 def _content_hash(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> str:
-    """Of everything that documents depend on, and nothing else: not the origin, the task or other columns."""
     settings = [_FORMAT, encoding, tokenizer.chat_template, tokenizer.eos_token_id]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())

@@ -22,12 +22,9 @@ class RowSampler(DistributedSampler):
     The order is a function of (seed, epoch). Micro-batch j of rank r among W takes rows (j·W + r)·b … of it, so an
     optimizer step has the same rows for any number of micro-batches and ranks. If the last rows cannot be distributed
     evenly, the remaining ranks get copies that are not counted, so that all ranks make the same number of forwards.
+    `rows` has the documents of every row, `repeats` the uses of each row in an unshuffled pass.
 
     It subclasses DistributedSampler so that Lightning does not replace it.
-
-    Args:
-        rows: the documents of every row.
-        repeats: uses of each row in an unshuffled pass.
     """
 
     def __init__(
@@ -72,25 +69,22 @@ class RowSampler(DistributedSampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         # The order of documents is a permutation of documents, not of rows: packing does not change their noise.
         order = torch.randperm(sum(map(len, self.rows)), generator=generator).tolist()
-        # Rows are sorted so that t of their first, longest documents is spread over consecutive rows as evenly as over
-        # consecutive documents: the row with the j-th smallest t goes where the j-th smallest t of 0, 1, 2, … is.
+        # Consecutive rows spread t of their first, longest documents evenly: the row with the j-th smallest t goes
+        # where the j-th smallest t of 0, 1, 2, … is.
         by_t = sorted(self.rows, key=lambda row: _t(order[row[0]]))
         positions = sorted(range(len(self.rows)), key=_t)
         ordered = [row for _, row in sorted(zip(positions, by_t, strict=True))]
         return [tuple(SampleKey(self.epoch, order[document], document) for document in row) for row in ordered]
 
 
-def _t(order: int) -> float:
-    """The masking probability without the epoch's offset: see `diffusion.schedule.stratified_t`."""
+def _t(order: int) -> float:  # without the epoch's offset: see `diffusion.schedule.stratified_t`
     return order * _GOLDEN_RATIO % 1
 
 
 class ResumableLoader(DataLoader):
     """A DataLoader that resumes in the middle of an epoch after Lightning restored its state.
 
-    The sampler's order is a pure function of the epoch, so two numbers are enough to resume, and two more to detect
-    another order. Rows are counted over all ranks: a run resumes at the same row with another number of ranks or batch
-    size.
+    Rows are counted over all ranks: a run resumes at the same row with another number of ranks or batch size.
     """
 
     rows_used = 0
@@ -114,22 +108,18 @@ class ResumableLoader(DataLoader):
         return {"epoch": self.sampler.epoch, "rows": self.rows_used, **order}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume there at the first batch; warn if the number of rows or their order differs from the checkpoint's."""
+        """Resume there at the first batch; warn if the rows or their order differ from the checkpoint's."""
         self.resume_at = (state["epoch"], state["rows"])
         now, rows, seed = self.state_dict(), state["rows_per_epoch"], state["seed"]
         if 0 < state["rows"] < rows and (now["rows_per_epoch"], now["seed"]) != (rows, seed):
             rank_zero_warn(
-                f"the checkpoint was saved {state['rows']:,} rows into an epoch of {rows:,} (data.seed {seed}), and an "
-                f"epoch now has {now['rows_per_epoch']:,} (data.seed {now['seed']}): the rest of this epoch repeats "
-                "some documents and omits others"
+                f"the checkpoint's epoch has {rows:,} rows (data.seed {seed}), this run's {now['rows_per_epoch']:,} "
+                f"(data.seed {now['seed']}): the rest of this epoch repeats some documents and omits others"
             )
 
 
 def bucket_by_length(numbers: Sequence[int], lengths: Sequence[int], *, window: int) -> list[int]:
-    """Sort the numbers by length, longest first, within consecutive windows, so that batches need little padding.
-
-    Windows instead of one sort of all, so that the first questions are answered first.
-    """
+    """Sort by length, longest first, within consecutive windows: little padding, and first questions come first."""
     length = dict(zip(numbers, lengths, strict=True))
     windows = (numbers[start : start + window] for start in range(0, len(numbers), window))
     return [number for part in windows for number in sorted(part, key=lambda n: -length[n])]

@@ -16,15 +16,10 @@ KeyedRow = Sequence[tuple[SampleKey, Document]]  # the documents of one row
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put whole documents into rows of at most `budget` tokens: longest first, each into the fullest row that fits.
+    """Put whole documents into rows of at most `budget` tokens; the numbers of each row's documents.
 
-    Best-fit decreasing: at most 22 % more rows than the optimum (Johnson 1974), in practice none.
-
-    Returns:
-        For each row the numbers of its documents.
-
-    Raises:
-        UserError: a document is longer than a row.
+    Best-fit decreasing: longest first, each into the fullest row that fits. At most 22 % more rows than the optimum
+    (Johnson 1974), in practice none. Raises UserError if a document is longer than a row.
     """
     if lengths and max(lengths) > budget:
         raise UserError(f"a document has {max(lengths)} tokens and a packed row {budget}: raise max_length")
@@ -45,8 +40,7 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def collate(rows: Sequence[KeyedRow], *, pad_token_id: int) -> Batch:
     """Concatenate the documents of each row, and pad the rows on the right to the longest.
 
-    The padding is not attended, not maskable and in no loss; eos that fills a response belongs to the document
-    (`eos_fill_to`). Documents whose key is not counted have nothing maskable.
+    Padding is not attended, not maskable and in no loss. Documents whose key is not counted have nothing maskable.
     """
     lengths = [[len(document) for _, document in row] for row in rows]
     length = max(map(sum, lengths))
@@ -65,13 +59,10 @@ def collate(rows: Sequence[KeyedRow], *, pad_token_id: int) -> Batch:
 def collate_with_cutoff(
     rows: Sequence[KeyedRow], *, pad_token_id: int, eos_token_id: int, seed: int, kept: int | None = None
 ) -> Batch:
-    """The authors' `random_with_input_pad`: all responses get the length of one of them.
+    """The authors' `random_with_input_pad`: all responses get the length of one of them, without its eos.
 
-    One row is drawn, and its response length without eos is used for all: longer responses are truncated, shorter ones
-    filled with eos, prompts padded on the left. With one row a batch the response therefore loses its eos.
-
-    Args:
-        kept: the response length; by default drawn as a function of the seed and the first document's key.
+    Longer responses are truncated, shorter ones filled with eos, prompts padded on the left. `kept` is that length; by
+    default it is drawn as a function of the seed and the first document's key.
     """
     keyed = [row[0] for row in rows]
     bare = []  # response lengths without eos
@@ -112,7 +103,6 @@ def collate_prompts(
 
 
 def _bounds(lengths: list[list[int]], length: int) -> torch.Tensor:
-    """Where documents begin, see DocumentBounds."""
     starts = [0]
     for b, row in enumerate(lengths, 1):
         starts += itertools.accumulate(row[1:], initial=starts[-1] + row[0])

@@ -3,10 +3,9 @@
 Two styles. `chat`: the tokenizer's chat template, then `<think>\\n…\\n</think>\\n` and the answer. `plain`, for base
 models: `Question: …\\n\\nLet's think step by step.\\n`, then the thinking and `Therefore, the final answer is: …`.
 
-Text never becomes a special token. The authors' tokenizer turns a question that contains `<|mask|>` into the mask
-token, and a masked diffusion model would then be trained with a mask token in its clean input. Here `<|mask|>` in a
-record is eight characters of text, and only the template writes special tokens. All other text gets exactly the
-authors' ids, and so do ordinary added tokens (`<tool_call>`, `<|fim_prefix|>`), which the objective does not use.
+Text never becomes a special token: `<|mask|>` in a record is eight characters of text, where the authors' tokenizer
+puts a mask token into the clean input. All other text gets exactly the authors' ids, and so do ordinary added tokens
+(`<tool_call>`, `<|fim_prefix|>`).
 """
 
 import re
@@ -21,11 +20,7 @@ Style = Literal["chat", "plain"]
 
 
 def encode_prompt(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    style: Style = "chat",
-    system_prompt: str | None = None,
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, style: Style = "chat", system_prompt: str | None = None
 ) -> list[int]:
     """Ids of everything before the response."""
     messages = list(example.prompt)
@@ -54,11 +49,7 @@ def response_text(example: Example, *, style: Style = "chat", thinking: bool = T
 
 
 def _final_answer(example: Example) -> str:
-    """The short answer after the trace: the last `\\boxed{…}`, a one-line reference, or the whole answer.
-
-    The box comes first because a record's reference may contradict its trace (82 against 148 in one s1K row): the text
-    would then teach that conclusions do not follow.
-    """
+    """The last `\\boxed{…}`, a one-line reference (it may contradict the trace, so second), or the whole answer."""
     start = example.answer.rfind("\\boxed{")
     if start >= 0:
         start, depth = start + len("\\boxed{"), 1
@@ -71,11 +62,8 @@ def _final_answer(example: Example) -> str:
 
 
 def _template_ids(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The rendered template, with special tokens only where the template itself wrote them.
-
-    An unused character is inserted into everything in the messages that looks like a special token. After rendering,
-    the special tokens that are found are the template's. The text between them is encoded without that character.
-    """
+    """The rendered template, with special tokens only where the template itself wrote them."""
+    # An unused character is inserted into what looks like a special token in a message, and removed after rendering.
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     pattern = re.compile("|".join(map(re.escape, special)))
     content = "".join(m["content"] for m in messages)
@@ -92,5 +80,4 @@ def _template_ids(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -
 
 
 def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Special tokens in the text are encoded as ordinary text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

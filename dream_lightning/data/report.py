@@ -8,11 +8,9 @@ _LIMITS = (1024, 2048, 4096, 8192)
 
 
 def report(documents: TokenizedSet, *, max_length: int | None, overflow: str) -> str:
-    """Lengths before truncation, how many documents fit, and what happened to the examples; aligned for a terminal."""
     full, prompt, cut = documents.full_length, documents.prompt_length, documents.cut_tokens
     whole, lost = documents.is_kept & (cut == 0), ~documents.is_kept
     kept_tokens = documents.lengths.sum() - documents.filled[documents.is_kept].sum()
-    filled = [f"{(documents.filled > 0).sum():,}", "", f"{documents.filled.sum():,}", ""]
 
     def lengths(values: np.ndarray) -> list[str]:
         return [f"{round(n):,}" for n in (*np.quantile(values, [0, 0.25, 0.5, 0.75, 1]), values.sum())]
@@ -40,7 +38,7 @@ def report(documents: TokenizedSet, *, max_length: int | None, overflow: str) ->
             ["shortened: kept part", *outcome(cut > 0, kept_tokens - full[whole].sum())],
             ["shortened: cut part", *outcome(cut > 0, cut.sum())],
             ["dropped", *outcome(lost, full[lost].sum())],
-            ["eos filled in", *filled],
+            ["eos filled in", f"{(documents.filled > 0).sum():,}", "", f"{documents.filled.sum():,}", ""],
         ],
     }
     return "\n\n".join(f"**{title}**\n\n{_table(rows)}" for title, rows in tables.items())

@@ -34,7 +34,7 @@ Content = tuple[list[Message], str | None, str]  # prompt, thinking, answer
 
 
 class Columns(NamedTuple):
-    """The column names of a source, given by the user or found in its first row; None if there is no such column."""
+    """Columns that the user named or the first row has; None if there is no such column."""
 
     prompt: str | None  # of `prompt-response` only
     response: str | None  # of `prompt-response` only
@@ -64,20 +64,17 @@ def read_examples(
     """Every record of a source, in its order.
 
     Args:
-        source: a .jsonl, .json, .parquet or .csv file, a folder of them or of `save_to_disk`, or a hub id owner/name.
-        schema: a name in the table above; `auto` detects it from the columns of the first row, last entry first.
+        source: see `sources.read_rows`; so are `split` and `subset`.
+        schema: a name in the table above; `auto` detects it from the columns of the first row.
         prompt_column: of a prompt-response source; None finds prompt, question, problem, instruction or input.
         response_column: likewise; None finds response, completion or output, and it may be absent.
         reference_column: what predictions are scored against, in any schema; None finds reference, answer or solution
-            (s1K: solution), and it may be absent. The text is not changed: the task extracts, say, what follows `####`.
+            (s1K: solution), and it may be absent.
         task: the task of records that have no `task` column.
-        split: of a folder or hub data set.
-        subset: of a hub data set that has several, such as `main` of openai/gsm8k.
         filters: column → values; only rows with one of the values in every such column are kept.
 
     Raises:
-        UserError: naming file, row and remedy: an unknown schema, a missing column, an empty or broken file, a field
-            that is null or not text, an empty prompt, a chat without a user message, an unknown role, a duplicate id.
+        UserError: with file, row and remedy: an unknown schema, a missing column, or what a record lacks.
     """
     rows = keep_rows(list(read_rows(source, split, subset)), filters or {})
     if schema == "auto":
@@ -121,7 +118,6 @@ def _read_s1k_11(row: Row, columns: Columns, *, model: str) -> Content:
 
 
 def _read_chat(row: Row, columns: Columns, *, column: str) -> Content:
-    """A list of `{role, content}` or `{from, value}`; the response is the last message, if the assistant wrote it."""
     chat = row.value(column)
     if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
         raise UserError(f"{row.origin}: {column} is not a list of messages; wanted [{{'role': …, 'content': …}}, …]")
@@ -131,16 +127,16 @@ def _read_chat(row: Row, columns: Columns, *, column: str) -> Content:
         content = message.get("content", message.get("value"))
         if role not in _ROLES or not isinstance(content, str):
             raise UserError(
-                f"{row.origin}, message {number} has the role {role!r} and a {type(content).__name__}, wanted system, "
-                "user or assistant (or system, human, gpt) and a text: correct or delete that row"
+                f"{row.origin}, message {number} has the role {role!r} and a {type(content).__name__}, wanted one of "
+                f"{', '.join(_ROLES)} and a text: correct or delete that row"
             )
         messages.append(Message(role=_ROLES[role], content=content))
     roles = ", ".join(message["role"] for message in messages)
     response = messages.pop()["content"] if roles.endswith("assistant") else ""
     if not messages or messages[-1]["role"] != "user":
         raise UserError(
-            f"{row.origin}: no user message before the response, the roles are {roles}; a chat ends with user, "
-            "assistant (or user alone, to be answered): correct or delete that row"
+            f"{row.origin}: no user message before the response, the roles are {roles}, wanted user and assistant (or "
+            "user alone, to be answered) at the end: correct or delete that row"
         )
     return messages, *split_thinking(response)
 
@@ -170,8 +166,8 @@ def _detect(row: Row) -> str:
         if schema.detect(row.values.keys()):
             return name
     raise UserError(
-        f"{row.file} has the columns {', '.join(row.values)}; wanted those of s1K or s1K-1.1, messages, conversations, "
-        f"or one of {', '.join(_PROMPTS)}: set prompt_column (and response_column) to yours, or add a schema"
+        f"{row.file} has the columns {', '.join(row.values)}; wanted those of s1K, messages, conversations, or one of "
+        f"{', '.join(_PROMPTS)}: set prompt_column (and response_column) to yours, or add a schema"
     )
 
 

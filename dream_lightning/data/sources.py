@@ -18,25 +18,23 @@ _BLANK = object()  # an empty line of a .jsonl file, which counts
 
 
 class Row(NamedTuple):
-    """One raw record. `number` counts from 1; in a .jsonl file it is the line."""
+    """One raw record."""
 
     values: dict[str, Any]
     file: str
-    number: int
+    number: int  # from 1; in a .jsonl file the line
 
     @property
     def origin(self) -> str:
         return f"{self.file}, row {self.number}"
 
     def value(self, column: str) -> Any:
-        """The value of a column; UserError if there is no such column."""
         if column not in self.values:
             names = ", ".join(self.values)
             raise UserError(f"{self.origin} has no column {column!r}, it has {names}: set the schema or column options")
         return self.values[column]
 
     def text(self, column: str, *, or_integer: bool = False) -> str:
-        """The text of a column, or an integer as text if allowed; UserError for anything else."""
         value = self.value(column)
         if or_integer and type(value) is int:
             return str(value)
@@ -50,11 +48,7 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
     """Rows of a .jsonl, .json, .parquet or .csv file, of a folder, or of a hub data set; `bundled` gives `sample_rows`.
 
     A folder was written by `datasets.save_to_disk`, or holds such files: those in it and in its `data/` are read whose
-    name starts with `split`. Any other `owner/name` is loaded from the hub, or from its local cache when
-    HF_HUB_OFFLINE is set. Some hub data sets need a `subset`, such as `main` of openai/gsm8k.
-
-    Raises:
-        UserError: the source does not exist, is of an unknown kind, has a broken line or no rows.
+    name starts with `split`. Raises UserError for a source that does not exist, is broken or has no rows.
     """
     path = Path(source).expanduser()
     if source == "bundled":
@@ -142,10 +136,8 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
     files = sorted(file for place in (folder, folder / "data") for file in place.glob("*") if file.suffix in _READERS)
     chosen = [file for file in files if file.name.startswith(split)]
     if not chosen:
-        raise UserError(
-            f"{folder} has no {', '.join(_READERS)} file whose name starts with {split!r}, it has "
-            f"{', '.join(file.name for file in files) or 'no such file'}: name the file itself"
-        )
+        found = ", ".join(file.name for file in files) or "no data file"
+        raise UserError(f"{folder} has {found}, wanted a file whose name starts with {split!r}: name the file itself")
     return (row for file in chosen for row in _read_file(file))
 
 
@@ -156,6 +148,6 @@ def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
         return _numbered(datasets.load_dataset(name, subset, split=split), name)
     except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"no data from {name!r}: no such file or folder, and the hub gave {type(error).__name__}: {error}. "
-            f"Check the name, the subset ({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE), or name a local file"
+            f"no file, folder or hub data set {name!r} ({type(error).__name__}: {error}): check the name, the subset "
+            f"({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
         ) from error

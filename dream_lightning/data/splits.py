@@ -1,7 +1,4 @@
-"""Which records are used: filters, the split into training and validation, overlap with a test set.
-
-Every choice is a function of the records (and a seed), not of their order or of a random state.
-"""
+"""Which records are used: filters, the split into training and validation, overlap with a test set."""
 
 import hashlib
 import re
@@ -29,10 +26,7 @@ def split(
     """Training and validation examples, disjoint in their questions and each in the old order.
 
     Questions are ranked by a hash of (seed, question) and go to validation, with all their repetitions, until it holds
-    `validation_fraction` of the examples. Where no question repeats, the count is exact.
-
-    Raises:
-        UserError: one of the two sides would be empty.
+    `validation_fraction` of the examples. Raises UserError if one of the two sides is empty.
     """
     counts = Counter(map(question_key, examples))
     wanted, taken, held = round(validation_fraction * len(examples)), 0, set()
@@ -45,9 +39,8 @@ def split(
     validation = [example for example in examples if question_key(example) in held]
     if not training or not validation:
         raise UserError(
-            f"{len(examples)} examples with {len(counts)} different questions and validation_fraction "
-            f"{validation_fraction} leave {len(training)} for training and {len(validation)} for validation: change "
-            "validation_fraction, or name a validation file"
+            f"validation_fraction {validation_fraction} of {len(counts)} different questions leaves {len(training)} "
+            f"examples for training and {len(validation)} for validation: change it, or set validation_source"
         )
     return training, validation
 
@@ -60,10 +53,6 @@ def without_overlap(examples: list[Example], other: list[Example]) -> tuple[list
 
 
 def question_key(example: Example) -> str:
-    """Equal for two copies of a question: words, digits and operators of the user messages, without case and spacing.
-
-    Spacing and punctuation are ignored because copies differ in them: by exact text s1K has 1,000 questions and 2 of
-    MATH-500's, by this key 988 and 3.
-    """
+    """Equal for copies of a question: words, digits and operators of the user messages, without case and spacing."""
     text = "\n".join(message["content"] for message in example.prompt if message["role"] == "user")
     return " ".join(re.findall(r"[^\W_]+|[-+*/^=<>]", text.casefold())) or "".join(text.split())

@@ -1,7 +1,6 @@
 """An Example → a Document of token ids: the prompt, and a response that ends with eos and fits `max_length`.
 
-Prompt and response are tokenized separately and concatenated, as in the authors' trainer. Only 13 of 91 s1K rows fit
-2,048 tokens, so what happens to longer documents is a named option; nothing is truncated silently.
+Prompt and response are tokenized separately and concatenated, as in the authors' trainer.
 """
 
 import re
@@ -40,25 +39,21 @@ def encode(
     """Ids of the prompt and of the response with its eos.
 
     Args:
-        style: `chat` or `plain`, see `prompt_format`.
         system_prompt: replaces the record's system message; None keeps it, or the template's default.
         thinking: False trains on the answer alone.
         max_length: of prompt and response with eos, in tokens; None is no limit.
         overflow: of longer documents. `truncate_trace` shortens the thinking at its end, keeps `</think>`, the answer
-            and eos, and raises if even that is too long; `truncate_trace_else_drop` drops those (1 of 91 s1K rows at
-            2,048 tokens); `truncate_right` removes the end, eos included; `drop` drops; `error` raises.
+            and eos, and raises if even that is too long; `truncate_trace_else_drop` drops those; `truncate_right`
+            removes the end, eos included; `drop` drops; `error` raises.
         eos_fill_to: a shorter response is filled with eos to this many tokens, as far as max_length allows.
         extra_weight: text → loss weight of the response tokens that overlap an occurrence of that text.
 
-    Raises:
-        UserError: the record has no response, or a document cannot be made to fit.
+    Raises UserError if the record has no response, or a document cannot be made to fit.
     """
     prompt_ids = encode_prompt(example, tokenizer, style=style, system_prompt=system_prompt)
     text = response_text(example, style=style, thinking=thinking)
     if not text.strip():
-        raise UserError(
-            f"{example.origin} has no response to train on: set response_column, or use the file for predict only"
-        )
+        raise UserError(f"{example.origin} has no response to train on: set response_column, or only predict with it")
     response = _with_eos(text, tokenizer)
     full_length = len(prompt_ids) + len(response.ids)
     dropped = Encoded(None, len(prompt_ids), full_length)
@@ -106,8 +101,7 @@ class _Tokens(NamedTuple):
         return cls(text, encoding["input_ids"], encoding["offset_mapping"])
 
     def first(self, count: int) -> "_Tokens":
-        """The first `count` tokens, or one or two fewer so that no character of several tokens is split."""
-        count = max(count, 0)
+        count = max(count, 0)  # one or two fewer where a character of several tokens would be split
         while 0 < count < len(self.ids) and self.spans[count - 1][1] > self.spans[count][0]:
             count -= 1
         end = self.spans[count - 1][1] if count else 0
@@ -125,11 +119,7 @@ def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
 def _shorten_trace(
     response: _Tokens, thinking: str, tokenizer: PreTrainedTokenizerBase, *, style: Style, room: int
 ) -> _Tokens:
-    """The start of the thinking, then everything after it; longer than `room` only if no thinking is left.
-
-    What follows the thinking is tokenized separately, so ids at the boundary can differ from those of the joined text;
-    the text does not. Tokenizing the joined text again until it fits took three times as long.
-    """
+    """The start of the thinking, then everything after it; longer than `room` only if no thinking is left."""
     head = "<think>\n" if style == "chat" else ""
     after = _with_eos(response.text[len(head) + len(thinking) :], tokenizer)
     kept = response.first(room - len(after.ids))
@@ -137,9 +127,8 @@ def _shorten_trace(
 
 
 def _weights(response: _Tokens, extra_weight: dict[str, float]) -> list[float]:
-    """Loss weight of every response token; where two texts overlap, the later one in the dict counts."""
     weight = [1.0] * len(response.ids)
-    for part, value in extra_weight.items():
+    for part, value in extra_weight.items():  # where two texts overlap, the later one counts
         for found in re.finditer(re.escape(part), response.text):
             for i, (first, last) in enumerate(response.spans):
                 if first < found.end() and last > found.start():

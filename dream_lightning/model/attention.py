@@ -25,7 +25,6 @@ class Attention(Protocol):
 
 
 def within(span: Span | None) -> slice:
-    """The columns of the span; all without one."""
     return slice(None) if span is None else slice(*span)
 
 
@@ -46,19 +45,14 @@ def in_half_precision(x: Tensor) -> bool:
 class MaskedAttention:
     """Attention under a boolean mask.
 
-    A position that may attend to nothing (left padding) gets zeros, as in the authors' code. SDPA alone would return
-    NaN, so such a position attends to everything and its output is then multiplied by `has_visible_key`.
-
-    `repeat_kv`: with a mask only cuDNN's kernel takes fewer key/value heads than heads, and only in half precision.
-    Elsewhere torch would materialize all L² weights, so keys and values are repeated for every head.
+    A position that may attend to nothing (left padding) gets zeros, as in the authors' code; SDPA alone returns NaN.
+    With a mask only cuDNN's kernel takes fewer key/value heads than heads, and only in half precision; elsewhere torch
+    would materialize all L² weights, so `repeat_kv` repeats keys and values for every head.
 
     Args:
         attention_mask: bool or int [B, L], nonzero = a real token; or bool [B, 1, L, L], True = may attend.
         x: [B, W, D], the embedded tokens.
         columns: [W] int64, the mask's columns that x holds; None = all L.
-
-    Raises:
-        UserError: a mask of another shape or type.
     """
 
     def __init__(self, attention_mask: Tensor, x: Tensor, columns: Tensor | None = None) -> None:
@@ -75,7 +69,7 @@ class MaskedAttention:
         else:
             raise UserError(
                 f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)} for input_ids "
-                f"{[rows, length]}: wanted None, bool or int [B, L], or bool [B, 1, L, L] with True = may attend"
+                f"{[rows, length]}, wanted None, bool or int [B, L], or bool [B, 1, L, L]"
             )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span | None = None) -> Tensor:
@@ -90,8 +84,7 @@ def make_attention(
 ) -> Attention | None:
     """The attention of one forward in torch's own operations; packed documents by a dense block-diagonal mask.
 
-    Arguments and errors as of `MaskedAttention`. `DreamBaseModel.make_attention` can be replaced by another function
-    with these arguments, as `kernels.packed_attention` does; `training` is for such functions.
+    `kernels.packed_attention` replaces `DreamBaseModel.make_attention` with such a function, which uses `training`.
     """
     if isinstance(attention_mask, DocumentBounds):
         attention_mask = attention_mask.to_mask(*x.shape[:2], x.device)

@@ -11,9 +11,7 @@ from dream_lightning.errors import UserError
 class DreamConfig(PreTrainedConfig):
     """Sizes and constants of a Dream; the defaults are Dream-v0 7B.
 
-    Raises:
-        UserError: the sizes do not fit each other, or are not Dream's (RoPE scaling, a sliding window, tied embeddings,
-            attention dropout).
+    Raises UserError if they do not fit each other, or for RoPE scaling, a sliding window, tied embeddings or dropout.
     """
 
     model_type = "Dream"
@@ -72,34 +70,31 @@ class DreamConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "DreamConfig":
-        """As in transformers; UserError: no config.json, not JSON, or not a Dream's."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
+            where = str(pretrained_model_name_or_path)
             raise UserError(
-                f"no config.json can be read at {str(pretrained_model_name_or_path)!r} ({str(error)[:300]}): copy or "
-                "download it again"
+                f"no config.json can be read at {where!r} ({str(error)[:300]}): download it again"
             ) from error
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DreamConfig":
         if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise UserError(
-                f"config.json says model_type {model_type!r}, wanted {cls.model_type!r}: another kind of model; "
-                "name a Dream, such as Dream-org/Dream-v0-Instruct-7B"
+                f"model_type is {model_type!r}, wanted {cls.model_type!r}: name a Dream, such as "
+                "Dream-org/Dream-v0-Instruct-7B"
             )
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, `default_top_k` under its name in config.json."""
         official = super().to_dict()
         if (top_k := official.pop("default_top_k")) is not None:
             official["top_k"] = top_k
         return official
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json says. The authors' transformers 4.46 calls the element type `torch_dtype`."""
         official = super().to_diff_dict()
-        if official.get("dtype") is not None:
+        if official.get("dtype") is not None:  # the authors' transformers 4.46 calls it `torch_dtype`
             official["torch_dtype"] = official["dtype"]
         return official

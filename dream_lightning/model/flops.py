@@ -22,16 +22,13 @@ class TrainingCost:
 
 
 def training_cost(model: DreamModel) -> TrainingCost:
-    """The useful work of training this model.
+    """The useful work of training this model, however its weights are stored.
 
     - A weight of a linear map costs 2 FLOPs a token forward, 2 backward for the gradient of its input, and 2 more for
-      its own gradient if it trains: 6 in full fine-tuning, 4 for a frozen weight, however it is stored.
+      its own gradient if it trains.
     - Attention multiplies queries with keys and probabilities with values, 2 · D FLOPs a pair each, and twice that
       backward: 12 · D per pair and layer. Pairs are those within a document: Σ length².
     - Not counted: recomputation (so checkpointing lowers MFU), padding, dequantization, norms, softmax, lookups.
-
-    With frozen embeddings the first layer's q, k and v need no gradient of their input; they are counted all the same,
-    0.4 % too much at 7B.
     """
 
     def linear(module: nn.Module) -> int:
@@ -41,19 +38,14 @@ def training_cost(model: DreamModel) -> TrainingCost:
             if isinstance(m, nn.Linear)
         )
 
-    layers = model.config.num_hidden_layers
-    return TrainingCost(
-        per_token=linear(model.model.layers),
-        per_pair=12 * model.config.hidden_size * layers,
-        per_prediction=linear(model.lm_head),
-    )
+    per_pair = 12 * model.config.hidden_size * model.config.num_hidden_layers
+    return TrainingCost(linear(model.model.layers), per_pair, linear(model.lm_head))
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """The highest measured FLOP/s of a large matrix product; takes about a tenth of a second.
+    """The highest FLOP/s of a large matrix product, measured in about a tenth of a second.
 
-    Measured, not looked up, so that it holds on every device at its present clock and number of threads. Ten products
-    of 8,192³ on a GPU (0.4 GB in bfloat16, freed afterwards), one of 512³ on a CPU.
+    Ten products of 8,192³ on a GPU (0.4 GB in bfloat16, freed afterwards), one of 512³ on a CPU.
     """
     n, products = (8192, 10) if device.type == "cuda" else (512, 1)
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's random numbers unchanged

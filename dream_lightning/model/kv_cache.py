@@ -10,11 +10,7 @@ class KeyValueCache:
     """Keys and values of every layer at every column of a batch, each from the last forward that computed its column.
 
     Attention is bidirectional, so a cached key is exact only until any token of its row changes. Shapes and addresses
-    never change, as CUDA graphs need.
-
-    Args:
-        layers: number of decoder layers.
-        shape: [B, K, L, E].
+    never change, as CUDA graphs need. `shape` is [B, K, L, E].
     """
 
     def __init__(self, layers: int, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device):
@@ -28,11 +24,8 @@ class KeyValueCache:
 
 
 def store(cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Write keys and values [B, K, W, E] to their columns in-place; returns those of all columns, [B, K, L, E] each.
-
-    In the dtypes of k and v: sharded float32 weights may compute in bfloat16.
-    """
-    keys, values, columns = cache
+    """Write keys and values [B, K, W, E] to their columns in-place; returns those of all columns, [B, K, L, E] each."""
+    keys, values, columns = cache  # of another dtype than k and v if sharded float32 weights compute in bfloat16
     keys.index_copy_(2, columns, k.to(keys.dtype))
     values.index_copy_(2, columns, v.to(values.dtype))
     return keys.to(k.dtype), values.to(v.dtype)

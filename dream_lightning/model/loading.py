@@ -18,13 +18,8 @@ CHECKPOINT = ("*.json", "*.safetensors", "merges.txt")  # configuration, tokeniz
 def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOINT, revision: str | None = None) -> Path:
     """The folder of a local checkpoint, or of a downloaded hub checkpoint.
 
-    `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's cache work as in huggingface_hub.
-
-    Args:
-        files: names and patterns of the files to download.
-
-    Raises:
-        UserError: neither a folder nor a reachable hub id; no config.json, if `files` includes it.
+    `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's cache work as in huggingface_hub; `files` are patterns to download.
+    Raises UserError if it is neither a folder nor a reachable hub id, or has no config.json and `files` includes it.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_file():
@@ -41,18 +36,14 @@ def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOIN
             ) from error
     if any(fnmatch("config.json", pattern) for pattern in files) and not (path / "config.json").is_file():
         raise UserError(
-            f"{path} has no config.json: wanted a folder in the official Dream format (config.json, {SINGLE} or "
-            f"{INDEX} with its shards)"
+            f"{path} has no config.json, wanted the official Dream format: config.json and {SINGLE}, or {INDEX} with "
+            "its shards"
         )
     return path
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name → its file, from the index or the single file.
-
-    Raises:
-        UserError: no weights, or a shard that the index names is missing.
-    """
+    """Tensor name → its file, from the index or the single file; UserError if a file is missing."""
     if (folder / INDEX).is_file():
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
@@ -69,11 +60,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def check_weights(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes in the files' headers with the model's; reads no tensor.
-
-    Raises:
-        UserError: tensors are missing, unexpected or of another shape; a truncated file.
-    """
+    """Compare names and shapes in the files' headers with the model's; UserError if they differ."""
     files = weight_files(folder)
     found: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(files.values())):

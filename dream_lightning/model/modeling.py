@@ -1,7 +1,6 @@
 """The native Dream: a bidirectional transformer with the official parameter names.
 
-Axis letters as in `dream_lightning/batch.py`; K = key/value heads, E = size of a head, W = the positions whose output
-is computed (all L by default).
+Axis letters as in `dream_lightning/batch.py` and `attention.py`.
 """
 
 import json
@@ -235,13 +234,12 @@ class DreamModel(DreamPreTrainedModel):
             position_ids: [B, L] or [1, L] int64; 0 … L − 1 by default.
             labels: refused.
 
-        Raises:
-            UserError: `labels` are given, or a mask has another shape or type.
+        Raises UserError if `labels` are given, or a mask has another shape or type.
         """
         if labels is not None:
             raise UserError(
-                "DreamModel computes no loss from labels, as on clean input a bidirectional model reads the answer: "
-                "use dream_lightning.DreamModule, or masked_nll_loss of dream_lightning.diffusion"
+                "DreamModel computes no loss from labels: use dream_lightning.DreamModule, or masked_nll_loss of "
+                "dream_lightning.diffusion"
             )
         logits = self.lm_head(self.model(input_ids, attention_mask, position_ids))
         return MaskedLMOutput(logits=logits) if return_dict else (logits,)
@@ -251,10 +249,7 @@ class DreamModel(DreamPreTrainedModel):
         """Load an official folder (single or sharded safetensors) or hub id; no remote code, no pickle.
 
         Keyword arguments as in transformers (`dtype`, `device_map`, `revision`, …); `dtype` defaults to the
-        checkpoint's.
-
-        Raises:
-            UserError: no such folder or hub id; a missing shard; missing, unexpected or wrongly sized tensors.
+        checkpoint's. Raises UserError if the folder or hub id does not exist or is not complete.
         """
         folder = local_folder(path_or_hub_id, revision=kwargs.pop("revision", None))
         config = kwargs.pop("config", None) or DreamConfig.from_pretrained(folder)

@@ -33,10 +33,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder or hub id; `"bytes"` is `bytes_tokenizer`.
 
     A folder with `tokenizer.json` (which `save_pretrained` writes) is loaded unmodified; the official folder has none
-    and is converted from `vocab.json`, `merges.txt` and `tokenizer_config.json`. Only these files are downloaded.
-
-    Raises:
-        UserError: no such folder or reachable hub id, or a file is missing or broken.
+    and is converted. Raises UserError if the folder or hub id does not exist, or a file is missing or broken.
     """
     if str(path_or_hub_id) == "bytes":
         return bytes_tokenizer()
@@ -48,17 +45,14 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     if missing := [name for name in _OFFICIAL if not (folder / name).exists()]:
         raise UserError(
-            f"no tokenizer in {folder}: it has neither tokenizer.json nor {', '.join(missing)}; copy "
-            f"{', '.join(_OFFICIAL)} there from the official model folder, or name another folder"
+            f"no tokenizer in {folder}: it has neither tokenizer.json nor {', '.join(missing)}; copy the official files"
+            " there, or name another folder"
         )
     return _dream_tokenizer(folder)
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """263 tokens: one for each byte (ids 0-255, no merges), Dream's special tokens, and `<think>` and `</think>`.
-
-    With it a model of a few thousand parameters can be trained, sampled and scored on real text.
-    """
+    """263 tokens: one for each byte (ids 0-255, no merges), Dream's special tokens, and `<think>` and `</think>`."""
     vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -115,7 +115,7 @@ def test_what_cannot_be_tokenized_is_named(num_proc):
     bad = [*examples(5), replace(examples()[0], answer="", origin="train.jsonl, row 17")]
     with pytest.raises(UserError, match=r"train.jsonl, row 17 has no response"):
         tokenize(bad, BYTES, num_proc=num_proc)
-    with pytest.raises(UserError, match=r"all 12 documents are longer than max_length 10 .* raise max_length"):
+    with pytest.raises(UserError, match=r"overflow drops all 12 documents: .* max_length is 10; raise it"):
         tokenize(examples(), BYTES, max_length=10, overflow="drop", num_proc=num_proc)
     with pytest.raises(UserError, match="no examples"):
         tokenize([], BYTES, num_proc=num_proc)

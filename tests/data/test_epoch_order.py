@@ -114,7 +114,7 @@ def test_resuming_in_another_order_warns():
         for options in ({}, {"batch_size": 2}, {"world_size": 2}):
             loader(0, **options).load_state_dict(stopped.state_dict())
         loader(0, seed=5).load_state_dict({"epoch": 1, "rows": 0, "rows_per_epoch": 23, "seed": 0})
-    with pytest.warns(UserWarning, match=r"of 23 \(data.seed 0\), and an epoch now has 23 \(data.seed 5\)"):
+    with pytest.warns(UserWarning, match=r"has 23 rows \(data.seed 0\), this run.s 23 \(data.seed 5\)"):
         loader(0, seed=5).load_state_dict(stopped.state_dict())
 
 

@@ -161,7 +161,7 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ([{**QA[0], "id": 1}, {**QA[1], "id": 1}], {}, "row 2 has the id '1', and so has train.jsonl, row 1"),
         ([chat(("assistant", "a"))], {}, "row 1: no user message"),
         ([chat(("user", "q"), ("system", "s"))], {}, "no user message before .* the roles are user, system"),
-        ([chat(("user", "q"), ("tool", "a"))], {}, "message 2 has the role 'tool' and a str, wanted system"),
+        ([chat(("user", "q"), ("tool", "a"))], {}, "message 2 has the role 'tool' and a str, wanted one of system"),
         ([chat(("user", None), ("assistant", "a"))], {}, "message 1 has the role 'user' and a NoneType"),
         ([chat(("user", ""), ("assistant", "a"))], {}, "empty prompt"),
         ([{"messages": "hello"}], {}, "not a list of messages"),
@@ -184,7 +184,7 @@ def test_a_subset_of_a_hub_data_set(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load)
     assert read_examples("openai/gsm8k", subset="main")[0].reference == "2 of main"
-    with pytest.raises(UserError, match=r"among the available configs.*Check the name, the subset \(None\)"):
+    with pytest.raises(UserError, match=r"among the available configs.*check the name, the subset \(None\)"):
         read_examples("openai/gsm8k")
 
 
@@ -194,7 +194,7 @@ def test_errors_about_sources(tmp_path, monkeypatch):
     for name in ("nowhere.jsonl", "data/nowhere.jsonl", "nowhere"):
         with pytest.raises(UserError, match="does not exist: name a file, a folder, or a hub data set"):
             read_examples(name)
-    with pytest.raises(UserError, match=r"no data from 'no-such/data-set'.*HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match=r"no file, folder or hub data set 'no-such/data-set'.*HF_HUB_OFFLINE"):
         read_examples("no-such/data-set")
     with pytest.raises(UserError, match=r"train.txt is a .txt file, wanted .jsonl"):
         read_examples(write(tmp_path, QA, "train.txt"))

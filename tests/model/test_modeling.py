@@ -95,7 +95,7 @@ def test_saved_config_is_what_the_authors_read(model, tmp_path):
 
 def test_labels_are_refused(model):
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="reads the answer"):
+    with pytest.raises(ValueError, match="computes no loss from labels"):
         model(ids, labels=ids)
 
 
@@ -188,7 +188,7 @@ def write_config(text):
         (rename_a_tensor, r"missing: model.norm.weight; 1 tensors are unexpected: model.last_norm"),
         (lose_the_weights, "holds no weights"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
-        (write_config('{"model_type": "llama", "hidden_size": 64}'), "says model_type 'llama', wanted 'Dream'"),
+        (write_config('{"model_type": "llama", "hidden_size": 64}'), "model_type is 'llama', wanted 'Dream'"),
         (write_config('{"model_type": "Dr'), r"no config\.json can be read"),
     ],
 )

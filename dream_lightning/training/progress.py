@@ -37,9 +37,8 @@ class ProgressBar(TQDMProgressBar):
         """Show the last loss that has arrived; start copying that of a new step."""
         if self._copy is not None and self._copy.done():
             self._loss, self._copy = float(self._copy.value), None
-        loss = trainer.callback_metrics.get("train/loss")
-        if self._copy is None and self._step != trainer.global_step and loss is not None:
-            self._copy, self._step = _AsyncCopy(loss), trainer.global_step
+        if self._copy is None and self._step != trainer.global_step and "train/loss" in trainer.callback_metrics:
+            self._copy, self._step = _AsyncCopy(trainer.callback_metrics["train/loss"]), trainer.global_step
         super().on_train_batch_end(trainer, *arguments)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,7 +1,7 @@
 """The commands of `dream-lightning` that load a model or data to look at them, or to export it."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,16 +41,13 @@ def open_model(
         UserError: the file does not exist or is no checkpoint; no tokenizer; the tokenizer does not fit the model.
     """
     path = Path(model).expanduser()
-    if path.is_file() or path.suffix == ".ckpt":
-        if not path.exists():
-            raise UserError(f"{path} does not exist: name a checkpoint, a folder in the official format or a hub id")
+    if path.suffix == ".ckpt" and not path.exists():
+        raise UserError(f"{path} does not exist: name a checkpoint, a folder in the official format or a hub id")
+    if path.is_file():
         network = model_from_checkpoint(path, pretrained=pretrained)
         pretrained = pretrained or base_of(path)
         if (tokenizer or pretrained) is None:
-            raise UserError(
-                f"{path} holds no tokenizer: set tokenizer to the one of its training, such as bytes for the config "
-                "tiny, or pretrained to the folder or hub id that training started from"
-            )
+            raise UserError(f"{path} holds no tokenizer: set tokenizer, or pretrained to what training started from")
     else:
         network = DreamModel.from_pretrained(model)
     tokenizer = load_tokenizer(tokenizer or pretrained or model)
@@ -70,35 +67,33 @@ def _parse(parser: ArgumentParser, arguments: list[str], *functions: Callable[..
     return [options, *({name: options[name] for name in group} for group in names)]
 
 
-def _add_sampling(parser: ArgumentParser) -> None:
+def _parse_sampling(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, DreamModel, PreTrainedTokenizerBase]:
+    """The parsed options, and the model and the tokenizer that they name."""
     parser.add_argument("--system_prompt", type=str | None, default=None, help="replaces the one of the chat template")
     parser.add_argument("--params", type=SamplingParams, default=SamplingParams(forbid_mask=True), help="sampling")
+    options, opened = _parse(parser, arguments, open_model)
+    return options, *open_model(**opened)
 
 
 def chat(parser: ArgumentParser, arguments: list[str]) -> None:
     """Talk to a model in the terminal."""
-    _add_sampling(parser)
-    options, opened = _parse(parser, arguments, open_model)
-    model, tokenizer = open_model(**opened)
-    Chat(Conversation(model, tokenizer, options.params, system_prompt=options.system_prompt)).run()
+    options, model, tokenizer = _parse_sampling(parser, arguments)
+    Chat(Conversation(model, tokenizer, options.params, options.system_prompt)).run()
 
 
 def show_denoising(parser: ArgumentParser, arguments: list[str]) -> None:
     """Answer a question and write one HTML page that steps through the denoising."""
-    _add_sampling(parser)
     parser.add_argument("--question", type=str, required=True, help="to answer")
     parser.add_argument("--out", type=str, default="denoising.html", help="the page")
     parser.add_argument("--style", type=Literal["chat", "plain"], default="chat", help="of the prompt")
-    options, opened = _parse(parser, arguments, open_model)
-    model, tokenizer = open_model(**opened)
+    options, model, tokenizer = _parse_sampling(parser, arguments)
     params, question, out = options.params, options.question, Path(options.out)
     example = Example("shown", (Message(role="user", content=question),), None, "", None, "the question")
-    ids = encode_prompt(example, tokenizer, style=options.style, system_prompt=options.system_prompt)
-    prompt = torch.tensor(ids)
+    prompt = torch.tensor(encode_prompt(example, tokenizer, style=options.style, system_prompt=options.system_prompt))
     output = diffusion_generate(model, prompt[None].to(model.device), params=params, return_history=True)
-    default, names = SamplingParams(), [field.name for field in fields(params)]
-    changed = {n: getattr(params, n) for n in names if getattr(params, n) != getattr(default, n)}
-    notes = {"model": Path(opened["model"]).name, "alg": params.alg, "steps": params.steps, **changed}
+    default = asdict(SamplingParams())
+    changed = {name: value for name, value in asdict(params).items() if value != default[name]}
+    notes = {"model": Path(options.model).name, "alg": params.alg, "steps": params.steps, **changed}
     out.write_text(denoising_page(output, prompt, tokenizer, title=question, notes=notes), encoding="utf-8")
     print(f"{out.resolve()}: {params.steps} steps, {output.sequences.shape[1] - len(prompt)} new tokens")
 

@@ -40,18 +40,12 @@ class Conversation:
     """Messages of user and model. Earlier answers are given to the model without their thinking."""
 
     def __init__(
-        self,
-        model: DreamModel,
-        tokenizer: PreTrainedTokenizerBase,
-        params: SamplingParams,
-        *,
-        system_prompt: str | None = None,
+        self, model: DreamModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams, system_prompt: str | None
     ) -> None:
         self.model, self.tokenizer, self.params, self.system_prompt = model, tokenizer, params, system_prompt
         self.reset()
 
     def reset(self) -> None:
-        """Start a new conversation."""
         self.messages: list[Message] = []
         self.last: Reply | None = None
 
@@ -67,16 +61,7 @@ class Conversation:
             raise UserError("nothing was asked: type a question, or /help")
         messages = [*self.messages, Message(role="user", content=question)]
         example = Example("chat", tuple(messages), None, "", None, "the conversation")
-        ids = encode_prompt(example, self.tokenizer, system_prompt=self.system_prompt)
-        limit = self.model.config.max_position_embeddings
-        if len(ids) + self.params.max_new_tokens > limit:
-            raise UserError(
-                f"the conversation has {len(ids):,} tokens, an answer {self.params.max_new_tokens:,}, and the context "
-                f"of the model {limit:,}: /reset starts a new one, /params max_new_tokens=… makes answers shorter"
-            )
-        return self._answer(ids, messages)
-
-    def _answer(self, prompt: list[int], messages: list[Message]) -> Iterator[Frame]:
+        prompt = encode_prompt(example, self.tokenizer, system_prompt=self.system_prompt)
         start, eos = time.perf_counter(), self.tokenizer.eos_token_id
         ids = [self.tokenizer.mask_token_id] * self.params.max_new_tokens
         input_ids = torch.tensor([prompt], device=self.model.device)

@@ -6,6 +6,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,49 +26,33 @@ def denoising_page(
     title: str = "Denoising",
     notes: dict[str, Any] | None = None,
 ) -> str:
-    """The page of one row: a slider over the steps, tokens colored by step or by confidence.
+    """The page of one row: a slider over the steps, tokens coloured by step or by confidence.
 
     Args:
         output: of one prompt without padding, [1, L], with its history.
-        prompt: [P] int64, unmodified; masks in it are positions to fill.
-        tokenizer: decodes the tokens.
-        title: of the page.
+        prompt: [P] int64; masks in it are positions to fill.
         notes: names and values shown below the title.
 
     Raises:
-        UserError: no history, several rows, or a prompt longer than the rows.
+        UserError: no history, or several rows.
     """
-    if output.history is None:
-        raise UserError("the output has no history: call diffusion_generate with return_history=True")
-    steps, rows, length = output.history.shape
-    if rows != 1 or len(prompt) > length:
-        raise UserError(f"the history has {rows} rows of {length} and the prompt {len(prompt)} tokens: pass one answer")
-    states = output.history[:, 0].tolist()  # [S][L]
-    start = prompt.tolist() + [tokenizer.mask_token_id] * (length - len(prompt))
-    eos = tokenizer.eos_token_id
+    if output.history is None or output.history.shape[1] != 1:
+        raise UserError("the output is not one row with a history: call diffusion_generate with return_history=True")
+    mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+    start = F.pad(prompt.cpu(), (0, output.history.shape[2] - len(prompt)), value=mask)  # [L]
+    states = torch.cat([start[None], output.history[:, 0].cpu()])  # [S + 1, L]
     tokens = []
-    for position, first in enumerate(start):
-        changes, before = [], first
-        for step, state in enumerate(states, start=1):
-            if state[position] != before:
-                before = state[position]
-                changes.append([step, before])
-        tokens.append(
-            {
-                "prompt": position < len(prompt),
-                "start": first,
-                "changes": changes,
-                "confidence": round(float(output.confidence[0, position]), 4),
-            }
-        )
-    texts = {i: _text(i, tokenizer) for token in tokens for i in (token["start"], *(c[1] for c in token["changes"]))}
-    data = {"steps": steps, "mask": tokenizer.mask_token_id, "eos": eos, "texts": texts, "tokens": tokens}
+    for position, ids in enumerate(states.T.tolist()):
+        changes = [[step, ids[step]] for step in range(1, len(ids)) if ids[step] != ids[step - 1]]
+        confidence = round(float(output.confidence[0, position]), 4)
+        is_prompt = position < len(prompt)
+        tokens.append({"prompt": is_prompt, "start": ids[0], "changes": changes, "confidence": confidence})
+    texts = {i: _text(i, tokenizer) for i in states.unique().tolist()}
+    data = {"steps": len(states) - 1, "mask": mask, "eos": eos, "texts": texts, "tokens": tokens}
     # "<" is the only character that could end the script element.
     encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    listed = "".join(
-        f"<div><dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd></div>"
-        for name, value in (notes or {}).items()
-    )
+    pairs = [(html.escape(str(name)), html.escape(str(value))) for name, value in (notes or {}).items()]
+    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in pairs)
     return Template(_PAGE.read_text(encoding="utf-8")).substitute(title=html.escape(title), notes=listed, data=encoded)
 
 

@@ -1,8 +1,8 @@
 """Chat and row preview in a terminal."""
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from ast import literal_eval
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from itertools import groupby
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.errors import UserError
-from dream_lightning.viewer.conversation import Conversation, Frame, Reply
+from dream_lightning.viewer.conversation import Conversation, Frame
 
 _FRESH = "bold not dim not italic #10291a on #8ee0b0"
 _TRAINED_LENGTH = 2_048  # of Dream; it accepts longer contexts and answers worse
@@ -35,125 +35,99 @@ class Chat:
 
     Args:
         conversation: answers the questions.
-        console: where to print.
-        read: returns the next line and raises EOFError after the last; None reads standard input.
+        console: where to read and print.
     """
 
-    def __init__(
-        self, conversation: Conversation, console: Console | None = None, read: Callable[[], str] | None = None
-    ) -> None:
+    def __init__(self, conversation: Conversation, console: Console | None = None) -> None:
         self.conversation, self.console = conversation, console or Console(highlight=False)
-        prompt = Text("\n❯ ", "bold cyan") if self.console.is_terminal else ""
-        self._read = read or (lambda: self.console.input(prompt))
 
     def run(self) -> None:
         """Until /quit or the end of the input."""
+        prompt = Text("\n❯ ", "bold cyan") if self.console.is_terminal else ""
         if self.console.is_terminal:
-            self._say("Ask something. /help lists the commands.", "dim")
+            self._print("Ask something. /help lists the commands.", "dim")
         while True:
             try:
-                line = self._read().strip()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                self._say("\n/quit or Ctrl-D leaves", "dim")
-                continue
-            if line == "/quit":
-                return
-            try:
+                line = self.console.input(prompt).strip()
+                if line == "/quit":
+                    return
                 if line.startswith("/"):
                     self._command(*line.split())
                 else:
                     self._answer(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self._print("interrupted; /quit or Ctrl-D leaves", "yellow")
             except ValueError as error:
-                self._say(str(error), "yellow")
+                self._print(str(error), "yellow")
 
-    def _say(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style), soft_wrap=not self.console.is_terminal)
-
-    def _show(self, text: str, style: str = "") -> None:
-        """As `_say`, with a margin in a terminal."""
+    def _print(self, text: str, style: str = "", margin: bool = False) -> None:
+        """The text; only in a terminal wrapped and with a margin."""
+        shown = Text(text, style)
         if self.console.is_terminal:
-            self.console.print(Padding(Text(text, style), (1, 2, 0, 2)))
+            self.console.print(Padding(shown, (1, 2, 0, 2)) if margin else shown)
         else:
-            self._say(text)
+            self.console.print(shown, soft_wrap=True)
 
     def _answer(self, question: str) -> None:
         frames = self.conversation.ask(question)
-        try:
-            if self.console.is_terminal:
-                with Live(console=self.console, refresh_per_second=12, transient=True) as live:
-                    for step, frame in enumerate(frames, start=1):
-                        text = render(frame, self.conversation.tokenizer, step)
-                        live.update(Padding(text, (1, 0, 0, 2)), refresh=step == 1)
-            else:
-                list(frames)
-        except KeyboardInterrupt:
-            self._say("interrupted; the question is not part of the conversation", "yellow")
-            return
-        self._show_reply(self.conversation.last)
-
-    def _show_reply(self, reply: Reply) -> None:
-        if reply.thinking is not None:
-            self._show(f"▸ thought for {reply.thinking_tokens:,} tokens · /think shows them", "dim italic")
-        if reply.answer:
-            self._show(reply.answer)
+        if self.console.is_terminal:
+            with Live(console=self.console, refresh_per_second=12, transient=True) as live:
+                for step, frame in enumerate(frames, start=1):
+                    text = render(frame, self.conversation.tokenizer, step)
+                    live.update(Padding(text, (1, 0, 0, 2)), refresh=step == 1)
         else:
-            self._say("the model gave no answer" + (" after its thinking" if reply.thinking else ""), "yellow")
+            list(frames)
+        reply, new = self.conversation.last, self.conversation.params.max_new_tokens
+        if reply.thinking is not None:
+            self._print(f"▸ thought for {reply.thinking_tokens:,} tokens · /think shows it", "dim italic", margin=True)
+        self._print(reply.answer or "the model gave no answer", "" if reply.answer else "yellow", margin=True)
         limit, length = self.conversation.model.config.max_position_embeddings, reply.context + reply.tokens
-        notes = [
-            f"{reply.tokens:,} tokens in {reply.seconds:.1f} s, {reply.tokens / reply.seconds:,.0f} tok/s",
-            f"conversation {length:,} of {limit:,} tokens",
-        ]
+        notes = [f"{reply.tokens:,} tokens in {reply.seconds:.1f} s, {reply.tokens / reply.seconds:,.0f} tok/s"]
         if not reply.finished:
-            notes.insert(1, f"cut off at max_new_tokens={self.conversation.params.max_new_tokens:,}")
+            notes.append(f"cut off at max_new_tokens={new:,}")
+        notes.append(f"conversation {length:,} of {limit:,} tokens")
         if length > _TRAINED_LENGTH:
             notes.append(f"longer than the {_TRAINED_LENGTH:,} that Dream was trained at: /reset")
-        self._show(" · ".join(notes), "dim")
+        self._print(" · ".join(notes), "dim", margin=True)
 
     def _command(self, name: str, *words: str) -> None:
         if name == "/think":
             if self.conversation.last is None or self.conversation.last.thinking is None:
                 raise UserError("there is no thinking to show: the last answer has none")
-            self._show(self.conversation.last.thinking, "dim")
+            self._print(self.conversation.last.thinking, "dim", margin=True)
         elif name == "/reset":
             self.conversation.reset()
-            self._say("a new conversation", "dim")
+            self._print("a new conversation", "dim")
         elif name == "/params":
             self._change_params(words)
-            params = self.conversation.params
-            self._print_table((field.name, repr(getattr(params, field.name))) for field in fields(params))
+            self._print_table({name: repr(value) for name, value in asdict(self.conversation.params).items()})
         elif name == "/help":
-            self._print_table(_HELP.items())
+            self._print_table(_HELP)
         else:
             raise UserError(f"there is no {name}: {', '.join(_HELP)}")
 
     def _change_params(self, words: Iterable[str]) -> None:
-        known = sorted(field.name for field in fields(self.conversation.params))
-        changes = {}
+        known, changes = sorted(asdict(self.conversation.params)), {}
         for word in words:
             name, equals, value = word.partition("=")
             if not equals or name not in known:
                 raise UserError(f"{word} is not name=value with a name of {', '.join(known)}")
-            changes[name] = _value(value)
+            try:
+                changes[name] = literal_eval(value)
+            except (ValueError, SyntaxError):  # a text, such as entropy
+                changes[name] = value
         try:
             self.conversation.params = replace(self.conversation.params, **changes)
         except TypeError as error:  # a text where a number belongs
             raise UserError(f"{' '.join(words)}: {error}") from error
 
-    def _print_table(self, rows: Iterable[tuple[str, str]]) -> None:
+    def _print_table(self, rows: dict[str, str]) -> None:
         table = Table.grid(padding=(0, 3))
-        for name, value in rows:
+        for name, value in rows.items():
             table.add_row(Text(name, "cyan"), Text(value))
         self.console.print(table)
-
-
-def _value(text: str) -> object:
-    """JSON, Python's None, True and False, or the text itself: 0.2, true, null, entropy."""
-    try:
-        return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
-    except json.JSONDecodeError:
-        return text
 
 
 def render(frame: Frame, tokenizer: PreTrainedTokenizerBase, step: int) -> Text:
@@ -161,7 +135,7 @@ def render(frame: Frame, tokenizer: PreTrainedTokenizerBase, step: int) -> Text:
     mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
     text, new, ended = Text(), [], False
     pairs = zip(frame.ids, frame.fresh, strict=True)
-    # Runs of one kind are decoded together: a character can consist of several tokens.
+    # Runs are decoded together: a character can consist of several tokens.
     for (kind, fresh), run in groupby(pairs, key=lambda pair: ({mask: "░", eos: "·"}.get(pair[0], ""), pair[1])):
         ids = [token for token, _ in run]
         ended = ended or kind == "·"

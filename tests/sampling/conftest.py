@@ -5,9 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def chi_square():
-    """`chi_square(counts, probs)` → the statistic, and the value that a correct sampler exceeds once in about 30,000
-    runs (normal approximation).
-    """
+    """`chi_square(counts, probs)` → the statistic, and a value that correct samplers exceed once in 30,000 runs."""
 
     def compare(counts, probs):
         expected = probs * counts.sum()

@@ -49,7 +49,6 @@ BLOCKS = {"max_new_tokens": 32, "steps": 32, "block_length": 8, "forbid_mask": T
     ("options", "message"),
     [
         ({"block_length": 7}, "block_length is 7 and max_new_tokens 32: set a multiple"),
-        ({"block_length": 64}, "block_length is 64 and max_new_tokens 32"),
         ({"max_new_tokens": 0}, "block_length is 8 and max_new_tokens 0"),
         ({"steps": 30}, "steps is 30 for 4 blocks: set a multiple of 4"),
         ({"forbid_mask": False}, "block_length is set and forbid_mask is False"),
@@ -61,7 +60,6 @@ BLOCKS = {"max_new_tokens": 32, "steps": 32, "block_length": 8, "forbid_mask": T
         ({"threshold": 0.9, "alg_temp": 0.5}, "alg_temp is 0.5, but threshold draws no positions"),
         ({"tokens_per_step": 3, "steps": 8}, "tokens_per_step is 3 and steps 8: set at least 12"),
         ({"stop_at_eos": True, "forbid_mask": False, "block_length": None}, "stop_at_eos is set and forbid_mask"),
-        ({"threshold": 0.9, "forbid_mask": False, "block_length": None}, "threshold is set and forbid_mask"),
         ({"compile": True, "forbid_mask": False, "block_length": None}, "compile is set and forbid_mask"),
         ({"min_new_tokens": 33}, "min_new_tokens is 33, max_new_tokens only 32"),
     ],

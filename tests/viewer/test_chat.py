@@ -18,11 +18,11 @@ MASK, EOS = TOKENIZER.mask_token_id, TOKENIZER.eos_token_id
 NEW = 40
 
 
-def make_conversation(**options):
+def make_conversation(system_prompt=None):
     torch.manual_seed(0)
     model = random_model(SIZES | {"max_position_embeddings": 300}, TOKENIZER).eval()
     params = SamplingParams(max_new_tokens=NEW, steps=4, forbid_mask=True)
-    return Conversation(model, TOKENIZER, params, **options)
+    return Conversation(model, TOKENIZER, params, system_prompt)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def says(monkeypatch):
 
 
 def test_the_next_prompt_has_earlier_answers_without_their_thinking(says):
-    prompts, talk = says("<think>\nhm\n</think>\nfour", "", "five"), make_conversation(system_prompt="Be brief.")
+    prompts, talk = says("<think>\nhm\n</think>\nfour", "", "five"), make_conversation("Be brief.")
     frames = list(talk.ask("2+2?"))
     assert [frame.ids.count(MASK) for frame in frames] == [30, 20, 10, 0]
     assert [sum(frame.fresh) for frame in frames] == [10, 10, 10, 10]
@@ -71,9 +71,7 @@ def test_an_interrupted_answer_leaves_the_conversation_unchanged(says):
     talk = make_conversation()
     list(talk.ask("first"))
     before = list(talk.messages), talk.last
-    frames = talk.ask("second")
-    next(frames)
-    frames.close()
+    next(talk.ask("second"))
     assert (talk.messages, talk.last) == before
 
 
@@ -85,15 +83,15 @@ def test_thinking_without_an_end_is_kept_as_the_message(says):
     assert talk.messages[-1]["content"].startswith("<think>\nxxx")
 
 
-def test_too_long_and_empty_questions_are_refused_before_anything_runs(says):
-    prompts, talk = says("long " * 8, "never"), make_conversation()
-    for empty in ("", "  \n"):
-        with pytest.raises(ValueError, match="nothing was asked"):
-            talk.ask(empty)
-    list(talk.ask("y" * 150))
-    with pytest.raises(ValueError, match=r"an answer 40, and the context of the model 300: /reset"):
-        talk.ask("z" * 50)
-    assert len(prompts) == 1 and len(talk.messages) == 2
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [("  \n", "nothing was asked"), ("y" * 300, "40 new ones exceed")],
+)
+def test_empty_and_too_long_questions_are_refused(question, message):
+    talk = make_conversation()
+    with pytest.raises(ValueError, match=message):
+        next(talk.ask(question))
+    assert not talk.messages
 
 
 def test_a_real_model_fills_every_mask_and_a_special_token_in_a_question_stays_text():
@@ -108,14 +106,15 @@ def screen(conversation, *lines, terminal=False):
     """What is printed while these lines are typed; an exception among them is raised where a line is read."""
     queue = iter(lines)
 
-    def read():
-        line = next(queue, EOFError())
-        if isinstance(line, BaseException):
-            raise line
-        return line
+    class Typed(Console):
+        def input(self, prompt):
+            line = next(queue, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
 
     out = io.StringIO()
-    Chat(conversation, Console(file=out, force_terminal=terminal, width=100, highlight=False), read).run()
+    Chat(conversation, Typed(file=out, force_terminal=terminal, width=100, highlight=False)).run()
     return out.getvalue()
 
 
@@ -188,7 +187,7 @@ def test_control_c_interrupts_the_answer_and_not_the_chat(says, monkeypatch):
         talk.reset()
         says("one", "two", "three")
         shown = screen(talk, "first", KeyboardInterrupt(), "second", "third", terminal=terminal)
-        assert "interrupted" in shown and "/quit or Ctrl-D leaves" in shown and "three" in shown
+        assert shown.count("interrupted; /quit or Ctrl-D leaves") == 2 and "three" in shown
         assert [message["content"] for message in talk.messages] == ["first", "one", "third", "three"]
     assert interrupted == ["second", "second"]
 

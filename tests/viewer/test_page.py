@@ -85,11 +85,10 @@ def test_bytes_of_a_shared_character_are_shown_as_bytes():
 def test_an_output_that_cannot_be_shown_is_refused(model):
     prompt = torch.tensor([TOKENIZER("ab")["input_ids"]] * 2)
     params = SamplingParams(max_new_tokens=4, steps=2, forbid_mask=True)
-    with pytest.raises(ValueError, match="return_history=True"):
-        denoising_page(diffusion_generate(model, prompt[:1], params=params), prompt[0], TOKENIZER)
-    both = diffusion_generate(model, prompt, params=params, return_history=True)
-    with pytest.raises(ValueError, match="2 rows of 6"):
-        denoising_page(both, prompt[0], TOKENIZER)
+    for rows, return_history in ((1, False), (2, True)):
+        output = diffusion_generate(model, prompt[:rows], params=params, return_history=return_history)
+        with pytest.raises(ValueError, match="not one row with a history"):
+            denoising_page(output, prompt[0], TOKENIZER)
 
 
 def test_the_commands_take_a_folder_and_a_checkpoint(model, tmp_path, capsys, monkeypatch):

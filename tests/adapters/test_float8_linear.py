@@ -99,7 +99,7 @@ def test_nothing_of_a_rounded_weight_is_kept(layer):
 def test_impossible_choices_are_refused():
     with pytest.raises(ValueError, match=r"q_proj is 40 × 40.*multiples of 16"):
         in_float8(hidden_size=40)
-    with pytest.raises(ValueError, match=r"set model.quantize to float8 or nf4_float8"):
+    with pytest.raises(ValueError, match=r"set model.quantize to float8"):
         DreamModule("somewhere", lora=LoraParams(), float8_products=True)
 
 

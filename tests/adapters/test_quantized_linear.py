@@ -40,12 +40,12 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
 
 
-def saved(path, shard_size="100KB", **sizes):
+def saved(path, **sizes):
     model = random_dream(**sizes)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.bias.normal_(std=0.1)
-    model.to(torch.bfloat16).save_pretrained(path, max_shard_size=shard_size)
+    model.to(torch.bfloat16).save_pretrained(path, max_shard_size="100KB")
     assert len(set(weight_files(path).values())) > 1
     return path
 
@@ -316,7 +316,7 @@ def test_float32_checkpoints_give_the_same_base(folder, tmp_path):
 
 
 def test_weights_are_copies_that_do_not_follow_the_files(tmp_path):
-    model = loaded(saved(tmp_path, shard_size="50KB"))
+    model = loaded(saved(tmp_path, intermediate_size=192))
     before = model.lm_head.weight.clone()
     with open(weight_files(tmp_path)["lm_head.weight"], "r+b") as opened:
         opened.seek(-1000, 2)

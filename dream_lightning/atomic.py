@@ -45,6 +45,11 @@ def atomic_write(path: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
 
 def replace(partial: Path, path: Path) -> None:
     """Rename a complete file or folder to `path`; an old folder stays as `NAME-replaced` until the new one is there."""
+    if path.exists() and path.is_dir() != partial.is_dir():  # such as a sharded checkpoint and a single file
+        kinds = ("folder", "file") if path.is_dir() else ("file", "folder")
+        raise UserError(
+            f"{path} was not written: it is a {kinds[0]}, and no {kinds[1]} replaces it: use another folder"
+        )
     replaced = path.with_stem(f"{path.stem}-replaced")
     if path.is_dir():
         remove(replaced)

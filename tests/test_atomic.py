@@ -113,3 +113,20 @@ def test_a_full_disk_is_recognized_in_causes_and_in_the_words_of_rust():
     outer.__context__ = OSError(errno.ENOSPC, "No space left")
     assert disk_refuses(outer) and disk_refuses(Exception("I/O error (os error 28)"))
     assert not disk_refuses(OSError(errno.ENOENT, "No such file"))
+
+
+@pytest.mark.parametrize("old_is_folder", [True, False])
+def test_a_file_and_a_folder_do_not_replace_each_other(tmp_path, old_is_folder):
+    path, inside = tmp_path / "last.ckpt", tmp_path / "last.ckpt" / "meta.pt"
+    if old_is_folder:
+        path.mkdir()
+    kept = inside if old_is_folder else path
+    kept.write_text("old")
+    with pytest.raises(ValueError, match=r"last.ckpt was not written: it is a .* use another folder"):  # noqa: SIM117
+        with atomic_write(path) as partial:
+            if old_is_folder:
+                partial.write_text("new")
+            else:
+                partial.mkdir()
+    assert kept.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

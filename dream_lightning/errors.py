@@ -1,4 +1,9 @@
-"""The one error for what a user can correct."""
+"""The one error for what a user can correct, and the two checks that raise it everywhere."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -6,3 +11,29 @@ class UserError(ValueError):
 
     The command line prints the message alone; everything else keeps its traceback.
     """
+
+
+@contextmanager
+def reading(path: str | Path, wanted: str, remedy: str = "download or copy it again") -> Iterator[None]:
+    """Turn whatever a library raises while it reads a foreign file into one error that names the file.
+
+    Raises:
+        UserError: the file cannot be read, or is not what `wanted` says, such as "a JSON object".
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; wanted {wanted}: {remedy}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} is damaged or no {wanted.removeprefix('a ')} ({reason:.200}): {remedy}") from error
+
+
+def check_range(name: str, value: float | None, *, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raise UserError unless an option is None or a finite number with `least` ≤ value ≤ `most`."""
+    if value is None or (math.isfinite(value) and least <= value <= most):
+        return
+    bounds = [f"at least {least}"] * (least > -math.inf) + [f"at most {most}"] * (most < math.inf)
+    raise UserError(f"{name} is {value}, wanted {' and '.join(bounds) or 'a finite number'}")

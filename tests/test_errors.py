@@ -1,0 +1,38 @@
+import json
+import math
+
+import pytest
+
+from dream_lightning.errors import UserError, check_range, reading
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "x.json cannot be read: No such file"),
+        (b"{", "x.json is damaged or no JSON object .JSONDecodeError: Exp"),
+    ],
+)
+def test_whatever_a_reader_raises_is_one_error_with_the_name_of_the_file(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{message}.*copy it again"), reading(path, "a JSON object"):
+        json.loads(path.read_bytes())
+
+
+def test_an_error_of_our_own_and_an_interrupt_pass_unchanged():
+    for error in (UserError("row 3"), KeyboardInterrupt(), MemoryError()):
+        with pytest.raises(type(error)) as caught, reading("x", "a text"):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("value", [0, -1, 11, math.nan, math.inf, -math.inf])
+def test_a_number_out_of_range_is_refused_by_name(value):
+    with pytest.raises(UserError, match=f"^steps is {value}, wanted at least 1 and at most 10$"):
+        check_range("steps", value, least=1, most=10)
+    for fits in (None, 1, 10):
+        check_range("steps", fits, least=1, most=10)
+    with pytest.raises(UserError, match="lr is nan, wanted a finite number"):
+        check_range("lr", math.nan)

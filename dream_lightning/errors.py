@@ -31,9 +31,15 @@ def reading(path: str | Path, wanted: str, remedy: str = "download or copy it ag
         raise UserError(f"{path} is damaged or no {wanted.removeprefix('a ')} ({reason:.200}): {remedy}") from error
 
 
-def check_range(name: str, value: float | None, *, least: float = -math.inf, most: float = math.inf) -> None:
-    """Raise UserError unless an option is None or a finite number with `least` ≤ value ≤ `most`."""
-    if value is None or (math.isfinite(value) and least <= value <= most):
+def check_range(
+    name: str, value: float | None, *, least: float = -math.inf, most: float = math.inf, whole: bool = False
+) -> None:
+    """Raise UserError unless an option is None or a finite number with `least` ≤ value ≤ `most`; `whole`: an int."""
+    if value is None:
+        return
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if number and -math.inf < value < math.inf and least <= value <= most:
         return
     bounds = [f"at least {least}"] * (least > -math.inf) + [f"at most {most}"] * (most < math.inf)
-    raise UserError(f"{name} is {value}, wanted {' and '.join(bounds) or 'a finite number'}")
+    kind = "" if number and bounds else "a whole number " if whole else "a finite number "
+    raise UserError(f"{name} is {value!r:.80}, wanted {kind + ' and '.join(bounds)}".rstrip())

@@ -34,5 +34,12 @@ def test_a_number_out_of_range_is_refused_by_name(value):
         check_range("steps", value, least=1, most=10)
     for fits in (None, 1, 10):
         check_range("steps", fits, least=1, most=10)
-    with pytest.raises(UserError, match="lr is nan, wanted a finite number"):
+    with pytest.raises(UserError, match="lr is nan, wanted a finite number$"):
         check_range("lr", math.nan)
+    check_range("steps", 10**400, least=1, whole=True)
+
+
+@pytest.mark.parametrize(("value", "whole"), [("4", False), (True, False), ([4], False), (4.0, True), (True, True)])
+def test_what_is_no_number_is_refused_by_name(value, whole):
+    with pytest.raises(UserError, match=f"^steps is .*, wanted a {'whole' if whole else 'finite'} number at least 1$"):
+        check_range("steps", value, least=1, whole=whole)

@@ -9,20 +9,23 @@
 | `conversations` | conversations: a list of {from: system, human or gpt; value} |
 | `prompt-response` | one text column each; a row without a response is a question to answer |
 
-A response that starts with `<think>…</think>` is split into thinking and answer. To read other records, add a `Schema`
-of your own to the table `SCHEMAS` (docs/data.md shows one).
+A response that starts with `<think>…</think>` is split into thinking and answer; a field `reasoning_content` next to it
+is its thinking. A column `system` or `system_prompt` is the system message. What else would change the text of a chat,
+such as tools, is refused. To read other records, add a `Schema` of your own to the table `SCHEMAS` (docs/data.md shows
+one).
 """
 
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dream_lightning.batch import Example, Message
 from dream_lightning.data.sources import Row, read_rows
 from dream_lightning.data.splits import keep_rows
 from dream_lightning.errors import UserError
+from dream_lightning.tasks import apply_task, load_task
 
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input")
 _RESPONSES = ("response", "completion", "output")
@@ -34,7 +37,7 @@ Content = tuple[list[Message], str | None, str]  # prompt, thinking, answer
 
 
 class Columns(NamedTuple):
-    """Columns that the user named or the first row has; None if there is no such column."""
+    """Columns that the user named or some row has a value in; None if there is no such column."""
 
     prompt: str | None  # of `prompt-response` only
     response: str | None  # of `prompt-response` only
@@ -44,7 +47,7 @@ class Columns(NamedTuple):
 class Schema(NamedTuple):
     """How records of one kind are recognized and read."""
 
-    detect: Callable[[Set[str]], bool]  # from the column names of the first row
+    detect: Callable[[Set[str]], bool]  # from the columns in which some row has a value
     read: Callable[[Row, Columns], Content]
     references: tuple[str, ...] = ("reference", "answer", "solution")  # columns of the reference, the first one found
 
@@ -65,32 +68,37 @@ def read_examples(
 
     Args:
         source: see `sources.read_rows`; so are `split` and `subset`.
-        schema: a name in the table above; `auto` detects it from the columns of the first row.
+        schema: a name in the table above; `auto` detects it from the columns of all rows.
         prompt_column: of a prompt-response source; None finds prompt, question, problem, instruction or input.
-        response_column: likewise; None finds response, completion or output, and it may be absent.
+        response_column: likewise; None finds response, completion or output. A row without one is a question to answer.
         reference_column: what predictions are scored against, in any schema; None finds reference, answer or solution
-            (s1K: solution), and it may be absent.
-        task: the task of records that have no `task` column.
+            (s1K: solution). A row without one is not scored.
+        task: how questions are asked and graded, as in `tasks.apply_task`, where a record names no task; None is math.
         filters: column → values; only rows with one of the values in every such column are kept.
 
     Raises:
         UserError: with file, row and remedy: an unknown schema, a missing column, or what a record lacks.
     """
     rows = keep_rows(list(read_rows(source, split, subset)), filters or {})
+    for column in filter(None, (prompt_column, response_column, reference_column)):
+        if not any(column in row.values for row in rows):
+            rows[0].value(column)  # raises
+    names = {name: None for row in rows for name, value in row.values.items() if value is not None} or rows[0].values
     if schema == "auto":
-        schema = "prompt-response" if prompt_column or response_column else _detect(rows[0])
+        schema = "prompt-response" if prompt_column or response_column else _detect(names.keys(), rows[0].file)
     if schema not in SCHEMAS:
         raise UserError(f"schema is {schema!r}, wanted auto or one of {', '.join(SCHEMAS)}")
     if schema == "prompt-response":
-        prompt_column = prompt_column or _find(rows[0], _PROMPTS, "prompt_column")
-        response_column = response_column or _find(rows[0], _RESPONSES, "response_column")
+        prompt_column = prompt_column or _find(names, _PROMPTS, f"{rows[0].file}: set prompt_column")
+        response_column = response_column or _find(names, _RESPONSES, f"{rows[0].file}: set response_column")
     if reference_column is None:
-        present = (name for name in SCHEMAS[schema].references if name in rows[0].values and name != response_column)
+        present = (name for name in SCHEMAS[schema].references if name in names and name != response_column)
         reference_column = next(present, None)
     columns = Columns(prompt_column, response_column, reference_column)
+    default_task = None if task is None else load_task(task)
     examples: dict[str, Example] = {}
     for row in rows:
-        example = _example(row, SCHEMAS[schema], columns, task)
+        example = apply_task(_example(row, SCHEMAS[schema], columns), default_task)
         if (same := examples.setdefault(example.id, example)) is not example:
             raise UserError(f"{row.origin} has the id {example.id!r}, and so has {same.origin}: make ids unique")
     return list(examples.values())
@@ -104,6 +112,20 @@ def split_thinking(response: str) -> tuple[str | None, str]:
     """`<think>trace</think>answer` → (trace, answer); anything else → (None, response)."""
     found = _THINKING.fullmatch(response)
     return (found[1] or None, found[2]) if found else (None, response)
+
+
+def _system(row: Row) -> list[Message]:
+    texts = map(row.optional_text, ("system", "system_prompt"))
+    return [Message(role="system", content=text) for text in texts if text is not None]
+
+
+def _with_thinking(reasoning: Any, content: str, origin: str) -> str:
+    """The response with the text of its field `reasoning_content`, as the model writes both."""
+    if not reasoning:
+        return content
+    if not isinstance(reasoning, str) or content.lstrip().startswith("<think>"):
+        raise UserError(f"{origin}: reasoning_content is no text, or next to a <think> in the response: remove one")
+    return f"<think>\n{reasoning}\n</think>\n{content}"
 
 
 def _read_s1k(row: Row, columns: Columns) -> Content:
@@ -121,15 +143,27 @@ def _read_chat(row: Row, columns: Columns, *, column: str) -> Content:
     chat = row.value(column)
     if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
         raise UserError(f"{row.origin}: {column} is not a list of messages; wanted [{{'role': …, 'content': …}}, …]")
-    messages = []
+    if unread := [name for name in ("tools", "functions") if row.values.get(name)]:
+        raise UserError(f"{row.origin} has {unread[0]}, which is not read: put it into the messages, or remove it")
+    messages = _system(row)
     for number, message in enumerate(chat, 1):
-        role = str(message.get("role", message.get("from")))
-        content = message.get("content", message.get("value"))
+        origin = f"{row.origin}, message {number}"
+        used = ["role" if message.get("role") else "from", "content" if message.get("content") is not None else "value"]
+        role, content = str(message.get(used[0])), message.get(used[1])
+        used += ["reasoning_content"] * (_ROLES.get(role) == "assistant")
+        unread = [key for key, value in message.items() if key not in used and value not in (None, "", [], {})]
+        if unread:
+            raise UserError(
+                f"{origin} ({role}) has {', '.join(unread)}, which is not read: remove it, or delete that row"
+            )
         if role not in _ROLES or not isinstance(content, str):
             raise UserError(
-                f"{row.origin}, message {number} has the role {role!r} and a {type(content).__name__}, wanted one of "
-                f"{', '.join(_ROLES)} and a text: correct or delete that row"
+                f"{origin} has the role {role!r} and a {type(content).__name__}, wanted one of {', '.join(_ROLES)} and "
+                "a text: correct or delete that row"
             )
+        if _ROLES[role] == "system" and _system(row):
+            raise UserError(f"{origin} is a system message, and so is the column system: remove one")
+        content = _with_thinking(message.get("reasoning_content"), content, origin)
         messages.append(Message(role=_ROLES[role], content=content))
     roles = ", ".join(message["role"] for message in messages)
     response = messages.pop()["content"] if roles.endswith("assistant") else ""
@@ -142,8 +176,9 @@ def _read_chat(row: Row, columns: Columns, *, column: str) -> Content:
 
 
 def _read_prompt_response(row: Row, columns: Columns) -> Content:
-    response = row.text(columns.response) if columns.response else ""
-    return question(row.text(columns.prompt)), *split_thinking(response)
+    response = row.text(columns.response) if row.values.get(columns.response) is not None else ""
+    response = _with_thinking(row.values.get("reasoning_content"), response, row.origin)
+    return _system(row) + question(row.text(columns.prompt)), *split_thinking(response)
 
 
 # `auto` asks the last entry first, so that a schema of a user's own comes before these.
@@ -161,24 +196,24 @@ SCHEMAS: dict[str, Schema] = {
 }
 
 
-def _detect(row: Row) -> str:
+def _detect(names: Set[str], file: str) -> str:
     for name, schema in reversed(SCHEMAS.items()):
-        if schema.detect(row.values.keys()):
+        if schema.detect(names):
             return name
     raise UserError(
-        f"{row.file} has the columns {', '.join(row.values)}; wanted those of s1K, messages, conversations, or one of "
+        f"{file} has the columns {', '.join(names)}; wanted those of s1K, messages, conversations, or one of "
         f"{', '.join(_PROMPTS)}: set prompt_column (and response_column) to yours, or add a schema"
     )
 
 
-def _find(row: Row, names: tuple[str, ...], option: str) -> str | None:
-    found = [name for name in names if name in row.values]
-    if len(found) > 1 or (names == _PROMPTS and not found):
-        raise UserError(f"{row.file} has the columns {', '.join(found or row.values)}: set {option} to one of them")
+def _find(names: Iterable[str], usual: tuple[str, ...], remedy: str) -> str | None:
+    found = [name for name in usual if name in names]
+    if len(found) > 1 or (usual == _PROMPTS and not found):
+        raise UserError(f"{remedy} to one of the columns {', '.join(found or names)}")
     return found[0] if found else None
 
 
-def _example(row: Row, schema: Schema, columns: Columns, task: str | None) -> Example:
+def _example(row: Row, schema: Schema, columns: Columns) -> Example:
     prompt, thinking, answer = schema.read(row, columns)
     if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
         raise UserError(f"{row.origin} has an empty prompt: correct or delete that row")
@@ -189,8 +224,8 @@ def _example(row: Row, schema: Schema, columns: Columns, task: str | None) -> Ex
         prompt=tuple(prompt),
         thinking=thinking,
         answer=answer,
-        reference=row.text(columns.reference, or_integer=True) if columns.reference else None,
+        reference=row.optional_text(columns.reference),
         origin=row.origin,
-        task=own_task if isinstance(own_task, str) and own_task else task,
+        task=own_task if isinstance(own_task, str) and own_task else None,
         record=row.values,
     )

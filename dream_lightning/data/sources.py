@@ -2,19 +2,25 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import pyarrow
 import pyarrow.parquet
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dream_lightning.data.additions import sample_rows
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, reading
 
 _BLANK = object()  # an empty line of a .jsonl file, which counts
+_MAGIC = {
+    **{b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip"},
+    **{b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard", b"PAR1": "parquet", b"ARROW1": "arrow"},
+    **{b"version https://git-lfs": "the pointer of a git-lfs file", b"<!DOCTYPE": "a web page", b"<html": "a web page"},
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Row(NamedTuple):
@@ -34,30 +40,46 @@ class Row(NamedTuple):
             raise UserError(f"{self.origin} has no column {column!r}, it has {names}: set the schema or column options")
         return self.values[column]
 
-    def text(self, column: str, *, or_integer: bool = False) -> str:
+    def text(self, column: str) -> str:
         value = self.value(column)
-        if or_integer and type(value) is int:
-            return str(value)
         if not isinstance(value, str):
-            got = "null" if value is None else f"a {type(value).__name__}"
-            raise UserError(f"{self.origin}: {column} is {got}, wanted text: correct or delete that row")
+            raise self.no_text(column, value)
         return value
+
+    def optional_text(self, column: str | None) -> str | None:
+        """A text, or a number as text; None if the record has no such column or if it is null, NaN or blank."""
+        value = self.values.get(column)
+        if value is None or value != value:
+            return None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(int(value) if value % 1 == 0 else value)  # pandas makes floats of integers next to a null
+        if not isinstance(value, str):
+            raise self.no_text(column, value)
+        return value if value.strip() else None
+
+    def no_text(self, column: str, value: Any) -> UserError:
+        got = "null" if value is None else f"a {type(value).__name__}"
+        return UserError(f"{self.origin}: {column} is {got}, wanted text: correct or delete that row")
 
 
 def read_rows(source: str | Path, split: str = "train", subset: str | None = None) -> Iterator[Row]:
     """Rows of a .jsonl, .json, .parquet or .csv file, of a folder, or of a hub data set; `bundled` gives `sample_rows`.
 
-    A folder was written by `datasets.save_to_disk`, or holds such files: those in it and in its `data/` are read whose
-    name starts with `split`. Raises UserError for a source that does not exist, is broken or has no rows.
+    A folder was written by `datasets.save_to_disk`, or holds such files: those in it and in its `data/` are read that
+    are called `split`, alone or with a number as in train-00000-of-00004.parquet. Raises UserError for a source that
+    does not exist, is broken or has no rows.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
+    with reading(source, "a file, a folder or the name of a hub data set", "correct the name"):
+        path = path.expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
     if source == "bundled":
         part = "train" if split == "train" else "validation"
         rows = _numbered(sample_rows(part), f"bundled-{part}")
-    elif path.is_file():
-        rows = _read_file(path)
-    elif path.is_dir():
+    elif is_folder:
         rows = _read_folder(path, split)
+    elif exists:
+        rows = _read_file(path)
     else:
         rows = _read_hub(str(source), split, subset)
     first = next(rows, None)
@@ -73,13 +95,37 @@ def _numbered(records: Iterable[Any], name: str) -> Iterator[Row]:
             continue
         if not isinstance(record, dict):
             raise UserError(f"{name}, row {number} is a {type(record).__name__}, wanted a JSON object: correct it")
+        with reading(f"{name}, row {number}", "a flat record", "correct or delete that row"):  # RecursionError
+            if text := _lone_surrogate(record):
+                at = _SURROGATE.search(text).start()
+                near = ascii(text[max(at - 20, 0) : at + 20])
+                raise UserError(f"{name}, row {number} has half a surrogate pair in {near}: correct or delete that row")
         yield Row(record, name, number)
 
 
+def _lone_surrogate(value: Any) -> str | None:
+    """A text in a nested value that no encoding can store: JSON may hold one half of a surrogate pair."""
+    if isinstance(value, str):
+        return value if not value.isascii() and _SURROGATE.search(value) else None
+    parts = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(_lone_surrogate, parts)), None)
+
+
 def _read_file(path: Path) -> Iterator[Row]:
+    if not path.is_file():  # a pipe would block and cannot be read twice
+        kind = "folder" if path.is_dir() else "pipe or device"
+        raise UserError(f"{path} is a {kind}, wanted a regular file: write its content to one")
     if path.suffix not in _READERS:
         raise UserError(f"{path.name} is a {path.suffix or 'nameless'} file, wanted {', '.join(_READERS)}: convert it")
-    return _numbered(_READERS[path.suffix](path), path.name)
+    with reading(path, f"a {path.suffix} file"):
+        with path.open("rb") as file:
+            head = file.read(1000)
+        kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+        if kind is None and b"\0" in head and path.suffix != ".parquet":
+            kind = "binary data or UTF-16 text"
+        if kind and f".{kind}" != path.suffix:
+            raise UserError(f"{path} is {kind}, wanted a {path.suffix} file: unpack, convert or download it")
+        yield from _numbered(_READERS[path.suffix](path), path.name)
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
@@ -96,24 +142,32 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _parse_json(content: bytes, origin: str) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: not valid JSON ({error}); correct it (.jsonl holds one object a line)") from error
+    def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_repeated([key for key, _ in pairs], origin)
+        return dict(pairs)
+
+    with reading(origin, "valid JSON", "correct it (.jsonl holds one object a line)"):
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=read_object)
+
+
+def _refuse_repeated(names: list[str], origin: str) -> None:
+    if len(names) > len(set(names)):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{origin} has {repeated!r} more than once, and one value would be lost: rename or remove one")
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path.name} is not a parquet file ({error}): download or write it again") from error
-    return (record for batch in batches for record in batch.to_pylist())
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _refuse_repeated(file.schema_arrow.names, path.name)
+        for batch in file.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
 
 
 def _read_csv(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
         try:
+            _refuse_repeated(table.fieldnames or [], path.name)
             for record in table:
                 if None in record or None in record.values():
                     raise csv.Error(f"wanted {len(table.fieldnames)} fields as in the header; quote those with commas")
@@ -126,28 +180,36 @@ _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parque
 
 
 def _read_folder(folder: Path, split: str) -> Iterator[Row]:
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        data = datasets.load_from_disk(str(folder))
-        if isinstance(data, datasets.DatasetDict):
-            if split not in data:
-                raise UserError(f"{folder} has no split {split!r}, it has {', '.join(data)}: name the folder of one")
-            data = data[split]
-        return _numbered(data, folder.name)
-    files = sorted(file for place in (folder, folder / "data") for file in place.glob("*") if file.suffix in _READERS)
-    chosen = [file for file in files if file.name.startswith(split)]
+    with reading(folder, "a folder of data files or of save_to_disk"):
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            data = datasets.load_from_disk(str(folder))
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise UserError(
+                        f"{folder} has no split {split!r}, it has {', '.join(data)}: name the folder of one"
+                    )
+                data = data[split]
+            yield from _numbered(data, folder.name)
+            return
+        files = sorted(f for place in (folder, folder / "data") for f in place.glob("*") if f.suffix in _READERS)
+    of_split = re.compile(rf"{re.escape(split)}([-._]\d+)?(-of-\d+)?(-[0-9a-f]{{16}})?")  # the last: older hub files
+    chosen = [file for file in files if of_split.fullmatch(file.stem)]
+    similar = ", ".join(file.name for file in files if file.name.startswith(split) and file not in chosen)
     if not chosen:
         found = ", ".join(file.name for file in files) or "no data file"
-        raise UserError(f"{folder} has {found}, wanted a file whose name starts with {split!r}: name the file itself")
-    return (row for file in chosen for row in _read_file(file))
+        raise UserError(
+            f"{folder} has {found}, wanted {split}.jsonl, {split}-00000-of-00004.parquet or such: name the file itself"
+        )
+    if similar:
+        names = ", ".join(file.name for file in chosen)
+        rank_zero_warn(f"{folder}: {names} are read, {similar} are not: rename a file, or name one as the source")
+    for file in chosen:
+        yield from _read_file(file)
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(tuple(_READERS)):
         raise UserError(f"{name} does not exist: name a file, a folder, or a hub data set as owner/name")
-    try:
-        return _numbered(datasets.load_dataset(name, subset, split=split), name)
-    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"no file, folder or hub data set {name!r} ({type(error).__name__}: {error}): check the name, the subset "
-            f"({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
-        ) from error
+    remedy = f"check the name, the subset ({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
+    with reading(name, "a file, folder or hub data set", remedy):
+        yield from _numbered(datasets.load_dataset(name, subset, split=split), name)

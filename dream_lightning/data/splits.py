@@ -4,6 +4,8 @@ import hashlib
 import re
 from collections import Counter
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from dream_lightning.batch import Example
 from dream_lightning.data.sources import Row
 from dream_lightning.errors import UserError
@@ -12,8 +14,8 @@ from dream_lightning.errors import UserError
 def keep_rows(rows: list[Row], filters: dict[str, list[str]]) -> list[Row]:
     """Rows whose value in every named column, as text, is one of the listed ones; UserError if nothing is left."""
     for column, values in filters.items():
-        present = {str(row.value(column)) for row in rows}
-        rows = [row for row in rows if str(row.values[column]) in map(str, values)]
+        present = {str(row.values[column]) for row in rows if column in row.values} or {rows[0].value(column)}
+        rows = [row for row in rows if column in row.values and str(row.values[column]) in map(str, values)]
         if not rows:
             found = ", ".join(sorted(present)[:10])
             raise UserError(f"filters leave nothing: no row has {column} in {values}; values found: {found}")
@@ -43,6 +45,17 @@ def split(
             f"examples for training and {len(validation)} for validation: change it, or set validation_source"
         )
     return training, validation
+
+
+def warn_of_overlap(training: list[Example], validation: list[Example]) -> None:
+    """Warn if questions are in both: scores of the validation are then too good."""
+    same = without_overlap(validation, training)[1]
+    if same:
+        rank_zero_warn(
+            f"{len(same)} of {len(validation)} validation questions are in the training data too, first "
+            f"{same[0].origin}: remove them, with dream_lightning.data.splits.without_overlap or by hand, or leave "
+            "validation_source out to split the training data"
+        )
 
 
 def without_overlap(examples: list[Example], other: list[Example]) -> tuple[list[Example], list[Example]]:

@@ -1,7 +1,13 @@
 """Sources and schemas of every kind → Examples; error messages name the row."""
 
 import csv
+import gzip
+import io
+import itertools
 import json
+import math
+import os
+import re
 
 import datasets
 import pyarrow
@@ -53,12 +59,40 @@ def test_a_schema_of_a_users_own_is_detected_first(tmp_path, monkeypatch):
     assert read_examples(tmp_path / "train.jsonl", schema="prompt-response")[0].answer == "2"
 
 
-def test_a_records_own_task_and_id_take_precedence(tmp_path):
-    rows = [{**QA[0], "id": "x", "task": "sudoku", "numbers": [1, 2]}, {**QA[1], "id": 5, "task": None}, QA[2]]
-    got = read_examples(write(tmp_path, rows), task="countdown")
-    assert [(e.id, e.task) for e in got] == [("x", "sudoku"), ("5", "countdown"), ("train-3", "countdown")]
+def test_a_records_own_task_and_id_take_precedence_and_the_task_words_the_prompt(tmp_path):
+    rows = [{**QA[0], "id": "x", "task": "exact", "kept": [1, 2]}, {**QA[1], "id": 5, "task": None}, QA[2]]
+    got = read_examples(write(tmp_path, rows), task="choice")
+    assert [(e.id, e.task) for e in got] == [("x", "exact"), ("5", "choice"), ("train-3", "choice")]
     assert read_examples(tmp_path / "train.jsonl")[2].task is None
-    assert got[0].record["numbers"] == [1, 2]
+    assert got[0].record["kept"] == [1, 2]
+    puzzle = {"question": "?", "numbers": [1, 2], "target": 3}
+    (got,) = read_examples(write(tmp_path, [puzzle]), task="countdown")
+    assert "Use each of the numbers 1, 2 exactly once" in got.prompt[0]["content"]
+
+
+ABSENT = [{}, {"answer": None}, {"answer": ""}, {"answer": " "}, {"answer": math.nan}]
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+@pytest.mark.parametrize("kind", [QA[0], {**chat(("user", "0+0?"), ("assistant", "0")), "other": 1}])
+def test_columns_come_from_all_rows_whatever_their_order(tmp_path, kind, absent):
+    rows = [{**kind, "id": n, "answer": answer} for n, answer in enumerate(("x", 2, 3.0, 2.5))]
+    rows += [{**{k: v for k, v in kind.items() if k != "response"}, "id": 4, **absent}]
+    for order in itertools.permutations(rows):
+        got = {e.id: e for e in read_examples(write(tmp_path, order))}
+        assert [got[str(n)].reference for n in range(5)] == ["x", "2", "3", "2.5", None]
+        assert [bool(got[str(n)].answer) for n in range(5)] == [True] * 4 + ["messages" in kind]
+
+
+def test_thinking_and_system_fields_are_read(tmp_path):
+    one = {"prompt": "q", "response": "a", "reasoning_content": "t\n", "system": "S"}
+    last = {"role": "assistant", "content": "a", "reasoning_content": "t\n", "name": None, "tool_calls": []}
+    first = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "reasoning_content": "3"}]
+    two = {"messages": [*first, {"from": "human", "value": "q", "role": None}, last], "system": "S", "tools": []}
+    for row in (one, two):
+        (got,) = read_examples(write(tmp_path, [row]))
+        assert (got.thinking, got.answer, got.prompt[0]) == ("t\n", "a", {"role": "system", "content": "S"})
+    assert got.prompt[2]["content"] == "<think>\n3\n</think>\n2"
 
 
 def test_messages_and_conversations_split_the_last_message(tmp_path):
@@ -139,7 +173,7 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
     ("rows", "options", "message"),
     [
         ([], {}, "has no rows"),
-        ([QA[0], '{"question": "q", '], {}, "train.jsonl, row 2: not valid JSON"),
+        ([QA[0], '{"question": "q", '], {}, "row 2 is damaged or no valid JSON"),
         ([QA[0], "[1]"], {}, "row 2 is a list, wanted a JSON object"),
         ([QA[0], "null"], {}, "row 2 is a NoneType, wanted a JSON object"),
         ([{"text": "x"}], {}, "has the columns text; wanted .* set prompt_column"),
@@ -147,7 +181,18 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ([QA[0]], {"schema": "messages"}, "row 1 has no column 'messages'"),
         ([QA[0]], {"prompt_column": "quest"}, "row 1 has no column 'quest'"),
         ([QA[0]], {"reference_column": "gold"}, "row 1 has no column 'gold'"),
-        ([QA[0], {"question": "q"}], {}, "row 2 has no column 'response'"),
+        ([QA[0], '{"question": "q", "question": "r"}'], {}, "row 2 has 'question' more than once"),
+        ([QA[0], {"question": "\ud83d", "response": "r"}], {}, r"row 2 has half a surrogate pair in '\\ud83d'"),
+        ([QA[0], {**QA[1], "deep": [{"\udc00": 1}]}], {}, "train.jsonl, row 2 has half a surrogate pair"),
+        ([QA[0], '{"question": ' + "9" * 5000 + "}"], {}, "row 2 is damaged or no valid JSON .ValueError: Exceeds"),
+        ([QA[0], "[" * 10**5 + "]" * 10**5], {}, "row 2 is damaged or no valid JSON .RecursionError"),
+        ([{**QA[0], "reasoning_content": "t", "response": "<think>x</think>2"}], {}, "row 1: reasoning_content"),
+        ([{**QA[0], "reasoning_content": ["t"]}], {}, "row 1: reasoning_content is no text"),
+        ([{**chat(("user", "q")), "tools": [1]}], {}, "row 1 has tools, which is not read"),
+        ([{**chat(("system", "s"), ("user", "q")), "system": "S"}], {}, "message 1 is a system message, and so is"),
+        ([{"messages": [{"role": "user", "content": "q", "name": "n"}]}], {}, r"message 1 \(user\) has name, which"),
+        ([{"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}], {}, "has tool_calls, which"),
+        ([{"messages": [{"role": "user", "content": "q", "reasoning_content": "t"}]}], {}, "has reasoning_content,"),
         ([QA[0], {"question": None, "response": "r"}], {}, "row 2: question is null, wanted text"),
         ([{"question": "q", "response": 3}], {}, "row 1: response is a int, wanted text"),
         (
@@ -157,7 +202,7 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ),
         ([{"question": "q", "thinking_trajectories": ["t"]}], {}, "no column 'attempt'"),
         ([QA[0], {"question": " \n", "response": "r"}], {}, "row 2 has an empty prompt"),
-        ([{"instruction": "a", "input": "b"}], {}, "the columns instruction, input: set prompt_column to one"),
+        ([{"instruction": "a", "input": "b"}], {}, "set prompt_column to one of the columns instruction, input"),
         ([{**QA[0], "id": 1}, {**QA[1], "id": 1}], {}, "row 2 has the id '1', and so has train.jsonl, row 1"),
         ([chat(("assistant", "a"))], {}, "row 1: no user message"),
         ([chat(("user", "q"), ("system", "s"))], {}, "no user message before .* the roles are user, system"),
@@ -194,12 +239,80 @@ def test_errors_about_sources(tmp_path, monkeypatch):
     for name in ("nowhere.jsonl", "data/nowhere.jsonl", "nowhere"):
         with pytest.raises(UserError, match="does not exist: name a file, a folder, or a hub data set"):
             read_examples(name)
-    with pytest.raises(UserError, match=r"no file, folder or hub data set 'no-such/data-set'.*HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match=r"no-such/data-set .* hub data set.*check the name, .*HF_HUB_OFFLINE"):
         read_examples("no-such/data-set")
-    with pytest.raises(UserError, match=r"train.txt is a .txt file, wanted .jsonl"):
-        read_examples(write(tmp_path, QA, "train.txt"))
-    for name in ("broken.parquet", "broken.json"):
-        with pytest.raises(UserError, match=name):
-            read_examples(write(tmp_path, ["{"], name))
-    with pytest.raises(UserError, match=r"a.csv, line 2: wanted 2 fields as in the header"):
-        read_examples(write(tmp_path, ["question,response", "a,b,c"], "a.csv"))
+    for name in ("x" * 5000, "x/" * 3000, "~no-such-user/x.jsonl"):
+        with pytest.raises(UserError, match=f"^{name[:20]}"):
+            read_examples(name)
+
+
+def parquet(rows, damage=False, names=None):
+    table, file = pyarrow.Table.from_pylist(rows), io.BytesIO()
+    pyarrow.parquet.write_table(table.rename_columns(names) if names else table, file, compression="snappy")
+    content = bytearray(file.getvalue())
+    if damage:
+        content[4:40] = bytes(reversed(content[4:40]))
+    return bytes(content)
+
+
+LINES = "".join(json.dumps(row) + "\n" for row in QA).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", LINES, "is a .txt file, wanted .jsonl"),
+        ("a.json", b"{", "is damaged or no valid JSON"),
+        ("a.json", b"{}", "holds a dict, wanted a list"),
+        ("a.json", b"\xff\xfe" + LINES.decode().encode("utf-16-le"), "is UTF-16 text, wanted a .json file"),
+        ("a.jsonl", LINES.decode().encode("utf-16"), "is UTF-16 text, wanted a .jsonl file"),
+        ("a.jsonl", LINES.decode().encode("utf-16-le"), "is binary data or UTF-16 text, wanted"),
+        ("a.jsonl", gzip.compress(LINES), "is gzip, wanted a .jsonl file: unpack"),
+        ("a.parquet", gzip.compress(LINES), "is gzip, wanted a .parquet file: unpack"),
+        ("a.csv", parquet(QA), "is parquet, wanted a .csv file"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is the pointer of a git-lfs file"),
+        ("a.jsonl", b"<!DOCTYPE html>", "is a web page"),
+        ("a.jsonl", b'{"question": "\xe9"}', "row 1 is damaged or no valid JSON .UnicodeDecodeError"),
+        ("a.parquet", LINES, "is damaged or no .parquet file .ArrowInvalid"),
+        ("a.parquet", parquet(QA)[:-100], "is damaged or no .parquet file"),
+        ("a.parquet", parquet(QA * 999, damage=True), "cannot be read|is damaged"),
+        ("a.parquet", parquet(QA, names=["question", "question"]), "has 'question' more than once"),
+        ("a.csv", b"question,response\na,b,c\n", "line 2: wanted 2 fields as in the header"),
+        ("a.csv", b"question,response,question\na,b,c\n", "has 'question' more than once"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
+        read_examples(tmp_path / name)
+
+
+def test_what_is_no_file_and_damaged_folders_are_named(tmp_path):
+    os.mkfifo(tmp_path / "train.jsonl")
+    for source in (tmp_path, tmp_path / "train.jsonl", "/dev/null"):
+        with pytest.raises(UserError, match=r"(train.jsonl|null) is a pipe or device, wanted a regular file"):
+            read_examples(source)
+    (tmp_path / "x" / "train.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"train.jsonl is a folder, wanted a regular file"):
+        read_examples(tmp_path / "x")
+    for number, damage in enumerate((b"", b"x", b"ARROW1\0\0", b"{}")):
+        for file in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json"):
+            folder = tmp_path / f"{number}-{file}"
+            datasets.Dataset.from_list(QA).save_to_disk(str(folder))
+            (folder / file).write_bytes(damage)
+            if (file, damage) != ("dataset_info.json", b"{}"):
+                with pytest.raises(UserError, match=re.escape(folder.name)):
+                    read_examples(folder)
+
+
+def test_look_alikes_of_a_splits_files_are_not_read_and_named(tmp_path):
+    read = ["train.jsonl", "train-1.jsonl", "train_2.jsonl", "train.3.jsonl", "train-00000-of-00004.jsonl"]
+    read += ["train-00001-of-00004-0123456789abcdef.jsonl"]
+    ignored = ["training_old.jsonl", "train_backup.jsonl", "train1.jsonl", "train_stats.json", "trainer_state.json"]
+    for name in read + ignored:
+        write(tmp_path, QA[:1], name)
+    with pytest.warns(UserWarning) as warned:
+        assert len(read_examples(tmp_path)) == len(read)
+    (warning,) = [str(w.message) for w in warned]
+    named, unread = warning.split(" are read, ")
+    assert all(name in named for name in read) and all(name in unread for name in ignored)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -17,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from dream_lightning.atomic import atomic_write
 from dream_lightning.batch import Document, Example
 from dream_lightning.data.tokenization import Encoded, encode
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, reading
 
-_FORMAT = 2  # part of the hash: raise it when encode() gives other documents for the same input
+_FORMAT = 3  # part of the hash: raise it when encode() gives other documents for the same input
 _PARALLEL_FROM = 500  # examples; with fewer, starting processes takes longer than they save
 
 
@@ -61,7 +62,8 @@ class TokenizedSet(Sequence[Document]):
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizedSet":
-        return cls({file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")})
+        with reading(folder, "a tokenized set", "delete that folder, or set data.cache_dir to another"):
+            return cls({file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")})
 
     def save(self, folder: Path) -> None:
         """Write a new folder, atomically. Of several processes, the first to finish does."""
@@ -113,8 +115,16 @@ def tokenize(
     folder = None
     if cache_dir is not None:
         folder = Path(cache_dir).expanduser() / f"documents-{_content_hash(examples, tokenizer, encoding)}"
-        if folder.exists():
-            return TokenizedSet.load(folder)
+        try:
+            if folder.exists():
+                return TokenizedSet.load(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder.parent).close()
+        except OSError as error:  # such as another user's folder
+            raise UserError(
+                f"data.cache_dir {folder.parent} cannot be read and written ({error.strerror}): set it to a folder of "
+                "your own, or give all its users the right to write it"
+            ) from error
     documents = TokenizedSet.of(_encode_all(examples, partial(encode, tokenizer=tokenizer, **encoding), num_proc))
     if not len(documents):
         raise UserError(

@@ -79,7 +79,8 @@ def collate_with_cutoff(
     for b, (key, document) in enumerate(keyed):
         end = min(bare[b], kept)
         response = document.response_ids[:end] + [eos_token_id] * (kept - end)
-        weight = document.response_weight[:end] + [1.0] * (kept - end)
+        of_eos = document.response_weight[-1] if bare[b] < len(document.response_ids) else 1.0
+        weight = document.response_weight[:end] + [of_eos] * (kept - end)
         cut = Document(document.id, document.prompt_ids, response, weight)
         _write(batch, b, longest_prompt - len(document.prompt_ids), key, cut)
     return batch

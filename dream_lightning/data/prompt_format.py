@@ -17,6 +17,7 @@ from dream_lightning.batch import Example, Message
 from dream_lightning.errors import UserError
 
 Style = Literal["chat", "plain"]
+_AT_ONCE = 1_000_000  # characters: 20 MB at once take minutes and 6 GB
 
 
 def encode_prompt(
@@ -35,6 +36,14 @@ def encode_prompt(
     lead = "\n".join(system_texts)
     question = f"Question: {messages[-1]['content']}\n\nLet's think step by step.\n"
     return _plain_ids(f"{lead}\n\n{question}" if lead else question, tokenizer)
+
+
+def longer_than(limit: int | None, text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Estimated tokens of a text of over a million characters whose start alone has more than `limit`, else None."""
+    if limit is None or len(text) <= _AT_ONCE:
+        return None
+    count = len(_plain_ids(text[:_AT_ONCE], tokenizer))
+    return round(count * len(text) / _AT_ONCE) if count > limit else None
 
 
 def response_text(example: Example, *, style: Style = "chat", thinking: bool = True) -> str:

@@ -3,14 +3,16 @@
 Prompt and response are tokenized separately and concatenated, as in the authors' trainer.
 """
 
+import math
 import re
-from typing import Literal, NamedTuple
+from bisect import bisect_left, bisect_right
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Document, Example
-from dream_lightning.data.prompt_format import Style, encode_prompt, response_text
-from dream_lightning.errors import UserError
+from dream_lightning.data.prompt_format import Style, encode_prompt, longer_than, response_text
+from dream_lightning.errors import UserError, check_range
 
 Overflow = Literal["drop", "error", "truncate_trace", "truncate_trace_else_drop", "truncate_right"]
 
@@ -22,6 +24,16 @@ class Encoded(NamedTuple):
     prompt_length: int
     full_length: int  # of prompt and response before truncation and filling
     filled: int = 0  # eos tokens added after the first one
+
+
+def check_encoding(*, max_length: int | None, eos_fill_to: int | None, extra_weight: dict[str, float] | None, **_: Any):
+    """Raise UserError for an option of `encode` that is out of range."""
+    check_range("max_length", max_length, least=1)
+    check_range("eos_fill_to (within max_length)", eos_fill_to, least=1, most=max_length or math.inf)
+    for text, weight in (extra_weight or {}).items():
+        check_range(f"extra_weight of {text!r}", weight, least=0)
+    if "" in (extra_weight or {}):
+        raise UserError("extra_weight has a weight for the empty text, wanted a text such as </think>")
 
 
 def encode(
@@ -46,14 +58,28 @@ def encode(
             and eos, and raises if even that is too long; `truncate_trace_else_drop` drops those; `truncate_right`
             removes the end, eos included; `drop` drops; `error` raises.
         eos_fill_to: a shorter response is filled with eos to this many tokens, as far as max_length allows.
-        extra_weight: text → loss weight of the response tokens that overlap an occurrence of that text.
+        extra_weight: text → loss weight of the response tokens that overlap an occurrence of that text; the text of
+            the eos token weights eos, its filling included.
 
-    Raises UserError if the record has no response, or a document cannot be made to fit.
+    Raises UserError if the record has no response or no answer, an option is out of range, or a document cannot be
+    made to fit. One of over a million characters whose start alone is too long is not truncated.
     """
-    prompt_ids = encode_prompt(example, tokenizer, style=style, system_prompt=system_prompt)
+    check_encoding(max_length=max_length, eos_fill_to=eos_fill_to, extra_weight=extra_weight)
     text = response_text(example, style=style, thinking=thinking)
-    if not text.strip():
-        raise UserError(f"{example.origin} has no response to train on: set response_column, or only predict with it")
+    if not text.strip() or not example.answer.strip():
+        raise UserError(
+            f"{example.origin} has no response to train on, or thinking without an answer: set response_column, delete "
+            "that row, or only predict with it"
+        )
+    questions = "".join(message["content"] for message in example.prompt)
+    if too_long := longer_than(max_length, questions + text, tokenizer):
+        if overflow in ("drop", "truncate_trace_else_drop"):
+            return Encoded(None, 0, too_long)
+        raise UserError(
+            f"{example.origin} has {len(questions + text):,} characters, about {too_long:,} tokens, max_length is "
+            f"{max_length:,}: delete or shorten that row, or set overflow to drop"
+        )
+    prompt_ids = encode_prompt(example, tokenizer, style=style, system_prompt=system_prompt)
     response = _with_eos(text, tokenizer)
     full_length = len(prompt_ids) + len(response.ids)
     dropped = Encoded(None, len(prompt_ids), full_length)
@@ -76,8 +102,9 @@ def encode(
     if eos_fill_to is not None and response.ids[-1] == tokenizer.eos_token_id:
         limit = eos_fill_to if max_length is None else min(eos_fill_to, room)
         filled = max(limit - len(response.ids), 0)
-    weight = _weights(response, extra_weight or {}) + [1.0] * filled
-    document = Document(example.id, prompt_ids, response.ids + [tokenizer.eos_token_id] * filled, weight)
+    ids = response.ids + [tokenizer.eos_token_id] * filled
+    weight = _weights(response, ids, tokenizer, extra_weight) if extra_weight else [1.0] * len(ids)
+    document = Document(example.id, prompt_ids, ids, weight)
     return Encoded(document, len(prompt_ids), full_length, filled)
 
 
@@ -126,11 +153,15 @@ def _shorten_trace(
     return (kept if len(kept.text) >= len(head) else _Tokens.of(head, tokenizer)).then(after)
 
 
-def _weights(response: _Tokens, extra_weight: dict[str, float]) -> list[float]:
-    weight = [1.0] * len(response.ids)
-    for part, value in extra_weight.items():  # where two texts overlap, the later one counts
+def _weights(
+    response: _Tokens, ids: list[int], tokenizer: PreTrainedTokenizerBase, extra_weight: dict[str, float]
+) -> list[float]:
+    """Of the ids of the response and its filling. Where two texts overlap, the later one counts."""
+    weight = [1.0] * len(ids)
+    starts, ends = ([span[side] for span in response.spans] for side in (0, 1))  # both ascend
+    for part, value in extra_weight.items():
         for found in re.finditer(re.escape(part), response.text):
-            for i, (first, last) in enumerate(response.spans):
-                if first < found.end() and last > found.start():
-                    weight[i] = value
-    return weight
+            first, last = bisect_right(ends, found.start()), bisect_left(starts, found.end())
+            weight[first:last] = [value] * (last - first)
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return [extra_weight.get(special.get(i), value) for i, value in zip(ids, weight, strict=True)]

@@ -119,3 +119,16 @@ def test_what_cannot_be_tokenized_is_named(num_proc):
         tokenize(examples(), BYTES, max_length=10, overflow="drop", num_proc=num_proc)
     with pytest.raises(UserError, match="no examples"):
         tokenize([], BYTES, num_proc=num_proc)
+
+
+def test_a_cache_that_cannot_be_written_or_is_damaged_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", tmp_path / "file" / "below", "/proc/cache"):
+        with pytest.raises(UserError, match=f"data.cache_dir {cache} cannot be read and written"):
+            tokenize(examples(), BYTES, cache_dir=cache)
+    for name in ("ids.npy", "counts.npy"):
+        tokenize(examples(), BYTES, cache_dir=tmp_path / name)
+        (file,) = (tmp_path / name).glob(f"*/{name}")
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(UserError, match=f"{file.parent} is damaged .* delete that folder"):
+            tokenize(examples(), BYTES, cache_dir=tmp_path / name)

@@ -96,3 +96,12 @@ def test_the_cutoff_is_one_of_the_rows_lengths_and_differs_between_batches():
         rows = [[(SampleKey(0, order, i), document([1, 2], [3] * n + [9] * 4))] for i, n in enumerate((2, 5, 7))]
         lengths.add(int(collate_with_cutoff(rows, pad_token_id=9, eos_token_id=9, seed=0).maskable.sum(1)[0]))
     assert lengths == {2, 5, 7}
+
+
+def test_eos_of_the_cutoff_has_the_extra_weight_of_eos():
+    weighted = [Document("x", [1], [3] * n + [9] * 2, [2.0] * n + [0.1] * 2) for n in (2, 5)]
+    whole = Document("y", [1], [3], [2.0])  # without eos
+    rows = [[(SampleKey(0, i, i), d)] for i, d in enumerate((*weighted, whole))]
+    batch = collate_with_cutoff(rows, pad_token_id=9, eos_token_id=9, seed=0, kept=4)
+    wanted = [[2.0, 2.0, 0.1, 0.1], [2.0] * 4, [2.0, 1.0, 1.0, 1.0]]
+    torch.testing.assert_close(batch.extra_weight[:, 1:], torch.tensor(wanted))

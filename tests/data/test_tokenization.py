@@ -132,7 +132,7 @@ def test_other_overflows():
     whole, _, full_length, _ = encode(one, BYTES)
     limit = full_length - 100
     assert encode(one, BYTES, max_length=limit, overflow="drop") == (None, len(whole.prompt_ids), full_length, 0)
-    right = encode(one, BYTES, max_length=limit, overflow="truncate_right", eos_fill_to=1000).document
+    right = encode(one, BYTES, max_length=limit, overflow="truncate_right", eos_fill_to=limit).document
     assert right.prompt_ids + right.response_ids == (whole.prompt_ids + whole.response_ids)[:limit]
     with pytest.raises(UserError, match=rf"row 17 has {full_length} tokens .*max_length is {limit}: set overflow to"):
         encode(one, BYTES, max_length=limit, overflow="error")
@@ -146,7 +146,8 @@ def test_other_overflows():
 def test_what_cannot_be_encoded_is_named():
     with pytest.raises(UserError, match="row 17"):
         encode(example(thinking=None, answer="long " * 50), BYTES, max_length=100)
-    for one, thinking in ((example(thinking=None, answer=""), True), (example(answer=""), False)):
+    without = example(answer=" ")
+    for one, thinking in ((replace(without, thinking=None), True), (without, True), (without, False)):
         with pytest.raises(UserError, match="row 17 has no response to train on"):
             encode(one, BYTES, thinking=thinking)
     messages = [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]
@@ -154,7 +155,7 @@ def test_what_cannot_be_encoded_is_named():
         encode(replace(example(), prompt=tuple(messages)), BYTES, style="plain")
 
 
-@pytest.mark.parametrize("fill", [1, 40, 60])
+@pytest.mark.parametrize("fill", [1, 30, 40])
 def test_eos_fill(fill):
     bare = encode(example(), BYTES).document
     got = encode(example(), BYTES, eos_fill_to=fill)
@@ -177,3 +178,29 @@ def test_extra_weight_covers_every_token_of_every_occurrence(tokenizer):
         assert set(got.response_weight) == {1.0, 2.0, 3.0}
         assert got.response_weight[-1] == 1.0
     assert set(encode(one, tokenizer).document.response_weight) == {1.0}
+
+
+def test_the_text_of_a_special_token_weights_the_token(tokenizer):
+    one = example(answer="2 <|im_end|>")
+    for style in ("chat", "plain"):
+        plain = encode(one, tokenizer, style=style, eos_fill_to=60).document
+        got = encode(one, tokenizer, style=style, eos_fill_to=60, extra_weight={"<|endoftext|>": 0.1}).document
+        is_eos = [i == tokenizer.eos_token_id for i in got.response_ids]
+        assert got.response_ids == plain.response_ids and sum(is_eos) > 1
+        assert got.response_weight == [0.1 if eos else 1.0 for eos in is_eos]
+
+
+def test_extra_weight_of_a_frequent_text_takes_linear_time(dream):
+    """Quadratic, 32,000 words took minutes."""
+    got = encode(example(thinking="step one. " * 16_000), dream, extra_weight={"step": 2.0}).document
+    assert sum(weight == 2.0 for weight in got.response_weight) == 16_000
+
+
+@pytest.mark.parametrize("long", ["question", "thinking", "answer"])
+def test_a_row_of_megabytes_is_refused_or_dropped_by_its_start(long):
+    one = example(**{long: "long " * 400_000})
+    with pytest.raises(UserError, match=r"row 17 has 2,000,0\d\d characters, about 2,000,0\d\d tokens, max"):
+        encode(one, BYTES, max_length=90)
+    for overflow in ("drop", "truncate_trace_else_drop"):
+        got = encode(one, BYTES, max_length=90, overflow=overflow)
+        assert got.document is None and got.full_length > 2_000_000

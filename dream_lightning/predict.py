@@ -1,13 +1,14 @@
 """Answers of `predict` in a JSON Lines file: every rank appends to a part of its own; the end merges the parts."""
 
+import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from dream_lightning.atomic import PARTIAL, atomic_write
 from dream_lightning.batch import Answers, PromptBatch
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, reading
 
 REMEDY = "Move it away, or set --trainer.callbacks.path=FILE or --trainer.callbacks.overwrite=true"
 
@@ -44,16 +45,18 @@ class PredictionFile:
         """Lock the file and return the numbers of the questions that are answered.
 
         Raises:
-            UserError: another process is writing; the answers have other settings, or are there and not `resumable`.
+            UserError: another process is writing; the answers have other settings, or are there and not `resumable`;
+                the file cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._part = self._locked(self._part_of(0))
-        for part in self._parts():
-            with nullcontext(self._part) if part == self._part_of(0) else self._locked(part) as file:
-                file.truncate(0 if overwrite else part.read_bytes().rfind(b"\n") + 1)
-        if overwrite:
-            self.path.unlink(missing_ok=True)
-        answered = self._read()
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._part = self._locked(self._part_of(0))
+            for part in self._parts():
+                with nullcontext(self._part) if part == self._part_of(0) else self._locked(part) as file:
+                    file.truncate(0 if overwrite else part.read_bytes().rfind(b"\n") + 1)
+            if overwrite:
+                self.path.unlink(missing_ok=True)
+            answered = self._read()
         if not answered and not (self.path.exists() and self.path.stat().st_size):
             self._settings.unlink(missing_ok=True)  # of a run that ended before its first answer
             return set()
@@ -64,7 +67,8 @@ class PredictionFile:
 
     def check(self, settings: dict[str, Any]) -> None:
         """Raise UserError if a setting differs from that of the answers, or they have none."""
-        before = json.loads(self._settings.read_text("utf-8")) if self._settings.exists() else {}
+        with reading(self._settings, "a JSON object", REMEDY):
+            before = dict(json.loads(self._settings.read_text("utf-8"))) if self._settings.exists() else {}
         now = json.loads(json.dumps(settings))  # tuples become lists
         changed = [name for name in now if before.get(name, ...) != now[name]]
         if changed:
@@ -78,11 +82,13 @@ class PredictionFile:
 
     def append(self, rank: int, answers: dict[int, dict[str, Any]]) -> None:
         """Append answers, keyed by the number of the question, to the rank's part."""
-        if self._part is None:
-            self._part = self._locked(self._part_of(rank))
         lines = [json.dumps({"number": n, **answer}, ensure_ascii=False) + "\n" for n, answer in answers.items()]
-        self._part.write("".join(lines).encode())
-        self._part.flush()
+        content = "".join(lines).encode()
+        with self._writing():
+            if self._part is None:
+                self._part = self._locked(self._part_of(rank))
+            if self._part.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def merge(self, count: int) -> None:
         """Write all `count` answers in order and remove the parts. The other ranks have closed theirs."""
@@ -112,8 +118,18 @@ class PredictionFile:
     def _parts(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank-*.jsonl"))
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror or error}); the answers in it are kept. Make room, or "
+                "set --trainer.callbacks.path=FILE in a folder of your own"
+            ) from error
+
     def _locked(self, part: Path) -> BinaryIO:
-        file = part.open("ab")
+        file = part.open("ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
             if os.fstat(file.fileno()).st_nlink == 0:
@@ -221,6 +237,9 @@ class PredictionWriter(L.Callback):
         predictions = [json.loads(line) for line in self.path.read_bytes().splitlines()]
         verdicts = [p["correct"] for p in predictions if p["correct"] is not None]
         score = f"{sum(verdicts)} of {len(verdicts)} scored are correct" if verdicts else "none could be scored"
+        score += (
+            f", {unscored} not scored" if 0 < (unscored := len(predictions) - len(verdicts)) < len(predictions) else ""
+        )
         unparsed = sum(p["answer"] is None for p in predictions)
         print(f"{len(predictions)} questions, {unparsed} without an answer; {score}: {self.path.resolve()}")
 

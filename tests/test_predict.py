@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -139,6 +140,34 @@ def test_a_file_of_something_else_is_an_error_and_stays(path, content, told):
         file.open(SETTINGS)
     file.close()
     assert path.read_text() == content and files(path) == [path.name]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\x00", "3"])
+def test_damaged_settings_are_named(path, content):
+    simulated_run(path, random.Random(0), 2, batches=2)
+    settings = path.with_name(FINISHED[1])
+    settings.write_text(content)
+    with pytest.raises(UserError, match=f"{settings} is damaged or no JSON object .* Move it away"):
+        PredictionFile(path).open(SETTINGS)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_a_full_disk_keeps_the_answers(path, tmp_path):
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file" / "p.jsonl", tmp_path, Path("/proc/p.jsonl")):
+        with pytest.raises(UserError, match=f"{wrong} cannot be written .* set --trainer.callbacks.path=FILE"):
+            PredictionFile(wrong).open(SETTINGS)
+    file = PredictionFile(path)
+    file.open(SETTINGS)
+    file.write_settings(SETTINGS)
+    file.append(0, {3: ANSWERS[3]})
+    disk, file._part = file._part, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(
+        UserError, match=f"{path} cannot be written .No space left on device.; the answers in it are kept"
+    ):
+        file.append(0, {4: ANSWERS[4]})
+    file._part.close()
+    disk.close()
+    assert PredictionFile(path).open(SETTINGS) == {3}
 
 
 class Parrot(L.LightningModule):

@@ -21,8 +21,7 @@ from dream_lightning.adapters import LoraParams
 from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, load_tokenizer
-from dream_lightning.model.loading import local_folder
-from dream_lightning.model_factory import check_kind, new_config
+from dream_lightning.model_factory import check_kind, config_of
 from dream_lightning.training.fsdp import refuse_sharded
 from dream_lightning.training.optimizer import BLOCK, AdamW8bit, decay_groups, in_8_bits
 
@@ -271,10 +270,8 @@ def setting_from(options: Namespace) -> Setting:
     sharded = "fsdp" in name.lower() or "ModelParallel" in name
     if sharded:
         refuse_sharded(quantized=model.quantize is not None, compiled_answers=model.sampling.compile)
-    if model.new_model is not None:
-        config = new_config(model.new_model, load_tokenizer(model.tokenizer))
-    else:
-        config = DreamConfig.from_pretrained(local_folder(model.pretrained, files=("config.json",)))
+    tokenizer = load_tokenizer(model.tokenizer) if model.new_model is not None else None
+    config = config_of(model.pretrained, model.new_model, tokenizer)
     bfloat16 = model.quantize is not None or precision in ("bf16-true", "bf16")
     return Setting(
         config,

@@ -52,6 +52,14 @@ def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase
     return DreamConfig(**{"vocab_size": vocab_size, **heads, **special, **sizes})
 
 
+def config_of(
+    pretrained: str | None, sizes: dict[str, int | float] | None, tokenizer: PreTrainedTokenizerBase
+) -> DreamConfig:
+    if pretrained is None:
+        return new_config(sizes, tokenizer)
+    return DreamConfig.from_pretrained(local_folder(pretrained, files=("config.json",)))
+
+
 def random_model(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamModel:
     return DreamModel(new_config(sizes, tokenizer))
 

@@ -138,6 +138,12 @@ class DreamModule(L.LightningModule):
     def sharded(self) -> bool:
         return self._trainer is not None and isinstance(self.trainer.strategy, fsdp.FSDP2Strategy)
 
+    @property
+    def max_prompt_length(self) -> int:
+        """Tokens of a question that leave room for its answer; reads config.json only."""
+        config = model_factory.config_of(self.pretrained, self.new_model, self.tokenizer)
+        return config.max_position_embeddings - self.sampling.max_new_tokens
+
     def configure_model(self) -> None:
         """Build or load the network; Lightning calls this on every rank, once the strategy is known."""
         if self.model is not None:
@@ -357,7 +363,7 @@ class DreamModule(L.LightningModule):
             release_compiled(self.model)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/nll` (upper bound of −log p in nats a token), `val/accuracy`, `unparsed`, `tokens_per_forward`."""
+        """Log `val/nll` (upper bound of −log p in nats a token) and the scores of `AnswerScores`."""
         stage = "test" if self.trainer.testing else "val"
         if self.val_nll.update_called:
             self.log(f"{stage}/nll", self.val_nll.compute(), prog_bar=True)

@@ -126,7 +126,7 @@ def test_everything_is_logged(sums, tmp_path):
     assert {name for name, _ in logged(tmp_path)} == {
         *("train/loss", "train/masked_fraction", "train/lr", "train/gradient_norm", "epoch"),
         *(f"train/nll_t_quartile_{n}" for n in (1, 2, 3, 4)),
-        *("val/nll", "val/accuracy", "val/unparsed", "val/tokens_per_forward"),
+        *("val/nll", "val/scored", "val/accuracy", "val/unparsed", "val/tokens_per_forward"),
     }
 
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -16,12 +17,12 @@ from dream_lightning.batch import Example, SampleKey
 from dream_lightning.data.document_cache import TokenizedSet, tokenize
 from dream_lightning.data.epoch_order import KeyRow, ResumableLoader, RowSampler, bucket_by_length
 from dream_lightning.data.packing import collate, collate_prompts, collate_with_cutoff, pack
-from dream_lightning.data.prompt_format import Style, encode_prompt
+from dream_lightning.data.prompt_format import Style, encode_prompt, longer_than, response_text
 from dream_lightning.data.schemas import read_examples
-from dream_lightning.data.splits import split
-from dream_lightning.data.tokenization import Overflow
-from dream_lightning.errors import UserError
-from dream_lightning.tasks import apply_task, load_task, task_of
+from dream_lightning.data.splits import split, warn_of_overlap
+from dream_lightning.data.tokenization import Overflow, check_encoding
+from dream_lightning.errors import UserError, check_range
+from dream_lightning.tasks import load_task, task_of
 
 # Batches per process that predict sorts by length together. In batches of 8, padding is then 13 % of the prompts'
 # positions for s1K, 5 % for GSM8K and 19 % for MATH-500, instead of 48, 31 and 58 % in file order.
@@ -54,7 +55,7 @@ class S1KDataModule(L.LightningDataModule):
         max_length: of prompt and response in tokens; also the length of a packed row.
         overflow: `truncate_trace` shortens the thinking of longer documents; the others: docs/data.md.
         eos_fill_to: fill shorter responses with eos to this many tokens; teaches the model to stop.
-        extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}.
+        extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}; also of the eos token.
         batch_size: rows of a micro-batch on each process; questions of a batch in generation.
         packing: put several whole documents into a row.
         batch_cutoff: the authors' collation: truncate or fill all responses of a micro-batch to one drawn length.
@@ -103,13 +104,12 @@ class S1KDataModule(L.LightningDataModule):
         super().__init__()
         if packing and batch_cutoff:
             raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
-        least = {"batch_size": (1, batch_size), "first_n": (1, first_n), "validation_draws": (1, validation_draws)}
-        least |= {"max_length": (1, max_length), "eos_fill_to": (1, eos_fill_to), "num_workers": (0, num_workers)}
-        least |= {"validation_questions": (0, validation_questions)}
-        least |= {f"extra_weight of {text!r}": (0, weight) for text, weight in (extra_weight or {}).items()}
-        for name, (lowest, value) in least.items():
-            if value is not None and not value >= lowest:  # written so that NaN is refused
-                raise UserError(f"{name} is {value}, wanted at least {lowest}")
+        for name, value in {"batch_size": batch_size, "first_n": first_n, "validation_draws": validation_draws}.items():
+            check_range(name, value, least=1)
+        for name, value in {"validation_questions": validation_questions, "num_workers": num_workers}.items():
+            check_range(name, value, least=0)
+        check_range("validation_fraction", validation_fraction, least=0, most=1)
+        check_range("seed", seed, least=0, most=2**32 - 1)
         self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
         self.validation_fraction, self.first_n = validation_fraction, first_n
@@ -119,12 +119,14 @@ class S1KDataModule(L.LightningDataModule):
         self.prompting = {"style": style, "system_prompt": system_prompt}
         self.encoding = {**self.prompting, "thinking": thinking, "extra_weight": extra_weight}
         self.encoding |= {"max_length": max_length, "overflow": overflow, "eos_fill_to": eos_fill_to}
+        check_encoding(**self.encoding)
         self.batch_size, self.packing, self.batch_cutoff = batch_size, packing, batch_cutoff
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
         self.num_workers = num_workers
         self.train_set: TokenizedSet | None = None
         self.validation_set: TokenizedSet | None = None
         self.questions: list[Example] = []
+        self._prompts: list[list[int]] = []  # ids of the questions' prompts
         self._answered: set[int] = set()
 
     def prepare_data(self) -> None:
@@ -134,15 +136,13 @@ class S1KDataModule(L.LightningDataModule):
                 self.tokenized(examples)
 
     def read(self) -> tuple[list[Example], list[Example]]:
-        training = self._examples(self.source, "train")
+        training = read_examples(self.source, split="train", **self.reading)
         if self.validation_source is None:
             training, validation = split(training, validation_fraction=self.validation_fraction, seed=self.seed)
-        else:
-            validation = self._examples(self.validation_source, "validation")
+            return training[: self.first_n], validation
+        validation = read_examples(self.validation_source, split="validation", **self.reading)
+        warn_of_overlap(training[: self.first_n], validation)
         return training[: self.first_n], validation
-
-    def _examples(self, source: str, part: str) -> list[Example]:
-        return [apply_task(e, self.reading["task"]) for e in read_examples(source, split=part, **self.reading)]
 
     def tokenized(self, examples: Sequence[Example], name: str = "") -> TokenizedSet:
         """Documents of the examples, cached; a `name` prints a summary."""
@@ -157,14 +157,62 @@ class S1KDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "predict":
-            self.questions = self._examples(self.predict_source, "test") if self.predict_source else self.read()[1]
+            source = self.predict_source
+            asked = read_examples(source, split="test", **self.reading) if source else self.read()[1]
+            self._ask(asked, f"{len(asked):,} questions are answered")
             return
         training, validation = self.read()
-        gradable = [e for e in validation if e.reference is not None or e.task is not None]
-        self.questions = gradable[: self.validation_questions]
+        asked = _scored(validation)[: self.validation_questions]
+        self._ask(validation, f"validation: {len(asked):,} questions are answered and scored", asked)
         self.validation_set = self.tokenized(validation, "validation")
         if stage == "fit":
+            self._check_responses(training)
             self.train_set = self.tokenized(training, "training")
+
+    def _ask(self, examples: list[Example], summary: str, asked: list[Example] | None = None) -> None:
+        """Set the questions, by default all, and say how many of the examples can be scored.
+
+        Raises UserError if a prompt leaves the model no room for an answer, before the model is loaded.
+        """
+        scored = len(_scored(examples))
+        rank_zero_info(f"{summary}; {scored:,} of {len(examples):,} rows can be scored")
+        if not scored and (asked is None or self.validation_questions):
+            rank_zero_warn("no question can be scored, no row has a reference: set data.reference_column or data.task")
+        self.questions = examples if asked is None else asked
+        room = getattr(self.trainer and self.trainer.lightning_module, "max_prompt_length", None)
+        self._prompts, too_long = [], []
+        for example in self.questions:
+            length = longer_than(room, "".join(m["content"] for m in example.prompt), self.tokenizer)
+            ids = [] if length else encode_prompt(example, self.tokenizer, **self.prompting)
+            self._prompts.append(ids)
+            if room is not None and (length := length or len(ids)) > room:
+                too_long.append(f"{example.origin} ({length:,} tokens)")
+        if too_long:
+            raise UserError(
+                f"{len(too_long)} of {len(self.questions)} questions are longer than the {room:,} tokens that the "
+                f"model's positions leave next to max_new_tokens: {', '.join(too_long[:5])}; shorten or delete them"
+            )
+
+    def _check_responses(self, examples: list[Example]) -> None:
+        """Warn about special tokens that are spelled out, and about extra weights without effect."""
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        pattern = re.compile("|".join(map(re.escape, special)))
+        unseen = set(self.encoding["extra_weight"] or {}) - {self.tokenizer.eos_token}
+        style, thinking, spelled = self.encoding["style"], self.encoding["thinking"], []
+        for example in examples:
+            text = response_text(example, style=style, thinking=thinking)
+            unseen -= {part for part in unseen if part in text}
+            if found := pattern.search(text):
+                spelled.append(f"{found[0]} in {example.origin}")
+        if spelled:
+            rank_zero_warn(
+                f"{len(spelled):,} of {len(examples):,} responses hold a special token as text, first {spelled[0]}: "
+                "the model learns to spell it letter by letter; remove it, eos is added to every response"
+            )
+        for part in sorted(unseen):
+            rank_zero_warn(
+                f"extra_weight: {part!r} is in no response of the training data and has no effect: correct it"
+            )
 
     def question_settings(self) -> dict[str, Any]:  # what the prompts and grades of `predict` depend on
         records = [(e.id, e.prompt, e.reference, e.task, task_of(e).reference(e)) for e in self.questions]
@@ -221,11 +269,10 @@ class S1KDataModule(L.LightningDataModule):
         return DataLoader(KeyedItems(items), batch_size=self.batch_size, sampler=sampler, collate_fn=collation)
 
     def _question_loader(self, numbers: Sequence[int], *, bucket: bool = False) -> DataLoader:
-        prompts = {n: encode_prompt(self.questions[n], self.tokenizer, **self.prompting) for n in numbers}
         if bucket:
             window = _WINDOW * self.batch_size * (self.trainer.world_size if self.trainer else 1)
-            numbers = bucket_by_length(numbers, [len(prompts[n]) for n in numbers], window=window)
-        items = {n: (self.questions[n], ids) for n, ids in prompts.items()}
+            numbers = bucket_by_length(numbers, [len(self._prompts[n]) for n in numbers], window=window)
+        items = list(zip(self.questions, self._prompts, strict=True))
         return self._loader(items, self._sampler([[n] for n in numbers], shuffle=False), collate_prompts)
 
 
@@ -240,6 +287,10 @@ class KeyedItems(Dataset):
 
     def __getitem__(self, row: KeyRow) -> list[tuple[SampleKey, Any]]:
         return [(key, self.items[key.index]) for key in row]
+
+
+def _scored(examples: list[Example]) -> list[Example]:
+    return [example for example in examples if task_of(example).reference(example) is not None]
 
 
 def _hash(content: Any) -> str:

@@ -38,6 +38,7 @@ class AnswerScores(_Sums):
         """Each [] float32, and 0 without answers: NaN breaks the comparisons of a checkpoint monitor."""
         scored = self.scored.clamp(min=1)
         return {
+            "scored": self.scored.float(),
             "accuracy": self.correct / scored,
             "unparsed": self.unparsed / scored,
             "tokens_per_forward": self.filled / self.forwards.clamp(min=1),

@@ -27,8 +27,8 @@ def values(metric):
 
 def test_counts_by_hand():
     metric = scores(PREDICTIONS, COUNTED)
-    expected = {"accuracy": 0.5, "unparsed": 0.25, "tokens_per_forward": 160 / 50}
-    assert values(metric) == pytest.approx(expected) and metric.scored == 4
+    expected = {"scored": 4.0, "accuracy": 0.5, "unparsed": 0.25, "tokens_per_forward": 160 / 50}
+    assert values(metric) == pytest.approx(expected)
     assert all(value.dtype == torch.float32 and value.shape == () for value in metric.compute().values())
 
 

@@ -1,0 +1,115 @@
+"""What S1KDataModule says and refuses before a model is loaded."""
+
+import logging
+import math
+import random
+import re
+import warnings
+
+import pytest
+from material import SIZES, quiet_trainer, tiny_data, tiny_module, write_jsonl
+
+from dream_lightning import S1KDataModule, SamplingParams, load_tokenizer
+from dream_lightning.errors import UserError
+
+BYTES = load_tokenizer("bytes")
+
+
+def rows(count=8, **last):
+    made = [{"question": f"{n}+{n}?", "response": str(2 * n), "answer": str(2 * n)} for n in range(count)]
+    return [*made[:-1], made[-1] | last]
+
+
+@pytest.fixture
+def told(caplog):
+    """What setting up a data module says: information and warnings."""
+
+    def of(data, stage="fit"):
+        caplog.clear()
+        caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            data.setup(stage)
+        return [record.getMessage() for record in caplog.records], [str(w.message) for w in warned]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((name, 0) for name in ("batch_size", "first_n", "max_length", "eos_fill_to", "validation_draws")),
+        *((name, -1) for name in ("num_workers", "validation_questions", "validation_fraction", "seed")),
+        *(("validation_fraction", bad) for bad in (1.1, math.nan, math.inf)),
+        *(("extra_weight", {"x": bad}) for bad in (-1.0, math.nan, math.inf)),
+        ("eos_fill_to", 8193),
+        ("extra_weight", {"": 2.0}),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(option, value):
+    with pytest.raises(UserError, match=f"{option}.* wanted"):
+        S1KDataModule("bundled", tokenizer=BYTES, **{option: value})
+
+
+def test_questions_without_a_reference_are_not_scored_and_counted(tmp_path, told):
+    lines = rows(6)
+    for order in range(5):
+        mixed = random.Random(order).sample(
+            [*lines[:4], {"question": "?", "response": "x"}, lines[5] | {"answer": None}], 6
+        )
+        source = str(write_jsonl(tmp_path / "rows.jsonl", mixed))
+        data = tiny_data(source, tmp_path, validation_source=source, predict_source=source)
+        info, _ = told(data)
+        assert "validation: 3 questions are answered and scored; 4 of 6 rows can be scored" in info
+        assert len(data.questions) == 3 and all(e.reference is not None for e in data.questions)
+        assert "6 questions are answered; 4 of 6 rows can be scored" in told(data, "predict")[0]
+    none = str(write_jsonl(tmp_path / "none.jsonl", [{"question": f"{n}?", "response": "x"} for n in range(20)]))
+    for stage in ("fit", "validate", "predict"):
+        data = tiny_data(none, tmp_path, predict_source=none)
+        assert "no question can be scored" in " ".join(told(data, stage)[1])
+
+
+def test_the_number_of_scored_answers_is_logged(sums, tmp_path):
+    trainer = quiet_trainer(limit_val_batches=1, default_root_dir=tmp_path)
+    for stage, evaluate in (("val", trainer.validate), ("test", trainer.test)):
+        evaluate(tiny_module(), tiny_data(sums, tmp_path), verbose=False)
+        assert trainer.callback_metrics[f"{stage}/scored"] == 3
+
+
+@pytest.mark.parametrize("long", [1000, 2_000_000])
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_a_question_that_is_too_long_is_named_before_the_model_is_built(tmp_path, command, long):
+    source = str(write_jsonl(tmp_path / "rows.jsonl", rows(3, question="1" * long)))
+    module = tiny_module(
+        new_model=SIZES | {"max_position_embeddings": 256}, sampling=SamplingParams(max_new_tokens=100)
+    )
+    data = tiny_data(source, tmp_path, validation_source=source, predict_source=source)
+    count = "1,019" if long == 1000 else "2,000,000"
+    message = rf"1 of 3 questions are longer than the 156 tokens .* rows.jsonl, row 3 \({count} tokens\); shorten"
+    with pytest.raises(UserError, match=message):
+        getattr(quiet_trainer(), command)(module, data)
+    assert module.model is None
+
+
+def test_rows_in_training_and_validation_are_counted(tmp_path, told):
+    training = write_jsonl(tmp_path / "train.jsonl", rows(8))
+    validation = write_jsonl(tmp_path / "val.jsonl", [*rows(3, question="new?"), *rows(2, question="2 + 2?")])
+    data = tiny_data(training, tmp_path, validation_source=str(validation))
+    (warning,) = [w for w in told(data)[1] if "training data too" in w]
+    assert warning.startswith(
+        "4 of 5 validation questions are in the training data too, first val.jsonl, row 1: remove"
+    )
+    assert not any("training data too" in w for w in told(tiny_data(training, tmp_path))[1])
+
+
+def test_special_tokens_in_responses_and_weights_without_effect_are_named(tmp_path, told):
+    lines = rows(8, response="4<|im_end|>")
+    lines[3]["response"] = "<|endoftext|> 3"
+    source = str(write_jsonl(tmp_path / "rows.jsonl", lines))
+    weights = {"</thnik>": 9.0, "1": 2.0, "<|endoftext|>": 0.1}
+    options = {"validation_source": "bundled", "validation_questions": 0}
+    warned = " ".join(told(tiny_data(source, tmp_path, extra_weight=weights, **options))[1])
+    assert "2 of 8 responses hold a special token as text, first <|endoftext|> in rows.jsonl, row 4" in warned
+    assert re.findall(r"extra_weight: '(.*?)' is in no response", warned) == ["</thnik>"]
+    harmless = str(write_jsonl(tmp_path / "harmless.jsonl", rows()))
+    assert told(tiny_data(harmless, tmp_path, **options))[1] == []

@@ -1,12 +1,17 @@
 """Atomic writes: a file or a folder appears under its name complete, or not at all."""
 
 import errno
+import fcntl
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+from weakref import WeakSet
 
 from dream_lightning.errors import UserError
 
@@ -70,12 +75,65 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_partials(folder: str | Path) -> list[Path]:
-    """Remove what killed writes left in a folder; returns what there was."""
-    partials = sorted(Path(folder).glob(f"*{PARTIAL}"))
+def remove_partials(folder: str | Path, pattern: str = "*") -> list[Path]:
+    """Remove what killed writes of such names left in a folder that is locked; returns what there was."""
+    partials = sorted(Path(folder).glob(f"{pattern}{PARTIAL}"))
     for partial in partials:
         remove(partial)
     return partials
+
+
+_locked: WeakSet[BinaryIO] = WeakSet()
+# A forked worker of a DataLoader would hold the locks of a killed process until it ends too.
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _locked])
+
+
+def lock(path: Path, refusal: str) -> BinaryIO:
+    """Open a file to append to, which no other process can lock until it is closed or this process ends.
+
+    Raises:
+        UserError: with `refusal`, another process holds the lock.
+    """
+    while True:
+        file = path.open("ab", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
+        except BlockingIOError:
+            file.close()
+            raise UserError(refusal) from None
+        except OSError as error:  # of a network folder without locks
+            warnings.warn(f"{path.parent} cannot be locked ({error}): let one process write there", stacklevel=2)
+        if os.fstat(file.fileno()).st_nlink:  # or the process that held the lock has just removed it
+            _locked.add(file)
+            return file
+        file.close()
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise UserError unless files can be written in a folder, which is created; URLs are not tried."""
+    if "://" in str(folder):
+        return
+    try:
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(f"no file can be written in the folder {folder}: {error.strerror}. Name another one") from error
+
+
+def on_rank_zero(work: Callable[[], Any], *, is_rank_zero: bool, broadcast: Callable[[Any], Any]) -> Any:
+    """What `work` returns on rank 0, or its UserError, on every process; `broadcast` returns rank 0's argument."""
+    result = problem = None
+    if is_rank_zero:
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+    result, problem = broadcast((result, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return result
 
 
 def disk_refuses(error: BaseException) -> bool:

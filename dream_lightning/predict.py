@@ -1,7 +1,6 @@
 """Answers of `predict` in a JSON Lines file: every rank appends to a part of its own; the end merges the parts."""
 
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -18,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.distributed.tensor import DTensor
 
-from dream_lightning.atomic import PARTIAL, atomic_write
+from dream_lightning.atomic import PARTIAL, atomic_write, lock, on_rank_zero
 from dream_lightning.batch import Answers, PromptBatch
 from dream_lightning.errors import UserError, reading
 
@@ -129,17 +128,9 @@ class PredictionFile:
             ) from error
 
     def _locked(self, part: Path) -> BinaryIO:
-        file = part.open("ab", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
-            if os.fstat(file.fileno()).st_nlink == 0:
-                raise BlockingIOError("removed by the process that held the lock")
-        except BlockingIOError:
-            file.close()
-            raise UserError(
-                f"another predict is writing {self.path}: wait for it or end it, or set --trainer.callbacks.path=FILE"
-            ) from None
-        return file
+        return lock(
+            part, f"another predict is writing {self.path}: wait for it or end it, or set --trainer.callbacks.path=FILE"
+        )
 
     def _read(self) -> dict[int, bytes]:
         """Whole lines of the merged file and of all parts, by number."""
@@ -261,14 +252,4 @@ def weights_fingerprint(module: L.LightningModule) -> str:
 
 
 def _on_rank_zero(trainer: L.Trainer, act: Callable[[], Any]) -> Any:
-    """Broadcasts what `act` returns on rank 0, or its UserError, so that all ranks raise it."""
-    outcome = None
-    if trainer.is_global_zero:
-        try:
-            outcome = act(), None
-        except UserError as error:
-            outcome = None, str(error)
-    result, message = trainer.strategy.broadcast(outcome)
-    if message is not None:
-        raise UserError(message)
-    return result
+    return on_rank_zero(act, is_rank_zero=trainer.is_global_zero, broadcast=trainer.strategy.broadcast)

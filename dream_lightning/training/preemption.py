@@ -1,11 +1,15 @@
-"""The newest checkpoint of a run, and a run that saves it when it is told to stop."""
+"""The newest checkpoint of a run, a folder for one run at a time, and a run that saves when it is told to stop."""
 
 import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
@@ -13,7 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dream_lightning.atomic import remove_partials
+from dream_lightning.atomic import check_folder, lock, on_rank_zero, remove_partials
+from dream_lightning.training.checkpointing import refuse_diverged
 
 
 class Autosave(ModelCheckpoint):
@@ -25,19 +30,74 @@ class Autosave(ModelCheckpoint):
     stops at once without saving. After SIGUSR1 a SLURM job is requeued.
 
     A resumed run makes the validation that was due or running when its checkpoint was saved.
+
+    The folders of all checkpoint callbacks are locked while the run trains. Checkpoints of another run, one that is not
+    resumed, are moved into their subfolder `version_<n>` right before this run first saves, so `last.ckpt` is always
+    the newest.
+
+    Raises:
+        UserError: another process trains in the folder; no file can be written there.
     """
 
+    _locks: tuple[BinaryIO, ...] = ()
+    _others: tuple[Path, ...] = ()  # folders with checkpoints of another run
     _signal = 0  # number of the signal that told this rank to stop
     _stopping = False  # all ranks agreed
     _last_step: float = float("inf")
     _step = 0  # optimizer steps at the end of the last one
 
+    def __init__(self, *args: Any, enable_version_counter: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, enable_version_counter=enable_version_counter, **kwargs)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._signal, self._stopping = 0, False
-        if stage == "fit" and trainer.is_global_zero:
-            for partial in remove_partials(self.dirpath):
+        if stage == "fit":
+            self._on_rank_zero(trainer, lambda: self._lock(self._folders(trainer)))
+
+    def _folders(self, trainer: L.Trainer) -> list[Path]:
+        """Of all checkpoint callbacks, once if there are several of this class."""
+        callbacks = trainer.checkpoint_callbacks
+        first = next(c for c in callbacks if isinstance(c, Autosave)) is self
+        names = {str(c.dirpath) for c in callbacks if c.dirpath and "://" not in str(c.dirpath)}
+        return [Path(name) for name in sorted(names)] if first else []
+
+    def _on_rank_zero(self, trainer: L.Trainer, work: Callable[[], Any]) -> Any:
+        return on_rank_zero(work, is_rank_zero=trainer.is_global_zero, broadcast=trainer.strategy.broadcast)
+
+    def _lock(self, folders: list[Path]) -> None:
+        self._unlock()
+        for folder in folders:
+            refusal = (
+                f"another process trains in {folder}: wait for it or end it, or name another folder in "
+                "checkpoint.dirpath and autosave.dirpath"
+            )
+            check_folder(folder)
+            self._locks += (lock(folder / ".lock", refusal),)
+            for partial in remove_partials(folder, "*.ckpt.*"):
                 rank_zero_info(f"Removed {partial}, which was incomplete when an earlier run was killed")
+
+    def _unlock(self) -> None:
+        for file in self._locks:
+            with suppress(FileNotFoundError):
+                os.unlink(file.name)
+            file.close()
+        self._locks = ()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._unlock()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._unlock()
+
+    def move_other_runs(self, trainer: L.Trainer) -> None:
+        """Move checkpoints of other runs out of the folders; called on all ranks right before a checkpoint is saved."""
+        refuse_diverged(trainer.callback_metrics, trainer.global_step)
+        others, self._others = self._others, ()
+        if others:
+            self._on_rank_zero(trainer, lambda: [_move_checkpoints(folder) for folder in others] and None)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._handle_signals()
@@ -58,11 +118,14 @@ class Autosave(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        found = set().union(*(c._find_last_checkpoints(trainer) for c in trainer.checkpoint_callbacks))
-        if found and trainer.ckpt_path is None:
+        folders = self._folders(trainer)
+        resumed = Path(trainer.ckpt_path).absolute().parent in folders if trainer.ckpt_path else trainer.global_step > 0
+        found = [folder for folder in folders if not resumed and any(folder.glob("*.ckpt"))]
+        self._others = trainer.strategy.broadcast(tuple(found))
+        for folder in self._others:
             rank_zero_warn(
-                f"{max(found)} belongs to another run, and this one starts anew next to it: add --ckpt_path last to "
-                "resume that run, or name another folder in checkpoint.dirpath and autosave.dirpath"
+                f"{folder} holds checkpoints of another run, which are moved to a folder {folder.name}/version_… when "
+                "this one first saves: stop it and add --ckpt_path last to resume that run instead"
             )
         self._handle_signals()
         self._last_step, self._step = trainer.estimated_stepping_batches, trainer.global_step
@@ -103,6 +166,7 @@ class Autosave(ModelCheckpoint):
 
         Lightning would skip it. It repeats one that had begun its first batch, so the checkpoint says that.
         """
+        self.move_other_runs(trainer)
         loop = trainer.fit_loop.epoch_loop
         done = loop.batch_progress.current
         if done.processed > done.completed:  # at the end of a step
@@ -140,3 +204,12 @@ class Autosave(ModelCheckpoint):
         if number == signal.SIGUSR1 and job and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=True)
         raise SystemExit(128 + number)
+
+
+def _move_checkpoints(folder: Path) -> None:
+    """Rename them, `last` at the end: a kill in between leaves it where the run can be resumed."""
+    version = next(path for n in count() if not (path := folder / f"version_{n}").exists())
+    version.mkdir()
+    for checkpoint in sorted(folder.glob("*.ckpt"), key=lambda path: path.name.startswith("last")):
+        checkpoint.rename(version / checkpoint.name)
+    rank_zero_info(f"The checkpoints of an earlier run are in {version}")

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dream_lightning.atomic import atomic_write, not_written
+from dream_lightning.atomic import atomic_write, not_written, on_rank_zero
 from dream_lightning.errors import UserError
 from dream_lightning.training.checkpointing import tensor_bytes
 
@@ -47,27 +47,24 @@ def write(
         UserError: the disk is full or read-only, on every process; an older folder is unchanged.
     """
 
-    def on_rank_zero(work: Callable[[], Any]) -> Any:
-        result = problem = None
-        if is_rank_zero:
+    def rank_zero(work: Callable[[], Any]) -> Any:
+        def written() -> Any:
             try:
-                result = work()
-            except (OSError, RuntimeError, UserError) as error:
-                problem = str(error if isinstance(error, UserError) else not_written(path, error))
-        result, problem = broadcast((result, problem))
-        if problem:
-            raise UserError(problem)
-        return result
+                return work()
+            except (OSError, RuntimeError) as error:
+                raise not_written(path, error) from error
+
+        return on_rank_zero(written, is_rank_zero=is_rank_zero, broadcast=broadcast)
 
     with ExitStack() as stack:
         folder = atomic_write(path, needed_bytes=tensor_bytes(state))
-        partial = on_rank_zero(lambda: stack.enter_context(folder))
+        partial = rank_zero(lambda: stack.enter_context(folder))
         try:
             dcp.save(state, checkpoint_id=partial)
         except CheckpointException as error:  # on all processes
             raise not_written(path, _reason(error)) from error
-        on_rank_zero(lambda: torch.save(rest, partial / _REST))
-        on_rank_zero(stack.pop_all().close)
+        rank_zero(lambda: torch.save(rest, partial / _REST))
+        rank_zero(stack.pop_all().close)
 
 
 def read_rest(path: str | Path) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """Runs that are told to stop: what they save, and that resuming changes nothing."""
 
+import os
 import signal
+import time
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from material import SIZES, addition_rows, logged, quiet_trainer, tiny_data, tiny_module, write_jsonl
+from material import SIZES, addition_rows, logged, quiet_trainer, short_trainer, tiny_data, tiny_module, write_jsonl
+from meeting import end, fork
 
 from dream_lightning import SamplingParams
+from dream_lightning.atomic import lock
 from dream_lightning.training import Autosave
 
 STEPS = 16
@@ -104,7 +108,7 @@ def test_a_second_ctrl_c_stops_at_once_without_saving_and_former_handlers_return
     before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(SystemExit) as stop:
         fit(source, tmp_path, signal_at(4, signal.SIGINT), signal_at(4, signal.SIGINT))
-    assert stop.value.code == 1 and not (tmp_path / "checkpoints").exists()
+    assert stop.value.code == 1 and not list((tmp_path / "checkpoints").iterdir())
     assert [signal.getsignal(number) for number in numbers] == before
 
 
@@ -143,20 +147,91 @@ def test_early_stopping_saves_where_it_stops(source, tmp_path):
     assert saved_step(tmp_path) == 6
 
 
-def test_what_a_kill_left_incomplete_is_removed(source, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt.1234.partial").write_text("torn")
+def test_what_a_kill_left_incomplete_is_removed_and_nothing_else(source, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("last.ckpt.1234.partial", "my-dream.1234.partial", ".lock"):
+        (folder / name).write_text("torn")
     with pytest.warns(UserWarning, match="no last checkpoint available"):
         fit(source, tmp_path, ckpt_path="last")
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", "my-dream.1234.partial"}
 
 
-def test_a_new_run_in_the_folder_of_another_warns_and_overwrites_nothing(source, tmp_path):
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.ckpt"))}
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_another_run_in_the_folder_moves_the_checkpoints_away_at_its_first_save(source, tmp_path, weights_only):
+    """Not before, so that one that fails early changes nothing; `last.ckpt` is the newest, every time."""
+    folder = tmp_path / "checkpoints"
+    best = {"monitor": "val/nll", "enable_version_counter": False, "save_weights_only": weights_only}
+
+    def start(*callbacks, **options):
+        fit(source, tmp_path, *callbacks, ModelCheckpoint(folder, "best-{step}", mode="max", **best), **options)
+
     with pytest.raises(SystemExit):
-        fit(source, tmp_path, signal_at(2))
-    with pytest.warns(UserWarning, match="belongs to another run.*--ckpt_path last"):
+        start(signal_at(6))
+    first = contents(folder)
+    assert {"last.ckpt"} < first.keys()
+    with pytest.raises(KeyError), pytest.warns(UserWarning, match="checkpoints of another run, .* --ckpt_path last"):
+        start(At(TRAIN, 2, die))
+    assert contents(folder) == first
+    with pytest.raises(SystemExit):
+        start(signal_at(4))
+    moved = {f"version_0/{name}": content for name, content in first.items()}
+    assert contents(folder).items() >= moved.items() and saved_step(tmp_path) == 5
+    start(ckpt_path="last")  # resumes that run, and overwrites it alone
+    assert contents(folder).items() >= moved.items() and saved_step(tmp_path) == STEPS
+    second = contents(folder).items() - moved.items()
+    start(ckpt_path=folder / "version_0" / "last.ckpt")  # no run of the folder itself
+    assert saved_step(tmp_path) == STEPS
+    kept = contents(folder).keys()
+    assert kept >= {f"version_1/{name}" for name, _ in second} | moved.keys()
+    assert not [path for path in folder.iterdir() if not path.name.endswith("ckpt") and not path.is_dir()]
+
+
+def test_one_trainer_goes_on_in_its_own_folder(source, tmp_path):
+    trainer = short_trainer(tmp_path, Autosave(tmp_path / "c", save_last=True, save_top_k=0), max_steps=2)
+    module, data = tiny_module(), tiny_data(source, source.parent)
+    for steps in (2, 3):
+        trainer.fit_loop.epoch_loop.max_steps = steps
+        trainer.fit(module, data)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["last.ckpt"]
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(source, tmp_path):
+    """The first is just saving; then it is killed, with a worker of its DataLoader still alive."""
+    folder, (ours, theirs) = tmp_path / "checkpoints", os.pipe()
+    folder.mkdir()
+    saving = folder / "last.ckpt.1234.partial"
+
+    def train():
+        locked = lock(folder / ".lock", "")
+        saving.write_text("half")
+        worker = os.fork()
+        os.write(theirs, b"1")
+        time.sleep(20 if worker else 40)
+        locked.close()
+
+    first = fork(train, tmp_path / "log")
+    os.read(ours, 1)
+    with pytest.raises(ValueError, match=f"another process trains in {folder}: wait for it or end it"):
         fit(source, tmp_path)
-    assert saved_step(tmp_path) == 3 and (tmp_path / "checkpoints" / "last-v1.ckpt").exists()
+    assert saving.exists()
+    os.kill(first, signal.SIGKILL)
+    assert end(first) == -signal.SIGKILL
+    fit(source, tmp_path)
+    assert saved_step(tmp_path) == STEPS and not saving.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_model_is_built(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    module = tiny_module()
+    trainer = short_trainer(tmp_path, Autosave(tmp_path / "file" / "c", save_last=True))
+    with pytest.raises(ValueError, match=r"no file can be written in the folder .*file/c: Not a directory"):
+        trainer.fit(module, tiny_data(source, source.parent))
+    assert module.model is None
 
 
 def test_a_slurm_job_is_requeued(source, tmp_path, monkeypatch):

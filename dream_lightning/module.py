@@ -1,5 +1,6 @@
 """The LightningModule: composes the parts and logs."""
 
+import warnings
 from typing import Any, Literal
 
 import lightning as L
@@ -24,9 +25,9 @@ from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks import AnswerScores, MeanLoss
-from dream_lightning.training import checkpointing, fsdp
+from dream_lightning.training import Autosave, checkpointing, fsdp
 from dream_lightning.training.optimizer import AdamW8bit, adamw, decay_groups, zero_gradients
-from dream_lightning.training.step_accumulator import GRADIENT_SCALE, StepAccumulator, divide_gradients
+from dream_lightning.training.step_accumulator import StepAccumulator, ends_step, parameters
 
 T_MIN = 1e-3  # smallest masking probability
 
@@ -125,6 +126,7 @@ class DreamModule(L.LightningModule):
         self._saved_optimizer: str | None = None  # in the checkpoint that training resumes from
         self._saved_step: int | None = None  # of the checkpoint that is evaluated outside of training
         self._accumulates_in_place = False
+        self.totals: StepAccumulator | None = None  # while a Trainer trains it
         self.val_nll, self.val_answers = MeanLoss(), AnswerScores()
 
     def setup(self, stage: str) -> None:
@@ -187,6 +189,9 @@ class DreamModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise UserError for a diverged run; add what a resumed run is checked against."""
         checkpointing.refuse_diverged(self.trainer.callback_metrics, self.global_step)
+        for callback in self.trainer.checkpoint_callbacks:  # theirs is not called where only weights are saved
+            if isinstance(callback, Autosave):
+                callback.move_other_runs(self.trainer)
         checkpointing.describe_run(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -273,29 +278,49 @@ class DreamModule(L.LightningModule):
         """Accumulate the gradients of bfloat16 weights in place, unless DDP or FSDP need autograd's hooks."""
         one_device = isinstance(self.trainer.strategy, SingleDeviceStrategy)
         all_in_bfloat16 = self.lora is None and self.weights_dtype == torch.bfloat16
-        enable = one_device and all_in_bfloat16 and self.trainer.accumulate_grad_batches > 1
+        ours = type(self).optimizer_zero_grad is DreamModule.optimizer_zero_grad  # the sums need it
+        enable = ours and one_device and all_in_bfloat16 and self.trainer.accumulate_grad_batches > 1
         self._accumulates_in_place = model_factory.accumulate_in_place(self.model, enable)
 
     def on_train_end(self) -> None:
+        self.totals = None
         model_factory.accumulate_in_place(self.model, False)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         if self._accumulates_in_place:
-            zero_gradients(_parameters(optimizer))
+            zero_gradients(parameters(optimizer))
         else:
             optimizer.zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The micro-batch's mean loss. In a Trainer of its own, its gradients become those of the whole step's mean."""
+        if self.model is None:
+            raise UserError("the model is not built yet: call DreamModule.configure_model() first")
         batch, noised = self.training_noise(batch)
         nll = self.masked_nll(batch, noised)
         terms = self.loss(batch, noised, nll)
-        self.totals.add(batch, noised, nll.detach(), terms)
-        return terms.sum * (GRADIENT_SCALE * self.trainer.accumulate_grad_batches)  # Lightning divides by the latter
+        if self._trainer is None or self.trainer.lightning_module is not self:
+            warnings.warn(
+                "DreamModule.training_step runs outside of its own Trainer: each micro-batch is divided by its own "
+                "count of tokens, so accumulation and the number of processes change the gradients",
+                stacklevel=2,
+            )
+            return terms.mean
+        if self.totals is None:
+            raise UserError(f"{type(self).__name__}.on_train_start must call super().on_train_start()")
+        loss = self.totals.add(batch, noised, nll, terms, self.trainer.accumulate_grad_batches)
+        if ends_step(self.trainer):
+            self._log_step()
+        return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the count of the whole step, over micro-batches and ranks."""
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Divide the gradients by the count of the whole step, over micro-batches and ranks, before any hook."""
+        super().backward(loss, *args, **kwargs)
+        if self.totals is not None:
+            self.totals.divide_gradients(loss, self.trainer.optimizers[0], self.trainer.world_size)
+
+    def _log_step(self) -> None:
         loss_sum, count, masked, maskable = self.totals.take_step(self.trainer.world_size)
-        divide_gradients(_parameters(optimizer), count, self.trainer.world_size)
         loss = loss_sum / count.clamp(min=1)
         bar = self.trainer.progress_bar_callback
         # Lightning reads what another bar shows after every micro-batch: on the host it synchronizes once a step only.
@@ -303,7 +328,8 @@ class DreamModule(L.LightningModule):
         self.log("train/loss", loss.cpu() if shown else loss, prog_bar=shown)
         self.log("train/masked_fraction", masked / maskable.clamp(min=1))
         # A tensor on the host: Lightning would copy a number to the GPU, which synchronizes.
-        self.log("train/lr", torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32))
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("train/lr", torch.as_tensor(lr, dtype=torch.float32))
         every = self.trainer.log_every_n_steps
         if every and (self.trainer.global_step + 1) % every == 0:
             for number, mean in enumerate(self.totals.take_quartiles(self.trainer.world_size), start=1):
@@ -319,10 +345,10 @@ class DreamModule(L.LightningModule):
         return matmul_ceiling(self.device, computes_in or self.weights_dtype)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        parameters = _parameters(optimizer)
-        norm = fsdp.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        trained = parameters(optimizer)
+        norm = fsdp.whole(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
         self.log("train/gradient_norm", norm)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -384,10 +410,6 @@ class DreamModule(L.LightningModule):
         """Graded answers by `sampling`; with sharded weights all processes make the same number of forwards."""
         options = {"with_history": with_history, "run_every_step": self.sharded}
         return answer_questions(self.model, self.tokenizer, batch, self.sampling, **options)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def attention_mask(batch: Batch) -> Tensor | DocumentBounds | None:

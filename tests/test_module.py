@@ -2,11 +2,15 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
+import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import grad_norm
 from material import SIZES, Recorder, logged, short_trainer, tiny_data, tiny_module
 
 from dream_lightning import DreamModule
@@ -151,6 +155,132 @@ def test_a_step_with_nothing_masked_has_no_loss_and_no_gradient(sums, tmp_path):
     )
     recorder = run(sums, tmp_path, model=model, max_steps=2)
     assert recorder.losses == recorder.norms == [0, 0]
+
+
+class OwnHooks(DreamModule):
+    """Overrides what Lightning users override, as its documentation does, without super()."""
+
+    def on_before_optimizer_step(self, optimizer):
+        self.log_dict(grad_norm(self, norm_type=2))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.seen = outputs["loss"]
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        optimizer.step(closure=optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad()
+
+
+class Norms(L.Callback):
+    """The norm of the gradients in hooks of callbacks, and the losses that they get."""
+
+    def __init__(self):
+        self.seen, self.outputs = [], []
+
+    def on_after_backward(self, trainer, pl_module):
+        self.seen.append(float(grad_norm(pl_module, norm_type=2)["grad_2.0_norm_total"]))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.on_after_backward(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.outputs.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_hooks_see_the_loss_and_final_gradients_and_may_be_overridden(sums, tmp_path, accumulate):
+    """With accumulation `outputs["loss"]` is divided by the number of micro-batches, as Lightning documents."""
+    options = {"gradient_clip_val": 0.5, "accumulate_grad_batches": accumulate, "max_steps": 3}
+    plain, norms, steps, own_steps = tiny_module(normalizer="micro_batch"), Norms(), Recorder(), Norms()
+    short_trainer(tmp_path, norms, steps, **options).fit(plain, tiny_data(sums, tmp_path))
+    last = norms.seen[accumulate - 1 :: accumulate + 1], norms.seen[accumulate :: accumulate + 1]
+    assert last[0] == last[1] == pytest.approx(steps.norms, rel=1e-6) and max(steps.norms) > 0.5
+    outputs = [sum(norms.outputs[i : i + accumulate]) for i in range(0, 3 * accumulate, accumulate)]
+    assert outputs == pytest.approx(steps.losses, rel=1e-6)
+
+    own = tiny_module(OwnHooks, normalizer="micro_batch")
+    theirs = SpikeDetection(exclude_batches_path=tmp_path / "skip.json"), GradientAccumulationScheduler({0: accumulate})
+    trainer = short_trainer(tmp_path, *theirs, own_steps, **options | {"accumulate_grad_batches": 1})
+    trainer.fit(own, tiny_data(sums, tmp_path))
+    assert own_steps.outputs == norms.outputs and own_steps.seen == norms.seen
+    metrics = trainer.callback_metrics
+    assert metrics["train/loss"] == steps.losses[-1] and metrics["grad_2.0_norm_total"] == norms.seen[-1]
+    assert all(map(torch.equal, plain.parameters(), own.parameters()))
+
+
+class AddsToTheLoss(DreamModule):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.1
+
+
+class NeverDivides(DreamModule):
+    def backward(self, loss):
+        loss.backward()
+
+
+class NeverStarts(DreamModule):
+    def on_train_start(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (AddsToTheLoss, "training_step changes the loss .* override `loss` instead"),
+        (NeverDivides, r"must call super\(\).backward"),
+        (NeverStarts, r"NeverStarts.on_train_start must call super\(\)"),
+    ],
+)
+def test_what_would_switch_off_the_division_is_refused(sums, tmp_path, kind, words):
+    with pytest.raises(ValueError, match=words):
+        short_trainer(tmp_path).fit(tiny_module(kind), tiny_data(sums, tmp_path))
+
+
+class Mean(DreamModule):
+    """An ordinary step, whose loss is a mean already."""
+
+    def training_step(self, batch, batch_idx):
+        batch, noised = self.training_noise(batch)
+        return self.loss(batch, noised, self.masked_nll(batch, noised)).mean
+
+
+class Outer(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_module()
+        self.inner.configure_model()
+
+    def training_step(self, batch, batch_idx):
+        return self.inner.training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+def test_a_step_outside_of_its_own_trainer_is_a_plain_mean(sums, tmp_path):
+    """A training_step of its own, another LightningModule, and Fabric: the gradients of a step of one micro-batch."""
+    seen = []
+    for kind in (tiny_module, partial(tiny_module, Mean), Outer):
+        seen.append(Norms())
+        short_trainer(tmp_path, seen[-1], max_steps=1).fit(kind(), tiny_data(sums, tmp_path))
+    data, fabric = tiny_data(sums, tmp_path), L.Fabric(accelerator="cpu", devices=1)
+    data.setup("fit")
+    batch, module = next(iter(data.train_dataloader())), tiny_module()
+    with pytest.raises(ValueError, match=r"call DreamModule.configure_model\(\) first"):
+        module.training_step(batch, 0)
+    module.configure_model()
+    module, _ = fabric.setup(module, torch.optim.SGD(module.parameters()))
+    with pytest.warns(UserWarning, match="outside of its own Trainer"):
+        loss = module.training_step(batch, 0)
+    fabric.backward(loss)
+    assert [*(s.outputs[0] for s in seen), loss.item()] == pytest.approx([seen[0].outputs[0]] * 4, rel=1e-6)
+    norms = [*(s.seen[0] for s in seen), float(grad_norm(module, norm_type=2)["grad_2.0_norm_total"])]
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)
 
 
 NEW = {"new_model": {}, "tokenizer": "bytes"}

@@ -1,11 +1,11 @@
 """Running totals of training on the device, so that the process synchronizes with the GPU only where it logs."""
 
-from collections.abc import Iterable
-
+import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dream_lightning.batch import Batch, LossTerms, NoisedBatch
+from dream_lightning.errors import UserError
 from dream_lightning.training.fsdp import local, sum_over_processes
 
 QUARTILES = 4
@@ -14,16 +14,34 @@ GRADIENT_SCALE = 2.0**-10
 
 
 class StepAccumulator:
-    """Totals of one process: of an optimizer step, of the token losses by t, and of the work done."""
+    """Totals of one process: of an optimizer step, of the token losses by t, and of the work done.
+
+    For every micro-batch call `add`, return its loss to Lightning, and call `divide_gradients` after its backward pass.
+    """
+
+    _node: object = None  # of the graph, of the last loss that `add` returned
+    _undivided: Tensor | None = None  # count of a step whose gradients are to be divided
 
     def __init__(self, device: torch.device) -> None:
         self._step = torch.zeros(4, device=device)
         self._quartiles = torch.zeros(2, QUARTILES, device=device)
         self._work = torch.zeros(3, dtype=torch.int64, device=device)
 
+    def add(self, batch: Batch, noised: NoisedBatch, nll: Tensor, terms: LossTerms, accumulate: int) -> Tensor:
+        """Add one micro-batch, its token losses [M] and its terms of the objective.
+
+        Returns the micro-batch's mean loss, which callbacks see. Its gradients are those of the sum of the loss, times
+        GRADIENT_SCALE and the number of micro-batches, by which Lightning divides.
+        """
+        if self._undivided is not None:
+            raise UserError("the gradients of a step were not divided: `backward` must call super().backward(…)")
+        self._count(batch, noised, nll.detach(), terms)
+        loss = _ShownAs.apply(terms.sum * (GRADIENT_SCALE * accumulate), terms.mean)
+        self._node = loss.grad_fn
+        return loss
+
     @torch.no_grad()
-    def add(self, batch: Batch, noised: NoisedBatch, nll: Tensor, terms: LossTerms) -> None:
-        """Add one micro-batch, its token losses [M] and its terms of the objective."""
+    def _count(self, batch: Batch, noised: NoisedBatch, nll: Tensor, terms: LossTerms) -> None:
         self._step += torch.stack([terms.sum, terms.count, noised.is_masked.sum(), batch.maskable.sum()])
         quartile = (noised.t[noised.where] * QUARTILES).long().clamp(max=QUARTILES - 1)  # [M]
         self._quartiles[0].index_add_(0, quartile, nll)
@@ -36,7 +54,8 @@ class StepAccumulator:
     def take_step(self, world_size: int) -> Tensor:
         """[4]: loss sum, loss count, masked and maskable tokens of all processes since the last call."""
         taken, self._step = self._step, torch.zeros_like(self._step)
-        return sum_over_processes(taken, world_size)
+        self._undivided = sum_over_processes(taken, world_size)[1]
+        return taken
 
     def take_quartiles(self, world_size: int) -> Tensor:
         """[4] mean nll by quarter of t since the last call, over all processes; NaN without tokens."""
@@ -48,10 +67,47 @@ class StepAccumulator:
         """Tokens, attending pairs of positions and predictions since training started; synchronizes with the GPU."""
         return tuple(self._work.tolist())
 
+    def divide_gradients(self, loss: Tensor, optimizer: torch.optim.Optimizer, world_size: int) -> None:
+        """After the last micro-batch of a step, divide the gradients by the step's count, in place.
 
-def divide_gradients(parameters: Iterable[nn.Parameter], count: Tensor, world_size: int) -> None:
-    """Divide the gradients of a step's loss sum, times GRADIENT_SCALE, by the step's count, in place."""
-    factor = world_size / (GRADIENT_SCALE * count.clamp(min=1))  # strategies average over processes
-    for parameter in parameters:
-        if parameter.grad is not None:
-            local(parameter.grad).mul_(factor)
+        Args:
+            loss: that the backward pass started from.
+
+        Raises:
+            UserError: it is not the loss that `add` returned, divided by Lightning.
+        """
+        node, self._node = self._node, None
+        if node is None:  # `training_step` is overridden, and its loss is an ordinary one
+            return
+        if loss.grad_fn is not node and node not in [before for before, _ in loss.grad_fn.next_functions]:
+            raise UserError(
+                "training_step changes the loss of DreamModule.training_step, whose gradients are not divided yet: "
+                "override `loss` instead"
+            )
+        if self._undivided is not None:
+            count, self._undivided = self._undivided, None
+            factor = world_size / (GRADIENT_SCALE * count.clamp(min=1))  # strategies average over processes
+            for parameter in parameters(optimizer):
+                if parameter.grad is not None:
+                    local(parameter.grad).mul_(factor)
+
+
+class _ShownAs(torch.autograd.Function):
+    """The value of `shown` with the gradient of `total`, both []."""
+
+    @staticmethod
+    def forward(ctx, total: Tensor, shown: Tensor) -> Tensor:
+        return shown.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def ends_step(trainer: L.Trainer) -> bool:
+    """Whether the micro-batch that is being processed is the last of its optimizer step."""
+    return not trainer.fit_loop._should_accumulate()

@@ -311,7 +311,7 @@ def test_impossible_options_are_refused(options, words):
     ("options", "words"),
     [
         ({"batch_size": 0}, "batch_size is 0, wanted at least 1"),
-        ({"eos_fill_to": -5}, "eos_fill_to is -5"),
+        ({"eos_fill_to": -5}, "eos_fill_to .*is -5"),
         ({"num_workers": -1}, "num_workers is -1, wanted at least 0"),
         ({"extra_weight": {"</think>": -1.0}}, "extra_weight of '</think>' is -1.0"),
     ],

@@ -105,11 +105,11 @@ class S1KDataModule(L.LightningDataModule):
         if packing and batch_cutoff:
             raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
         for name, value in {"batch_size": batch_size, "first_n": first_n, "validation_draws": validation_draws}.items():
-            check_range(name, value, least=1)
+            check_range(name, value, least=1, whole=True)
         for name, value in {"validation_questions": validation_questions, "num_workers": num_workers}.items():
-            check_range(name, value, least=0)
+            check_range(name, value, least=0, whole=True)
         check_range("validation_fraction", validation_fraction, least=0, most=1)
-        check_range("seed", seed, least=0, most=2**32 - 1)
+        check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
         self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
         self.validation_fraction, self.first_n = validation_fraction, first_n

@@ -154,12 +154,12 @@ def _read_chat(row: Row, columns: Columns, *, column: str) -> Content:
         unread = [key for key, value in message.items() if key not in used and value not in (None, "", [], {})]
         if unread:
             raise UserError(
-                f"{origin} ({role}) has {', '.join(unread)}, which is not read: remove it, or delete that row"
+                f"{origin} ({role:.40}) has {', '.join(unread)}, which is not read: remove it, or delete that row"
             )
         if role not in _ROLES or not isinstance(content, str):
             raise UserError(
-                f"{origin} has the role {role!r} and a {type(content).__name__}, wanted one of {', '.join(_ROLES)} and "
-                "a text: correct or delete that row"
+                f"{origin} has the role {role!r:.40} and a {type(content).__name__}, wanted one of "
+                f"{', '.join(_ROLES)} and a text: correct or delete that row"
             )
         if _ROLES[role] == "system" and _system(row):
             raise UserError(f"{origin} is a system message, and so is the column system: remove one")

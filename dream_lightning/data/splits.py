@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections import Counter
+from itertools import compress
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -61,8 +62,9 @@ def warn_of_overlap(training: list[Example], validation: list[Example]) -> None:
 def without_overlap(examples: list[Example], other: list[Example]) -> tuple[list[Example], list[Example]]:
     """(kept, dropped): an example is dropped if its question occurs in `other`. Of s1K, MATH-500 drops 3."""
     known = {question_key(example) for example in other}
-    dropped = [example for example in examples if question_key(example) in known]
-    return [example for example in examples if question_key(example) not in known], dropped
+    is_known = [question_key(example) in known for example in examples]
+    dropped = list(compress(examples, is_known))
+    return [example for example, drop in zip(examples, is_known, strict=True) if not drop], dropped
 
 
 def question_key(example: Example) -> str:

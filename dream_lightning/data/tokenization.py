@@ -28,8 +28,8 @@ class Encoded(NamedTuple):
 
 def check_encoding(*, max_length: int | None, eos_fill_to: int | None, extra_weight: dict[str, float] | None, **_: Any):
     """Raise UserError for an option of `encode` that is out of range."""
-    check_range("max_length", max_length, least=1)
-    check_range("eos_fill_to (within max_length)", eos_fill_to, least=1, most=max_length or math.inf)
+    check_range("max_length", max_length, least=1, whole=True)
+    check_range("eos_fill_to (within max_length)", eos_fill_to, least=1, most=max_length or math.inf, whole=True)
     for text, weight in (extra_weight or {}).items():
         check_range(f"extra_weight of {text!r}", weight, least=0)
     if "" in (extra_weight or {}):

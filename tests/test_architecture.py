@@ -33,6 +33,9 @@ BELOW = {
     "predict": {"errors", "batch", "atomic", "data", "tasks", "answering"},
     "export": {"errors", "atomic", "model", "adapters", "training"},
     "memory": {"errors", "model", "adapters", "diffusion", "training", "model_factory"},
+    "evaluation": {
+        *("errors", "batch", "atomic", "data", "diffusion", "model", "sampling", "tasks", "answering", "predict"),
+    },
     "viewer": {*("errors", "batch", "data", "model", "sampling", "tasks", "model_factory", "export"), "diffusion"},
     "cli": {
         *(

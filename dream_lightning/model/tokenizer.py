@@ -75,7 +75,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> 
     mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
     if len(tokenizer) > config.vocab_size or mask != config.mask_token_id or eos != (config.eos_token_id or eos):
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, mask token {mask} and eos {eos}, the model "
+            f"the tokenizer has {len(tokenizer)} tokens and mask token {mask}, eos {eos}, the model "
             f"{config.vocab_size}, {config.mask_token_id} and {config.eos_token_id}: set model.tokenizer to the "
             "model's own folder or hub id"
         )

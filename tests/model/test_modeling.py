@@ -248,7 +248,10 @@ def write_config(text):
             r"names the file '../",
         ),
         (change_the_index(lambda f, m: {"lm_head.weight": f"{f / m['lm_head.weight']}"}), r"names the file '/"),
-        (change_the_index(lambda f, m: {"lm_head.weight": m["model.embed_tokens.weight"]}), r"lacks lm_head.weight, which"),
+        (
+            change_the_index(lambda f, m: {"lm_head.weight": m["model.embed_tokens.weight"]}),
+            r"lacks lm_head.weight, which",
+        ),
         (change_the_index(lambda f, m: {"lm_head.weight": 3}), r"index.json is damaged or no weight index"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[1"), r"index.json is damaged or no weight index"),
         (write_config("[]"), r"config.json is damaged or no Dream's configuration"),

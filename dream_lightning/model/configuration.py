@@ -55,7 +55,7 @@ class DreamConfig(PreTrainedConfig):
     bos_token_id: int | None = 151_643
     eos_token_id: int | None = 151_643
     auto_map: dict | None = None
-    default_top_k: int | None = None  # `top_k` of a config.json, which transformers 4 writes
+    default_top_k: int | None = None  # `top_k` of a config.json; the official one has none
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.default_top_k = kwargs.pop("top_k", self.default_top_k)

@@ -27,7 +27,7 @@ from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks import AnswerScores, MeanLoss
 from dream_lightning.training import Autosave, checkpointing, fsdp
 from dream_lightning.training.optimizer import AdamW8bit, adamw, decay_groups, zero_gradients
-from dream_lightning.training.step_accumulator import StepAccumulator, ends_step, parameters
+from dream_lightning.training.step_accumulator import StepAccumulator, ends_step, logged_step, parameters
 
 T_MIN = 1e-3  # smallest masking probability
 
@@ -123,8 +123,8 @@ class DreamModule(L.LightningModule):
         self.sampling = sampling
         self.model: DreamModel | None = None  # built in configure_model
         self.base: dict[str, str] | None = None  # with adapters: the fingerprint of their base
-        self._saved_optimizer: str | None = None  # in the checkpoint that training resumes from
-        self._saved_step: int | None = None  # of the checkpoint that is evaluated outside of training
+        self._resumed: dict[str, Any] = {}  # of the checkpoint that training resumes from
+        self._saved_step: int | None = None  # at which the weights were logged, outside of training
         self._accumulates_in_place = False
         self.totals: StepAccumulator | None = None  # while a Trainer trains it
         self.val_nll, self.val_answers = MeanLoss(), AnswerScores()
@@ -196,16 +196,16 @@ class DreamModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpointing.check_checkpoint(checkpoint, self)
-        self._saved_step = checkpoint["global_step"]
+        self._saved_step = checkpoint["logged_step"]
         # Other commands read the weights only; load_from_checkpoint has no Trainer.
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            self._saved_optimizer = checkpoint.get("optimizer")
+            self._resumed = {name: checkpoint[name] for name in ("optimizer", "settings")}
             checkpointing.rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
 
     @property
-    def trained_steps(self) -> int:
-        """Optimizer steps of the weights, at which scores are logged; Lightning says 0 outside of `fit`."""
-        return self.global_step if self._saved_step is None else self._saved_step
+    def logged_step(self) -> int:
+        """The step at which scores of the weights are logged: outside of `fit` the same as in it."""
+        return logged_step(self.trainer) if self._saved_step is None else self._saved_step
 
     def loss(self, batch: Batch, noised: NoisedBatch, nll: Tensor) -> LossTerms:
         """The objective: the token losses [M] weighted and reduced to a sum and a count.
@@ -269,8 +269,8 @@ class DreamModule(L.LightningModule):
         return diffusion.token_nll(h, self.model.lm_head, targets, chunk=chunk, compiled=self.compile_layers)
 
     def on_train_start(self) -> None:
-        checkpointing.resume(self.trainer, self._saved_optimizer)
-        self._saved_optimizer = self._saved_step = None
+        checkpointing.resume(self, self._resumed)
+        self._resumed, self._saved_step = {}, None
         self.totals = StepAccumulator(self.device)
         self._set_accumulation()
 
@@ -283,7 +283,7 @@ class DreamModule(L.LightningModule):
         self._accumulates_in_place = model_factory.accumulate_in_place(self.model, enable)
 
     def on_train_end(self) -> None:
-        self.totals = None
+        self.totals, self._saved_step = None, logged_step(self.trainer)
         model_factory.accumulate_in_place(self.model, False)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -396,8 +396,8 @@ class DreamModule(L.LightningModule):
         if self.val_answers.update_called:
             for name, score in self.val_answers.compute().items():
                 self.log(f"{stage}/{name}", score, prog_bar=name == "accuracy")
-        if self._saved_step is not None:  # loggers take it as the step of the others
-            self.log("step", float(self._saved_step))
+        if self.trainer.state.fn != "fit":  # loggers take it as the step of the others
+            self.log("step", float(self.logged_step))
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

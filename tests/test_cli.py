@@ -149,7 +149,7 @@ def test_a_saved_config_can_be_used_again(command, tmp_path):
     [
         ("no.ckpt", "no.ckpt does not exist"),
         ("last", "no last.ckpt in"),
-        ("torn.ckpt", "torn.ckpt is incomplete or not a checkpoint"),
+        ("torn.ckpt", "torn.ckpt is damaged or no checkpoint"),
     ],
 )
 def test_a_missing_or_torn_checkpoint_is_one_message(command, tmp_path, name, message):

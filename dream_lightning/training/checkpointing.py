@@ -1,8 +1,10 @@
 """Checkpoint files: written atomically, never of a diverged run, and refused by a model that they do not fit."""
 
+import json
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,32 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dream_lightning.adapters import LoraParams, check_base
 from dream_lightning.atomic import atomic_write
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, reading
 
 # The fields of DreamConfig that must agree between a checkpoint and the model.
 _NETWORK = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "rms_norm_eps", "rope_theta", "mask_token_id", "eos_token_id"),
 )
+
+# What a run depends on and a checkpoint does not fix, as attributes of the module, the trainer and an S1KDataModule;
+# `encoding` and `reading` are dicts of options.
+_SETTINGS = {
+    "model": (
+        *("pretrained", "seed", "weighting", "cart_p", "normalizer", "focal_alpha", "focal_gamma", "treat_eos_as_one"),
+        *("stratified_t", "complementary_masks", "lr_schedule", "warmup_fraction", "weights_dtype", "float8_products"),
+    ),
+    "trainer": ("precision", "max_steps", "max_epochs", "gradient_clip_val"),
+    "data": (
+        *("source", "validation_source", "validation_fraction", "first_n", "seed", "packing", "batch_cutoff"),
+        *("encoding", "reading"),
+    ),
+}
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -36,14 +53,28 @@ class SafeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if _is_local_file_protocol(path) and not zipfile.is_zipfile(path):  # a zip file is recognized by its end
-            problem = "is incomplete or not a checkpoint: use an earlier one"
-            if Path(path).is_dir():
-                problem = "is a folder, a sharded checkpoint: set trainer.strategy=fsdp2, or export it"
-            elif not Path(path).exists():
-                problem = "does not exist: set ckpt_path to a checkpoint of this run, or to `last`"
-            raise UserError(f"{path} {problem}")
-        return super().load_checkpoint(path, *args, **kwargs)
+        if not _is_local_file_protocol(path):
+            return super().load_checkpoint(path, *args, **kwargs)
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder, a sharded checkpoint: set trainer.strategy=fsdp2, or export it")
+        if not Path(path).exists():
+            raise UserError(f"{path} does not exist: set ckpt_path to a checkpoint of this run, or to `last`")
+        with reading_checkpoint(path):
+            return super().load_checkpoint(path, *args, **kwargs)
+
+
+@contextmanager
+def reading_checkpoint(path: str | Path) -> Iterator[None]:
+    """Check the checksums of a checkpoint file, which torch does not, and name the file in every error of reading it.
+
+    Raises:
+        UserError: it is incomplete, damaged, no checkpoint, or holds more than tensors and plain values.
+    """
+    with reading(path, "a checkpoint", "use an earlier one"):
+        with zipfile.ZipFile(path) as file:
+            if (damaged := file.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        yield
 
 
 def tensor_bytes(tree: Any) -> int:
@@ -70,6 +101,7 @@ def describe_run(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
     checkpoint["dream_config"] = module.model.config.to_dict()
     checkpoint["accumulate_grad_batches"] = module.trainer.accumulate_grad_batches
     checkpoint["optimizer"] = next((type(optimizer).__name__ for optimizer in module.trainer.optimizers), None)
+    checkpoint["settings"], checkpoint["logged_step"] = _settings(module), module.logged_step
     if module.lora is not None:
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         state = checkpoint["state_dict"]
@@ -80,7 +112,10 @@ def describe_run(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
 def check_checkpoint(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
     """Raise UserError for a checkpoint of another network (by name), with other adapters, or of another base."""
     if "dream_config" not in checkpoint:
-        raise UserError("the checkpoint was not saved by a DreamModule: name one of a run of this package")
+        raise UserError(
+            "the checkpoint was not saved by a DreamModule, or by one whose on_save_checkpoint does not call super(): "
+            "name one of a run of this package"
+        )
     saved, ours = checkpoint["dream_config"], module.model.config.to_dict()
     if others := [f"{name} {saved[name]}, here {ours[name]}" for name in _NETWORK if saved[name] != ours[name]]:
         raise UserError(
@@ -103,21 +138,55 @@ def check_checkpoint(checkpoint: dict[str, Any], module: L.LightningModule) -> N
         )
 
 
-def resume(trainer: L.Trainer, saved_optimizer: str | None) -> None:
-    """Continue at the checkpoint's row of the data; call it when training starts.
+def resume(module: L.LightningModule, saved: Mapping[str, Any]) -> None:
+    """Continue at the checkpoint's row of the data, and say which settings differ; call it when training starts.
+
+    Args:
+        saved: the checkpoint's `optimizer`, a class name, and `settings`; empty for a new run.
 
     Raises:
-        UserError: `saved_optimizer`, the class name in the checkpoint if there is one, is not this run's.
+        UserError: the optimizer is of another class.
     """
+    trainer = module.trainer
     ours = type(trainer.optimizers[0]).__name__
-    if saved_optimizer not in (None, ours):
+    if saved.get("optimizer") not in (None, ours):
         raise UserError(
-            f"the checkpoint holds the states of {saved_optimizer} and model.optimizer is {ours}: use the optimizer of "
-            "the run that saved it, or export it and name the folder in model.pretrained"
+            f"the checkpoint holds the states of {saved['optimizer']} and model.optimizer is {ours}: use the optimizer "
+            "of the run that saved it, or export it and name the folder in model.pretrained"
         )
+    before, now = saved.get("settings", {}), _settings(module, restored=False)
+    for name in [name for name in now if name in before and before[name] != now[name]]:
+        what = "taken"
+        if name.startswith("model.optimizer."):
+            what = (
+                "ignored, the optimizer's states keep it; to change it, export and set model.pretrained to the folder"
+            )
+        rank_zero_warn(f"{name} was {before[name]!r} in the checkpoint and is {now[name]!r}: {what}")
     # Where the schedule needs the length of an epoch, Lightning makes the loader before it reads the checkpoint, and
     # would start the epoch again.
     trainer.fit_loop._load_combined_loader_states()
+
+
+def _settings(module: L.LightningModule, *, restored: bool = True) -> dict[str, Any]:
+    """What the run depends on, as plain values: those of the optimizer as it uses them, or as it was configured."""
+    trainer, data = module.trainer, module.trainer.datamodule
+    found = {}
+    for part, owner in (("model", module), ("trainer", trainer), ("data", data)):
+        for name in _SETTINGS[part] if owner is not None else ():
+            value = getattr(owner, name, None)
+            found |= {f"{part}.{k}": v for k, v in (value.items() if isinstance(value, dict) else [(name, value)])}
+    for optimizer in trainer.optimizers[:1]:
+        group = optimizer.param_groups[0]
+        used = {**group, "lr": group.get("initial_lr", group["lr"])} if restored else optimizer.defaults
+        found |= {f"model.optimizer.{name}": used.get(name) for name in optimizer.defaults}
+    if hasattr(data, "batch_size"):
+        rows = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        found["rows of an optimizer step (devices × batch_size × accumulate_grad_batches)"] = rows
+    return json.loads(json.dumps(found, default=_plain))  # tuples become lists
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else str(value)
 
 
 def rescale_progress(checkpoint: dict[str, Any], accumulate: int) -> None:

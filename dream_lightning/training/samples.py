@@ -42,7 +42,7 @@ class SampleLogger(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._predictions or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        step = pl_module.trained_steps
+        step = pl_module.logged_step
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("val/samples", samples_text(self._predictions), step)

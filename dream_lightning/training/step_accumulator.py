@@ -111,3 +111,11 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 def ends_step(trainer: L.Trainer) -> bool:
     """Whether the micro-batch that is being processed is the last of its optimizer step."""
     return not trainer.fit_loop._should_accumulate()
+
+
+def logged_step(trainer: L.Trainer) -> int:
+    """The step at which Lightning logs the scores of the weights in `fit`: the index of the last optimizer step.
+
+    In the middle of a step, it is that of the step.
+    """
+    return max(trainer.global_step - ends_step(trainer), 0)

@@ -1,14 +1,17 @@
 """Checkpoint files: written without a copy in memory, named errors, and what does not fit the model is refused."""
 
+import re
 import tracemalloc
+import warnings
 from contextlib import ExitStack
+from fractions import Fraction
 from functools import partial
 
 import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from material import SIZES, short_trainer, tiny_data, tiny_module
+from material import SIZES, Recorder, short_trainer, tiny_data, tiny_module
 from test_atomic import files_up_to
 
 from dream_lightning.training import Autosave
@@ -41,10 +44,17 @@ def test_what_cannot_be_read_is_a_user_error(path, tmp_path):
         read(path.parent)
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "none.ckpt")
-    for content in (path.read_bytes()[:300], b"", b"text"):
+    whole = path.read_bytes()
+    flipped = bytearray(whole), bytearray(whole)
+    for content, position in zip(flipped, (len(whole) // 2, whole.index(b"weight")), strict=True):
+        content[position] ^= 1
+    for content in (whole[:300], whole[:-1000], b"", b"text", *flipped):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is incomplete or not a checkpoint"):
+        with pytest.raises(ValueError, match=r"last.ckpt is damaged or no checkpoint .*: use an earlier one"):
             read(path)
+    torch.save({"state": Fraction(1, 2)}, path)
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged or no checkpoint \(UnpicklingError"):
+        read(path)
 
 
 def test_urls_use_lightnings_writer():
@@ -108,6 +118,41 @@ def test_another_optimizer_than_the_checkpoints_is_refused_in_fit_only(sums, tmp
     validation, other = short_trainer(tmp_path, limit_val_batches=1), using(second)
     assert validation.validate(other, tiny_data(sums, tmp_path), verbose=False, **resume)
     short_trainer(tmp_path, max_steps=1).fit(other, tiny_data(sums, tmp_path))  # a new run, from the weights it has
+
+
+def test_every_setting_that_differs_from_the_checkpoints_is_said_once(sums, tmp_path):
+    """And does what is said: what is ignored changes nothing, what is taken does."""
+
+    def losses(*, data=(), ckpt_path=None, steps=6, lr=3e-3, **options):
+        seen = Recorder()
+        module = tiny_module(optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr), **options)
+        trainer = short_trainer(tmp_path, seen, max_steps=steps)
+        source = tiny_data(sums, tmp_path, **dict(data))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(module, source, ckpt_path=ckpt_path, weights_only=True)
+        if ckpt_path is None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+        said = [str(warning.message) for warning in said]
+        return seen.losses, [line for line in said if "in the checkpoint and is" in line]
+
+    schedule = {"lr_schedule": "constant_with_warmup"}
+    losses(steps=3, **schedule)
+    resume = {"ckpt_path": tmp_path / "a.ckpt", **schedule}
+    whole, said = losses(**resume)
+    assert said == ["trainer.max_steps was 3 in the checkpoint and is 6: taken"]
+    changes = [
+        ({"lr": 1e-4}, "model.optimizer.lr was 0.003 in the checkpoint and is 0.0001: ignored"),
+        ({"weighting": "none"}, "model.weighting was 'original' in the checkpoint and is 'none': taken"),
+        ({"seed": 1}, "model.seed was 0 in the checkpoint and is 1: taken"),
+        ({"lr_schedule": "cosine"}, "model.lr_schedule was 'constant_with_warmup' in the checkpoint and is 'cosine'"),
+        ({"data": {"thinking": False}}, "data.thinking was True in the checkpoint and is False: taken"),
+        ({"data": {"batch_size": 2}}, "rows of an optimizer step .* was 4 in the checkpoint and is 2: taken"),
+    ]
+    for change, words in changes:
+        seen, said = losses(**resume | change)
+        assert len(said) == 2 and sum(bool(re.match(words, line)) for line in said) == 1, said
+        assert (seen == whole) == ("ignored" in words), change
 
 
 @pytest.mark.parametrize(("before", "now", "ready"), [(4, 4, 12), (4, 8, 24), (8, 2, 4), (8, 4, 8)])

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from material import quiet_trainer, tiny_data, tiny_module
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -42,7 +43,7 @@ def test_samples_and_a_history_are_logged_at_every_validation(sums, tmp_path):
     """Not in the sanity check; as many as asked for, though they come in two batches."""
     fit(sums, tmp_path, SampleLogger(count=3), TensorBoardLogger(tmp_path, name=None, version=""))
     samples, histories = texts(tmp_path, "val/samples"), texts(tmp_path, "val/denoising")
-    assert list(samples) == list(histories) == [2, 4]
+    assert list(samples) == list(histories) == [1, 3]
     for text in samples.values():
         heads = re.findall(r"^    (\d)\. (?:wrong|correct): answer .*, reference \d+$", text, flags=re.MULTILINE)
         assert heads == ["1", "2", "3"] and len(re.findall(r"\d+ \+ \d+ = \?", text)) >= 3
@@ -54,18 +55,35 @@ def test_samples_and_a_history_are_logged_at_every_validation(sums, tmp_path):
         assert masks == sorted(masks, reverse=True) and masks[-1] == 0
 
 
-def test_a_checkpoint_is_scored_at_its_own_step(sums, tmp_path):
-    """Lightning's step is 0 outside of fit, as if the weights were new."""
-    fit(sums, tmp_path, SampleLogger(), False).save_checkpoint(tmp_path / "a.ckpt")
-    logger = TensorBoardLogger(tmp_path / "logs", name=None, version="")
-    trainer, module, data = parts(sums, tmp_path, SampleLogger(count=1), logger)
-    trainer.validate(module, data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-    scores = EventAccumulator(str(tmp_path / "logs")).Reload()
-    assert [event.step for event in scores.Scalars("val/nll")] == [4]
-    assert list(texts(tmp_path / "logs", "val/samples")) == [4]
+def steps_of(folder):
+    return [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("val/nll")]
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "val_check_interval": 3}], ids=str)
+def test_the_same_weights_are_scored_at_the_same_step(sums, tmp_path, options):
+    """In fit, also in the middle of a step; by another trainer; from a checkpoint. Texts stand next to scores."""
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/nll", save_top_k=-1, save_on_train_epoch_end=False)
+    logs = {name: TensorBoardLogger(tmp_path / name, name=None, version="") for name in "abc"}
+    trainer, module, data = parts(sums, tmp_path, SampleLogger(), logs["a"], **options)
+    trainer.callbacks.append(best)
+    trainer.fit(module, data)
+    in_fit = steps_of(tmp_path / "a")
+    assert len(in_fit) == 2 and list(texts(tmp_path / "a", "val/samples")) == in_fit
+    saved = sorted(tmp_path.glob("best*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    for path, step in zip(saved, in_fit, strict=True):
+        logger = TensorBoardLogger(tmp_path / path.stem, name=None, version="")
+        other, fresh, _ = parts(sums, tmp_path, SampleLogger(count=1), logger)
+        other.validate(fresh, data, ckpt_path=path, weights_only=True)
+        assert steps_of(tmp_path / path.stem) == list(texts(tmp_path / path.stem, "val/samples")) == [step]
+    for logger, tester in (("b", trainer), ("c", None)):
+        tester = tester or parts(sums, tmp_path, SampleLogger(), logs["c"])[0]
+        tester.loggers = [logs[logger]]
+        tester.validate(module, data)
+    last = trainer.global_step - 1
+    assert steps_of(tmp_path / "b") == steps_of(tmp_path / "c") == [last]
+    trainer = parts(sums, tmp_path, SampleLogger(), logs["c"])[0]
     trainer.fit(module, data)  # a new run, with steps of its own
-    scores.Reload()
-    assert {event.step for event in scores.Scalars("val/nll")} == {1, 3, 4}
+    assert set(steps_of(tmp_path / "c")) == {1, 3}
 
 
 def test_without_questions_or_a_logger_of_texts_there_are_none(sums, tmp_path):

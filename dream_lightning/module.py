@@ -21,10 +21,10 @@ from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer, check_focal
 from dream_lightning.diffusion.weighting import Weighting, check_cart_p
 from dream_lightning.errors import UserError
-from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
+from dream_lightning.model import DreamModel, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.sampling import SamplingParams, release_compiled
-from dream_lightning.tasks import AnswerScores, MeanLoss
+from dream_lightning.tasks import AnswerScores, MeanLoss, grading_clock
 from dream_lightning.training import Autosave, checkpointing, fsdp
 from dream_lightning.training.optimizer import AdamW8bit, adamw, decay_groups, zero_gradients
 from dream_lightning.training.step_accumulator import StepAccumulator, ends_step, logged_step, parameters
@@ -161,7 +161,7 @@ class DreamModule(L.LightningModule):
             self.model = model_factory.empty_model(self.pretrained).to(self.weights_dtype)
         else:
             self.model = DreamModel.from_pretrained(self.pretrained, dtype=self.weights_dtype)
-        check_tokenizer(self.tokenizer, self.model.config)
+        model_factory.check_tokenizer(self.tokenizer, self.model.config)
         if self.lora is not None:
             options = {"pretrained": self.pretrained, "seed": self.seed, "device": device if self.sharded else None}
             self.base = model_factory.adapt(self.model, self.lora, **options) | {"quantize": self.quantize or "none"}
@@ -370,6 +370,7 @@ class DreamModule(L.LightningModule):
         # `trainer.validate` makes their tensors in inference mode, where `fit` cannot add to them.
         self.val_nll.reset()
         self.val_answers.reset()
+        grading_clock.restart_clock()
 
     def validation_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> Answers | None:
         """Likelihood of a Batch, or scored answers to a PromptBatch."""
@@ -391,6 +392,7 @@ class DreamModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log `val/nll` (upper bound of −log p in nats a token) and the scores of `AnswerScores`."""
         stage = "test" if self.trainer.testing else "val"
+        grading_clock.warn_skipped()
         if self.val_nll.update_called:
             self.log(f"{stage}/nll", self.val_nll.compute(), prog_bar=True)
         if self.val_answers.update_called:

@@ -5,11 +5,11 @@ import re
 
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
-from dream_lightning.tasks.math import stated_answer
 from dream_lightning.tasks.registry import TASKS, Task
+from dream_lightning.tasks.statement import fold, stated_answer
 
 TEXT_MACRO = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-LETTER = re.compile(r"\W*([A-J])(?:\W*$|[).:*])")  # "C", "(C)", "**C**", "C. Paris"
+LETTER = re.compile(r"\W*([A-J])(?:\W*$|[).:,*]|\s(?=because|since))")  # "C", "(C)", "**C**", "C. Paris"
 IN_TEXT = re.compile(r"\(([A-J])\)|^\W*([A-J])(?:[).:*]|\W*$)", re.MULTILINE)
 
 
@@ -17,7 +17,7 @@ def extract(response: str) -> str | None:
     """The letter of the stated answer (a box, "the answer is …"), else the last "(C)" or line that begins with "C."."""
     if stated := LETTER.match(TEXT_MACRO.sub(r"\1", stated_answer(response) or "")):
         return stated[1]
-    letters = IN_TEXT.findall(response)
+    letters = IN_TEXT.findall(fold(response))
     return "".join(letters[-1]) if letters else None
 
 

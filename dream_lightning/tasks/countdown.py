@@ -8,22 +8,26 @@ from fractions import Fraction
 
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
-from dream_lightning.tasks.math import tagged_answer
 from dream_lightning.tasks.registry import TASKS, Task, record_value
+from dream_lightning.tasks.statement import stated_answer
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 SYNONYMS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-", "$": ""}
-EXPRESSION = re.compile(r"[\d(+\-][\d+\-*/() ]*[+\-*/][\d+\-*/() ]*\d[) ]*(?:=[ \d\-]*\d)?")
+STEP = r"\d+ *[+\-*/] *\d+ *= *\d+"
+EXPRESSION = re.compile(
+    rf"{STEP}(?:[,;\n ]+{STEP})+|" r"[\d(+\-][\d+\-*/() ]*[+\-*/][\d+\-*/() ]*\d[) ]*(?:=[ \d\-]*\d)?"
+)
 NUMBERS = re.compile(r"[\[(\s]*\d+(?:[,\s]+\d+)*[\])\s]*")
 
 
 def extract(response: str) -> str | None:
-    """The expression in `<answer>` tags, in a box or after "the answer is", else the last one in the text."""
-    if stated := tagged_answer(response):
-        return stated
-    expressions = EXPRESSION.findall(_plain(response))
-    return expressions[-1].strip() if expressions else None
+    """The expression or steps in tags, in a box or after "the answer is", else the last in the text."""
+    stated = stated_answer(response)
+    for text in (stated or "", response):
+        if expressions := EXPRESSION.findall(re.sub(r"(?i)\bstep \d+[:.)]", "", _plain(text))):
+            return expressions[-1].strip()
+    return stated
 
 
 def reference(example: Example) -> tuple[list[int], int]:
@@ -54,9 +58,12 @@ def is_solution(expression: str, problem: tuple[list[int], int]) -> bool:
     """Whether an expression uses each number exactly once and equals the target exactly (fractions, no rounding).
 
     Integers, + - * / (also × · ÷ and their LaTeX names), brackets and signs, and a trailing "= target"; at most 200
-    characters. Anything else is wrong. No eval(): the parsed tree is walked.
+    characters. Or steps such as "86+28=114,31-13=18", each of which may use earlier results. Anything else is wrong.
+    No eval(): the parsed tree is walked.
     """
     numbers, target = problem
+    if len(expression) <= 200 and len(steps := re.split(r"[,;\n]\s*", _plain(expression).strip(" ,;\n"))) > 1:
+        return _steps_lead_to(steps, numbers, target)
     formula, _, claimed = _plain(expression).partition("=")
     if claimed.strip() not in ("", str(target)) or not re.fullmatch(r"[\d+\-*/() ]{1,200}", formula):
         return False
@@ -66,6 +73,18 @@ def is_solution(expression: str, problem: tuple[list[int], int]) -> bool:
     except (SyntaxError, ValueError, ZeroDivisionError):
         return False
     return Counter(used) == Counter(numbers) and value == target
+
+
+def _steps_lead_to(steps: list[str], numbers: list[int], target: int) -> bool:
+    """Whether each step "a+b=c" is right and takes a and b from what is left, and the last leaves only the target."""
+    left = Counter(numbers)
+    for step in steps:
+        formula, _, claimed = step.partition("=")
+        operands, result = Counter(map(int, re.findall(r"\d+", formula))), re.fullmatch(r" *(\d+) *", claimed)
+        if not result or not operands <= left or not is_solution(formula, (list(operands.elements()), int(result[1]))):
+            return False
+        left = left - operands + Counter([int(result[1])])
+    return left == Counter([target])
 
 
 def _plain(text: str) -> str:

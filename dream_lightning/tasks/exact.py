@@ -1,7 +1,7 @@
 """Exact match: the stated answer, else the whole response, equals the reference except for white space."""
 
-from dream_lightning.tasks.math import stated_answer
 from dream_lightning.tasks.registry import TASKS, Task
+from dream_lightning.tasks.statement import stated_answer
 
 
 def extract(response: str) -> str | None:

@@ -5,66 +5,97 @@ import re
 from fractions import Fraction
 
 from dream_lightning.tasks.registry import TASKS, Task
+from dream_lightning.tasks.statement import fold, last_answer, stated_answer
 from dream_lightning.tasks.symbolic import checker
 
 MAX_SYMBOLIC_CHARS = 400  # the longest of the 500 MATH-500 answers has 53
+MAX_NESTING = 14  # the parser is slow in deep brackets
 
-NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-LAST_NUMBER = re.compile(
-    rf"(?:(?<![\w)\]}}.])-\s?)?(?:\\[dt]?frac\{{\d+\}}\{{\d+\}}|\\?\$?(?<![\w.])(?:{NUMBER})(?:\s?/\s?\d+)?)(?:\s?\\?%)?"
-)
-ANCHOR = re.compile(
-    r"(?:\bthe\s+(?:final\s+|correct\s+)?answer\s+is|\bfinal\s+answer\s+is|^[^\w\n]{0,8}answer\s+is|####(?!#)|"
-    r"^[^\w\n]{0,8}(?:the\s+)?(?:final\s+)?answer(?:\s*\*\*)?\s*:(?:[^\w\n]{0,8}the\s+(?:final\s+)?answer\s+is)?)"
-    r"(?:[ :*]{0,8}\b(?:thus|therefore|simply|equal to)\b)?[ \t:=]*\n?(?P<text>[^\n]{1,200}?)(?=\.?[ \t]*$|\.\s)",
-    re.IGNORECASE | re.MULTILINE,
-)
-TEXT_MACRO = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+TEXT_MACRO = re.compile(r"\\(?:text|textbf|textit|textnormal|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 UNIT = re.compile(  # words of three letters and more are units, unless they carry a value
-    r"(?:\s*\^?\s*\{?\\circ\}?|°|\s*(?:cm|mm|km|kg|mg|ml|ft|lb|mi)(?:/[a-z]{1,3})?(?:\^\{?\d\}?)?|"
-    r"\s+(?!pi|sqrt|sin|cos|tan|log|exp|mod|hundred|thousand|[mbtr]+illion|dozen|alpha|beta|gamma|delta|theta|lambda|omega)"
-    r"[A-Za-z]{3}[A-Za-z /]*(?:\^\{?\d\}?)?)$"
+    r"(?:\s*\^\s*\{?\\circ\}?|\s*(?:cm|mm|km|kg|mg|ml|ft|lb|mi|(?<=\s)m/s)(?:/[a-z]{1,3})?(?:\^\{?\d\}?)?|"
+    r"(?:(?<=e-\d)|(?<=e-\d\d)|(?<=e\d)|(?<=e\d\d)) ?[msgJNCWKAV](?:/s)?|"
+    r"(?:\s+|(?=\())\(?(?!pi|sqrt|sin|cos|tan|log|exp|mod|half|third|quarter|dozen|hundred|thousand|[mbtr]+illion|alpha|"
+    r"beta|gamma|delta|theta|lambda|omega|for|if|all|when|where|even|odd|otherwise)[A-Za-z]{3}[A-Za-z /]*\)?"
+    r"(?:\^\{?\d\}?)?)$"
 )
 RATIONAL = re.compile(
     r"([+-]?)(?:(\d+)(?: (?=\d+/)|(?=\\frac)))?(?:\\frac\{(\d+)\}\{(\d+)\}|(\d*\.?\d+(?:[eE][+-]?\d{1,3})?)(?:/(\d+))?)"
 )
 POWER_OF_TEN = re.compile(r"(?<=\d) ?(?:\\times|\\cdot|\*|×|x) ?10\^(?:\{([+-]?\d{1,3})\}|(\d{1,3}))")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-THOUSANDS = re.compile(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])")
+THOUSANDS = re.compile(r"(?<![\d,])\d{1,3}(?:,\d{2,3})*,\d{3}(?![\d,])|(?<![\d _])\d{1,3}(?:[ _]\d{3})+(?![\d _])")
+DECIMAL_COMMA = re.compile(r"(-?\d{1,3}(?:\.\d{3})*),(\d{1,2})")
+SAME = re.compile(r"(?<!\d) |\{(\w)\}")  # spaces and braces that mean nothing
+BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
+TIME = re.compile(r"(\d{1,2}:\d\d) ?([ap])\.? ?m\.?", re.IGNORECASE)
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve"
+NAMES = "pi|exp|ln|log|sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan|theta|alpha|beta|gamma|lambda|infty|infinity|inf"
+ARGUMENT = r"(\{[^{}]*\}|\\[A-Za-z]+|\w)"
+SIGNS = {"½": r"\frac{1}{2}", "π": r"\pi", "∞": r"\infty", "∪": r"\cup", "∩": r"\cap", "∈": r"\in", "≤": r"\le"}
+SIGNS |= {"≥": r"\ge", "≠": r"\ne", "±": r"\pm", "×": r"\times", "·": r"\cdot", "÷": "/", "√": r"\sqrt", "°": r"^\circ"}
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+REWRITES = [  # plain text → the LaTeX that means it
+    (re.compile(r"\*\*|\^\^"), "^"),
+    (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+"), lambda match: "^{" + match[0].translate(SUPERSCRIPTS) + "}"),
+    (re.compile("|".join(SIGNS)), lambda match: SIGNS[match[0]] + " "),
+    (re.compile(r"(?<=[\w\s])(?:或|和)(?=[\w\s])"), " or "),
+    (
+        re.compile(rf"(?<![\\A-Za-z])(?:{NAMES})(?![A-Za-z])"),
+        lambda match: "\\infty" if match[0][:3] == "inf" else "\\" + match[0] + " ",
+    ),
+    (re.compile(r"\^(-?\d{2,}|-\d)"), r"^{\1}"),
+    (re.compile(r"\\!\s*|\\(?:left|right|displaystyle)(?![A-Za-z])"), ""),
+    (re.compile(r"(?<!\\)\\[()\[\],;: ]|\\q?quad(?![A-Za-z])|~"), " "),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\[cdt]frac"), r"\\frac"),
+    (
+        re.compile(rf"\\frac\s*{ARGUMENT}\s*{ARGUMENT}"),
+        lambda m: "\\frac" + "".join(f"{{{a.strip('{}')}}}" for a in m.groups()),
+    ),
+    (re.compile(r"\\?sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"\\sqrt\s*(\d+)"), r"\\sqrt{\1}"),
+    (re.compile(r"\\(?:text|mathrm)\{([ei])\}"), r"\1"),
+    (re.compile(r"(?<=\d)\.(?=/)"), ""),
+    (re.compile(r"(?<=\d)i\b"), " i"),
+    (re.compile(r"\s+"), " "),
+    (re.compile(r"_(\w) "), r"_{\1}"),
+    (re.compile(r"(?<!\w) | (?!\w)"), ""),
+    (re.compile(TEXT_MACRO.pattern + r"(\^\{?\d\}?)?$"), r" \1\2"),
+]
 
 
 def extract_answer(text: str) -> str | None:
     r"""The answer in a text (a response without its thinking), or None. The last one of the first kind that is there:
 
-    1. `\boxed{…}` or `\fbox{…}` with balanced braces, or `\boxed 5`; any content. A box cut off midway is skipped.
-    2. The sentence or line after "(the) final answer is", "the answer is", "Answer:" at the start of a line, or GSM8K's
-       "####"; at most 100 characters, any content.
-    3. The last number: sign, thousands separators, decimals, 3/4, \frac{3}{4}, percent.
+    1. `<answer>…</answer>`.
+    2. `\boxed{…}`, `\fbox{…}` or `\boxed 5`, with balanced braces; boxes that "and", "or" or a comma connects are one
+       answer. A box that is empty or cut off is skipped.
+    3. What follows "the answer is", "Answer:", "####", "答案是" or "Option": a formula, else the line or sentence.
+    4. A response that is short and mathematics, as a whole; else the formula or number at the end of the last sentence
+       that has one; else a line of up to 25 words.
     """
-    if (stated := stated_answer(text)) is not None:
-        return stated
-    numbers = LAST_NUMBER.findall(text.replace("−", "-"))
-    return re.sub(r"\\?\$|\\(?=%)|\s", "", numbers[-1]) if numbers else None
+    return stated_answer(text) or last_answer(text)
 
 
 def reference_answer(solution: str) -> str | None:
     """What a data set's solution field can be scored against, or None.
 
-    A plain answer (one line, up to 200 characters and 8 words) is returned unmodified. In a worked solution only rules
-    1 and 2 of `extract_answer` apply, never its last number; a proof gives None. Idempotent on plain answers.
+    A plain answer (one line, up to 200 characters and 12 words) is returned unmodified. In a worked solution only rules
+    1 to 3 of `extract_answer` apply; a proof gives None. Idempotent on plain answers.
     """
     solution = solution.strip()
     stated = stated_answer(solution)
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", solution)
     if stated is None:
-        return solution if solution and "\n" not in solution and len(solution) <= 200 and len(words) <= 8 else None
+        plain = solution and len(solution) <= 200 and len(words) <= 12 and ("\n" not in solution or not words)
+        return solution if plain else None
     if r"\boxed" not in solution and not re.search(r"[\dA-Z\\]", stated):
         return None  # prose: "which means the final answer is exact."
     left, _, right = stated.rpartition("=")  # "so the answer is 8+1=9"
     return stated if re.search(r"(?<![\\A-Za-z])[A-Za-z]", left) else right.strip()
 
 
-def is_equivalent(prediction: str, reference: str) -> bool:
+def is_equivalent(prediction: str, reference: str) -> bool | None:
     """Whether two extracted answers mean the same. Not symmetric: Math-Verify follows the form of the reference.
 
     1. The same text without LaTeX spacing; words without case and punctuation; "(C)" = "C", "A, B" = "AB", yes = true.
@@ -72,83 +103,89 @@ def is_equivalent(prediction: str, reference: str) -> bool:
        significant digits or more may be the other one rounded. Decides alone if both are numbers.
     3. Math-Verify's `verify`, if installed (else UserError). Over 400 characters, or after 5 s of CPU time: False, with
        a warning.
+
+    Returns:
+        None if it was not decided: see `SymbolicChecker.equal`.
     """
     ours, gold = _clean(prediction), _clean(reference)
-    if ours == gold or not ours or not gold:
-        return ours == gold != ""
+    if not ours or not gold or re.sub(SAME, r"\1", ours) == re.sub(SAME, r"\1", gold):
+        return bool(ours and gold)
+    if (our_base := BASE.fullmatch(ours)) and (gold_base := BASE.fullmatch(gold)):
+        return our_base.groups() == gold_base.groups()
+    times = [TIME.sub(lambda match: match[1] + match[2].lower(), text) for text in (ours, gold)]
+    if TIME.fullmatch(ours) or TIME.fullmatch(gold):
+        return times[0] == times[1]
     ours_words, gold_words = _words(ours, gold), _words(gold, ours)
     if ours_words is not None and gold_words is not None:
         return ours_words == gold_words
     ours_number, gold_number = _rational(ours), _rational(gold)
+    if (comma := DECIMAL_COMMA.fullmatch(ours)) and gold_number is not None:
+        ours_number = Fraction(comma[1].replace(".", "") + "." + comma[2])  # "1.250,00"
     if ours_number is not None and gold_number is not None:
         return _same_number(ours, ours_number, gold, gold_number)
-    if (longest := max(len(ours), len(gold))) > MAX_SYMBOLIC_CHARS:
-        logging.getLogger(__name__).warning("an answer of %d characters is not compared symbolically", longest)
+    ours, gold = (UNIT.sub("", text).strip() or text for text in (ours, gold))
+    if re.search(r"\d \d", ours + gold):
+        return False  # "3 4" is no number
+    longest, deepest = max(len(ours), len(gold)), max(_nesting(ours), _nesting(gold))
+    if longest > MAX_SYMBOLIC_CHARS or deepest > MAX_NESTING:
+        message = "an answer of %d characters, %d brackets deep, is not compared symbolically"
+        logging.getLogger(__name__).warning(message, longest, deepest)
         return False
     return checker.equal(gold, ours)
 
 
-def stated_answer(text: str) -> str | None:
-    """The last box, else the last "the answer is …", by rules 1 and 2 of `extract_answer`; None if there is none."""
-    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<bare>[^\s{}$\\.,]+))", text))):
-        content = box["bare"] or _balanced(text, box.end())
-        if content is not None and content.strip():
-            return content.strip()
-    for anchor in reversed(list(ANCHOR.finditer(text))):
-        marked = re.match(r"\s*\*\*(.+?)\*\*|[A-Za-z ,]*\$([^$]+)\$[\s*]*$", anchor["text"])
-        stated = (marked[1] or marked[2] if marked else anchor["text"]).strip(" \t*$.,;:`")
-        if 0 < len(stated) <= 100:
-            return stated
-    return None
-
-
-def tagged_answer(text: str) -> str | None:
-    """The last text in `<answer>` tags, as some puzzle prompts ask for, else the stated answer."""
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return (tagged and tagged[-1].strip()) or stated_answer(text)
-
-
-def _balanced(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes the one before it; None if none does within 1,000."""
-    depth = 1
-    for brace in BRACE.finditer(text, start, start + 1000):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[start : brace.start()]
-    return None
-
-
 def _clean(answer: str) -> str:
     """Removes dollar signs and LaTeX spacing; keeps spaces only between words and between digits ("1 1/2")."""
-    answer = answer.strip().strip("*`").replace("−", "-").replace("\\$", "").replace("$", "").replace("\\%", "%")
-    answer = re.sub(r"\\!\s*", "", answer)
-    answer = re.sub(r"(?<!\\)\\[()\[\],;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|~", " ", answer)
-    answer = re.sub(r"\\[dt]frac", r"\\frac", answer)
-    answer = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", answer)
-    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"\s+", " ", answer)).rstrip(".")
+    answer = fold(answer).strip().strip("*`")
+    answer = re.sub(r"\\?[$€£¥₹]", "", answer).replace("\\%", "%")
+    if answer.count("}") > answer.count("{"):
+        answer = answer.rstrip("\\}")
+    if len(answer) <= 1000:
+        for pattern, replacement in REWRITES:
+            answer = pattern.sub(replacement, answer)
+        while doubled := re.fullmatch(r"\{(\{.*\}|[^{},]*)\}|\(\((.*)\)\)", answer):
+            answer = doubled[1] or f"({doubled[2]})"
+    return answer.rstrip(".\\").strip(" =")
+
+
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _words(answer: str, other: str) -> str | None:
     """Words or choice letters without case and punctuation; None if `answer` is mathematics."""
     text = TEXT_MACRO.sub(r"\1", answer)
-    choice = re.match(r"\(?([A-Ja-j])(?:\)|[.:](?=\s))", text)
+    choice = re.match(r"\(?([A-Ja-j])(?:\)|[.:,](?!\s?[A-J]\b)|\s(?=because|since))", text)
     if choice and re.fullmatch(r"\W*[A-J]\W*", TEXT_MACRO.sub(r"\1", other)):
         return choice[1].casefold()  # "(B) 3.719 Bq" where "B" is asked
     if re.search(r"[\d\\^_=+*/<>|{}]|(?<![A-Za-z]{2})-|-(?![A-Za-z]{2})", text) or not re.search("[A-Za-z]", text):
         return None
     if re.fullmatch(r"\W*[A-J]\b(?:\W|\b(?:and|[A-J])\b)*", text):
         text = text.replace("and", "")
-    plain = "".join(c for c in text.casefold() if c.isalnum())
+    plain = "".join(c for c in re.sub(r"^(?:the|an?) (?=\w\w)", "", text.casefold()) if c.isalnum())
     return {"yes": "true", "no": "false"}.get(plain, plain)
 
 
 def _rational(answer: str) -> Fraction | None:
     if len(answer) > 200:  # the patterns below are quadratic
         return None
-    text = TEXT_MACRO.sub(r" \1", answer).rstrip("% ")
+    text = TEXT_MACRO.sub(r" \1", answer).strip().rstrip("% ")
     text = POWER_OF_TEN.sub(lambda match: "e" + (match[1] or match[2]), text)
-    text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    number = RATIONAL.fullmatch(UNIT.sub("", text))
+    text = THOUSANDS.sub(lambda match: re.sub(r"[,_ ]", "", match[0]), text)
+    if base := BASE.fullmatch(text):
+        text = base[1]
+    if repeating := re.fullmatch(r"(\d*)\.(\d*)(?:\\overline\{(\d+)\}|\((\d+)\))", text):
+        whole, once, *again = repeating.groups("")
+        again = "".join(again)
+        return Fraction(int(whole + once + again) - int(whole + once or 0), 10 ** len(once) * (10 ** len(again) - 1))
+    text = UNIT.sub("", text)
+    if text in NUMBER_WORDS.split():
+        return Fraction(NUMBER_WORDS.split().index(text))
+    number = RATIONAL.fullmatch(text)
     if number is None:
         return None
     sign, whole, top, bottom, decimal, under = number.groups()

@@ -17,14 +17,15 @@ class Task:
 
     Args:
         extract: text after the thinking → the stated answer, None if there is none.
-        grade: (answer, reference) → whether the answer is right. A malformed answer is wrong, not an error.
+        grade: (answer, reference) → whether the answer is right, None if that was not decided in time. A malformed
+            answer is wrong, not an error.
         reference: example → what `grade` compares with, None if the example cannot be scored. Raises UserError for a
             malformed record. Default: the reference column.
         prompt: example → the text of the user's message. Default: the prompt of the record.
     """
 
     extract: Callable[[str], str | None]
-    grade: Callable[[str, Any], bool]
+    grade: Callable[[str, Any], bool | None]
     reference: Callable[[Example], Any] = operator.attrgetter("reference")
     prompt: Callable[[Example], str] = lambda example: example.prompt[-1]["content"]
 
@@ -38,7 +39,7 @@ class Grade:
 
     thinking: str | None  # None = no thinking tags
     answer: str | None  # None = no answer found
-    correct: bool | None  # None = not scored: the record has nothing to compare with
+    correct: bool | None  # None = not scored: the record has nothing to compare with, or grading took too long
 
 
 def load_task(path: str) -> str:
@@ -82,7 +83,8 @@ def apply_task(example: Example, default: str | None) -> Example:
 def grade_response(text: str, example: Example) -> Grade:
     """Grade a whole response by the task of its example. Raises UserError as `apply_task`.
 
-    `correct` is None if the example cannot be scored, and False if it can but the response states no answer.
+    `correct` is None if the example cannot be scored or grading takes too long, and False if the response states no
+    answer.
     """
     task = task_of(example)
     thinking, response = split_thinking(text)

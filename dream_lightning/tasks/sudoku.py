@@ -5,16 +5,19 @@ from math import isqrt
 
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
-from dream_lightning.tasks.math import tagged_answer
 from dream_lightning.tasks.registry import TASKS, Task, record_value
+from dream_lightning.tasks.statement import stated_answer
 
-IGNORED = re.compile(r"[\s,|\[\]]")  # what may be between the digits of a grid
-GRID = re.compile(r"\d[\d\s,|\[\]]*")
+# What may be between the digits of a grid: bars, borders, brackets, a table in Markdown or LaTeX.
+IGNORED = re.compile(r"[\s,;|\[\](){}+\-=:&*_$`─━│┃┼╋║═╬┌┐└┘├┤┬┴]|\\\\|\\hline|\\[a-z]+\{[a-z*|]+\}(?:\{[c|]*\})?")
+LABEL = re.compile(r"\b(?:row|column|r|c) ?\d\b ?[:.)]?|^ *\d[:.)] ", re.IGNORECASE | re.MULTILINE)
+GRID = re.compile(rf"\d(?:{IGNORED.pattern}|\d)*")
 
 
 def extract(response: str) -> str | None:
     """The last grid of 16 or 81 digits: in `<answer>` tags, in a box or after "the answer is", else in the text."""
-    for text in (tagged_answer(response) or "", *reversed(GRID.findall(response))):
+    response = LABEL.sub("", response)
+    for text in (stated_answer(response) or "", *reversed(GRID.findall(response))):
         cells = IGNORED.sub("", text)
         if re.fullmatch(r"\d{16}|\d{81}", cells, re.ASCII):
             return cells

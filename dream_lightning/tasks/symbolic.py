@@ -7,36 +7,71 @@ Its own time limit is `signal.alarm`, which fails outside the main thread and ca
 import atexit
 import json
 import logging
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 CHECK_SECONDS = 5.0  # CPU time, so that no verdict depends on the machine's load; a usual check takes 5-50 ms
+TOTAL_SECONDS = 600.0  # CPU time of all checks of a validation
 WAIT_SECONDS = 120.0  # wall-clock time, on a busy machine or to import sympy from a cold network disk
 
 
 class SymbolicChecker:
-    """Client of the subprocess: a line of JSON in, "1" or "0" out. After a timeout it is started again."""
+    """Client of the subprocess: a line of JSON in, the verdict and its CPU seconds out. Started again when it ends."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+        self.restart_clock(math.inf)
 
-    def equal(self, gold: str, target: str) -> bool:
-        """Whether Math-Verify's `verify(gold, target)` holds; False with a warning if it exceeds the CPU time."""
+    def restart_clock(self, seconds: float | None = None) -> None:
+        """Allow so much CPU time from here on, by default `TOTAL_SECONDS` for a validation."""
+        self._seconds_left, self.skipped = TOTAL_SECONDS if seconds is None else seconds, 0
+
+    def warn_skipped(self) -> None:
+        if self.skipped:
+            logging.getLogger(__name__).warning(
+                "%d answers were not graded and not scored: grading took %g s of CPU time", self.skipped, TOTAL_SECONDS
+            )
+
+    def equal(self, gold: str, target: str) -> bool | None:
+        """Whether Math-Verify's `verify(gold, target)` holds; False with a warning if it exceeds the CPU time.
+
+        None, counted in `skipped`, where nothing was decided: `TOTAL_SECONDS` are used up, the machine gave the
+        subprocess no time in `WAIT_SECONDS`, or something else killed it three times.
+        """
         with self._lock:
-            self._start()
+            for _ in range(3):
+                if self._seconds_left <= 0:
+                    break
+                reply, ended = self._ask(gold, target)
+                if reply:
+                    verdict, seconds = reply.split()
+                    self._seconds_left -= float(seconds)
+                    return verdict == b"1"
+                if ended not in (None, -signal.SIGKILL, -signal.SIGTERM):  # its CPU time, or out of memory
+                    self._seconds_left -= CHECK_SECONDS
+                    logging.getLogger(__name__).warning(
+                        "no verdict after computing %g s, so False: %.80r %.80r", CHECK_SECONDS, target, gold
+                    )
+                    return False
+            self.skipped += 1
+            return None
+
+    def _ask(self, gold: str, target: str) -> tuple[bytes, int | None]:
+        """The reply, or b"" and the exit status, None if the subprocess was too slow."""
+        self._start()
+        with suppress(BrokenPipeError):  # it was killed: its output ends, too
             self._process.stdin.write(json.dumps([CHECK_SECONDS, gold, target]).encode() + b"\n")
-            reply = self._reply()
-            if not reply:  # timeout, or out of memory
-                self.stop()
-                logging.getLogger(__name__).warning(
-                    "no verdict after computing %g s, so False: %.80r %.80r", CHECK_SECONDS, target, gold
-                )
-            return reply == b"1\n"
+        if (reply := self._reply()) is None:
+            self.stop()
+            return b"", None
+        return reply, None if reply else self.stop()
 
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -49,15 +84,19 @@ class SymbolicChecker:
 
             raise UserError("Math-Verify did not start, see its error above: pip install 'math-verify>=0.9'")
 
-    def _reply(self) -> bytes:
+    def _reply(self) -> bytes | None:
         in_time = select.select([self._process.stdout], [], [], WAIT_SECONDS)[0]
-        return self._process.stdout.readline() if in_time else b""
+        return self._process.stdout.readline() if in_time else None
 
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-        self._process = None
+    def stop(self) -> int | None:
+        """End the subprocess; returns its exit status."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        if not select.select([process.stdout], [], [], 0)[0]:  # still running
+            process.kill()
+        process.communicate()
+        return process.returncode
 
 
 checker = SymbolicChecker()
@@ -67,23 +106,56 @@ os.register_at_fork(after_in_child=checker.__init__)  # a child must not write i
 
 def _serve() -> None:
     import resource
+    import time
 
-    from math_verify import parse, verify
+    import sympy
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, grader, parse, verify
 
     logging.disable()
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     sys.stdout = sys.stderr  # what sympy prints must not be read as a reply
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # 10^(10^10) asks for 4 GB
-    parse(r"$\frac{1}{2}$", parsing_timeout=None)  # builds the grammar's tables
+    # No units: they take letters for units. No fallback: it takes a number out of a formula that does not parse.
+    normalization = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+    config = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)]
+    compare_numbers = grader.sympy_numeric_eq
+
+    def numeric_eq(a, b, float_rounding, numeric_precision):
+        """Math-Verify's absolute tolerance, but no two numbers are equal that differ by more than 1e-6 of them."""
+        if not compare_numbers(a, b, float_rounding, numeric_precision):
+            return False
+        if not (getattr(a, "is_number", False) and getattr(b, "is_number", False)):
+            return True
+        a, b = (sympy.N(number.doit(), 20) for number in (a, b))
+        return a == b or bool(abs(a - b) <= 1e-6 * max(abs(a), abs(b)) or {a, 100 * a} & {b, 100 * b})
+
+    grader.sympy_numeric_eq = numeric_eq
+
+    def read(text: str) -> list:
+        options = {"fallback_mode": "no_fallback", "extraction_mode": "first_match", "parsing_timeout": None}
+        return [meaning(value) for value in parse(f"${text}$", config, **options)]
+
+    def meaning(value):
+        """`i` as the imaginary unit; "x < 2 or x > 5" as a union of intervals."""
+        if isinstance(value, sympy.FiniteSet) and value.args and all(map(grader.is_relation, value.args)):
+            parts = [grader.unwrap_fcs(part) for part in value.args]
+            if not any(isinstance(part, sympy.Eq) for part in parts) and len(value.free_symbols) == 1:
+                return sympy.Union(*(part.as_set() for part in parts))
+        units = [symbol for symbol in getattr(value, "free_symbols", ()) if symbol.name == "i"]
+        return value.subs({symbol: sympy.I for symbol in units}) if units else value
+
+    read(r"\frac{1}{2}")  # builds the grammar's tables
     replies.write(b"ready\n")
     for line in sys.stdin:
         seconds, *texts = json.loads(line)
+        start = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process, also in the middle of a long C call
-        gold, target = (parse(f"${text}$", parsing_timeout=None) for text in texts)
-        reply = b"1\n" if verify(gold, target, timeout_seconds=None) else b"0\n"
+        gold, target = map(read, texts)
+        verdict = verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write(reply)
+        replies.write(b"%d %.4f\n" % (verdict, time.process_time() - start))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,15 @@ from dream_lightning.tasks import choice, grade_response
     [
         *((text, "B") for text in ("B", "(B)", "B. Paris", r"\boxed{B}", r"\boxed{\text{(B)}}", "The answer is (B).")),
         *((text, "B") for text in ("Answer: B", "**B**", "A capital.\nB", "(A) is wrong, (C) too, so it is (B) here")),
+        *(
+            (text, "B")
+            for text in ("Answer B", "Option B", "ANS:B", "the best answer is (B)", "The correct option is B.")
+        ),
+        *(
+            (text, "B")
+            for text in ("Answer: Option B", "The answer is B, since 4 > 3.", "答案：B", "故选B。", "B。不是 A")
+        ),
+        ("The answer is B. Option A is too small.", "B"),
         *((text, None) for text in ("", "A capital city", "I do not know", "AB")),
         ("<think>C or D? (A)</think>B", "B"),
         ("C", "C"),

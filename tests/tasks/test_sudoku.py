@@ -33,6 +33,17 @@ def test_a_malformed_puzzle_is_an_error(puzzle):
         (rf"The first row is 3142. \boxed{{{ROWS}}}", GRID),
         (f"<answer>\n{ROWS}\n</answer>", GRID),
         (f"{PUZZLE} is solved by\n{ROWS}\nin 12 steps.", GRID),
+        ("Row 1: 3 1 4 2\nRow 2: 2 4 3 1\nRow 3: 4 2 1 3\nRow 4: 1 3 2 4", GRID),
+        ("1) 3142\n2) 2431\n3) 4213\n4) 1324", GRID),
+        (f"The answer is:\n```\n{ROWS}\n```\nDone.", GRID),
+        ("| 3 | 1 | 4 | 2 |\n|---|---|---|---|\n| 2 | 4 | 3 | 1 |\n| 4 | 2 | 1 | 3 |\n| 1 | 3 | 2 | 4 |", GRID),
+        ("| | C1 | C2 | C3 | C4 |\n|---|---|\n| R1 | 3 | 1 | 4 | 2 |\n|R2|2|4|3|1|\n|R3|4|2|1|3|\n|R4|1|3|2|4|", GRID),
+        ("+---+---+\n|3 1|4 2|\n|2 4|3 1|\n+---+---+\n|4 2|1 3|\n|1 3|2 4|\n+---+---+", GRID),
+        ("┌───┬───┐\n│31 │ 42│\n│24 │ 31│\n├───┼───┤\n│42 │ 13│\n│13 │ 24│\n└───┴───┘", GRID),
+        (
+            r"\boxed{\begin{array}{|c|c|}\hline 3&1&4&2\\ \hline 2&4&3&1\\ 4&2&1&3\\ 1&3&2&4\\ \hline\end{array}}",
+            GRID,
+        ),
         (GRID[:-1], None),
     ],
 )

@@ -30,15 +30,6 @@ def check_kind(
         raise UserError("model.lora adapts a pretrained model: set model.pretrained")
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> None:
-    """Raise UserError for a tokenizer with more tokens than the model, or another mask token."""
-    if len(tokenizer) > config.vocab_size or tokenizer.mask_token_id != config.mask_token_id:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and mask token {tokenizer.mask_token_id}, the model "
-            f"{config.vocab_size} and {config.mask_token_id}: set model.tokenizer to the model's own folder or hub id"
-        )
-
-
 def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamConfig:
     """The configuration of a new Dream with the tokenizer's ids; sizes are fields of `DreamConfig`."""
     known = {f.name for f in fields(DreamConfig)}

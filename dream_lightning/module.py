@@ -21,7 +21,7 @@ from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer, check_focal
 from dream_lightning.diffusion.weighting import Weighting, check_cart_p
 from dream_lightning.errors import UserError
-from dream_lightning.model import DreamModel, load_tokenizer
+from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks import AnswerScores, MeanLoss, grading_clock
@@ -161,7 +161,7 @@ class DreamModule(L.LightningModule):
             self.model = model_factory.empty_model(self.pretrained).to(self.weights_dtype)
         else:
             self.model = DreamModel.from_pretrained(self.pretrained, dtype=self.weights_dtype)
-        model_factory.check_tokenizer(self.tokenizer, self.model.config)
+        check_tokenizer(self.tokenizer, self.model.config)
         if self.lora is not None:
             options = {"pretrained": self.pretrained, "seed": self.seed, "device": device if self.sharded else None}
             self.base = model_factory.adapt(self.model, self.lora, **options) | {"quantize": self.quantize or "none"}

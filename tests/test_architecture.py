@@ -19,7 +19,7 @@ BELOW = {
     "data": {"errors", "batch", "atomic", "tasks"},  # a task words its prompts
     "diffusion": {"errors", "batch"},
     "model": {"errors", "batch"},
-    "adapters": {"errors", "batch", "atomic"},
+    "adapters": {"errors", "batch", "atomic", "model"},  # its reader of files
     "tasks": {"errors", "batch"},
     "sampling": {"errors", "batch", "diffusion"},
     "kernels": {"errors", "batch", "model", "diffusion", "sampling"},

@@ -265,3 +265,12 @@ def test_a_config_for_several_gpus_runs_on_two_processes(tmp_path, config):
     if config == "fsdp_lora":  # its checkpoint is restored late
         said = run("--trainer.max_steps=2", "--ckpt_path=last")
         assert "Restored all states" in said and "begins anew" not in said
+
+
+def test_the_authors_overlay_is_the_published_recipe():
+    """CART and the batch cutoff; focal reweighting and eos as one unit are overlays of their own."""
+    overlay = {name: yaml.safe_load(file.read_text()) for name, file in shipped_configs().items()}
+    recipe = {"weighting": "cart", "cart_p": 0.1, "normalizer": "micro_batch", "stratified_t": False}
+    assert overlay["objective/authors"] == {"model": recipe, "data": {"batch_cutoff": True, "packing": False}}
+    assert overlay["objective/focal"] == {"model": {"focal_alpha": 0.25, "focal_gamma": 2.0}}
+    assert overlay["objective/eos_as_one"] == {"model": {"treat_eos_as_one": True}}

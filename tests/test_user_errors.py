@@ -34,7 +34,7 @@ def test_a_number_out_of_range_is_refused_by_name(value):
         check_range("steps", value, least=1, most=10)
     for fits in (None, 1, 10):
         check_range("steps", fits, least=1, most=10)
-    with pytest.raises(UserError, match="lr is nan, wanted a finite number$"):
+    with pytest.raises(UserError, match=r"lr is nan, wanted a finite number$"):
         check_range("lr", math.nan)
     check_range("steps", 10**400, least=1, whole=True)
 

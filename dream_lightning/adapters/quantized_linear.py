@@ -20,6 +20,7 @@ from dream_lightning.adapters.float8_linear import (
     to_float8,
 )
 from dream_lightning.errors import UserError
+from dream_lightning.model.loading import check_finite
 
 Quantize = Literal["nf4", "nf4_float8", "float8"]
 BLOCK, _SUPERBLOCK = 64, 256  # weights that share a scale, scales that share a scale of their own
@@ -203,7 +204,7 @@ def load_quantized(
         kind: `nf4`, `nf4_float8` (nf4 weights, float8 products) or `float8`; quantized on the device.
 
     Raises:
-        UserError: bitsandbytes is not installed; sizes or a GPU that the kind has no kernels for.
+        UserError: bitsandbytes is not installed; NaN; sizes or a GPU that the kind has no kernels for.
     """
     device = torch.device(device)
     if kind != "nf4":
@@ -217,6 +218,7 @@ def load_quantized(
         with safe_open(files[name], framework="pt", device=str(device)) as file:
             # On the CPU the tensor may be the mapped file itself.
             tensor = file.get_tensor(name).to(torch.bfloat16, copy=device.type == "cpu")
+            check_finite(name, tensor, files[name])
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, QuantizedLinear) and attribute == "weight":

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from torch import Tensor
 
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_TYPES = ("BF16", "F16", "F32", "F64")  # of weights; others would need scales
 CHECKPOINT = ("*.json", "*.safetensors", "merges.txt")  # configuration, tokenizer and weights, never code
 
 
@@ -43,45 +46,64 @@ def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOIN
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name → its file, from the index or the single file; UserError if a file is missing."""
-    if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
-        if missing:
-            raise UserError(
-                f"{folder} lacks {len(missing)} of its {len(set(weight_map.values()))} shards: {', '.join(missing)}. "
-                "Copy or download them again"
-            )
-        return {name: folder / file for name, file in weight_map.items()}
-    if (folder / SINGLE).is_file():
-        with _open(folder / SINGLE) as tensors:
-            return dict.fromkeys(tensors.keys(), folder / SINGLE)
-    raise UserError(f"{folder} holds no weights: wanted {SINGLE}, or {INDEX} with its shards")
+    """Tensor name → its file, from the index or the single file.
+
+    Raises:
+        UserError: a file is missing, damaged, outside of the folder, or lacks a tensor that the index says it holds.
+    """
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise UserError(f"{folder} holds no weights: wanted {SINGLE}, or {INDEX} with its shards")
+        return dict.fromkeys(_header(folder / SINGLE), folder / SINGLE)
+    with reading(folder / INDEX, "a weight index"):
+        weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        shards = sorted(set(weight_map.values()))
+        if odd := [name for name in shards if Path(name).name != name]:
+            raise UserError(f"{folder / INDEX} names the file {odd[0]!r}, wanted names of files in the same folder")
+    if missing := [name for name in shards if not (folder / name).is_file()]:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of its {len(shards)} shards: {', '.join(missing)}. Copy or download them "
+            "again"
+        )
+    held = {name: _header(folder / name).keys() for name in shards}
+    if elsewhere := sorted(tensor for tensor, name in weight_map.items() if tensor not in held[name]):
+        raise UserError(
+            f"{folder / weight_map[elsewhere[0]]} lacks {_few(elsewhere)}, which {INDEX} says that it holds: download "
+            "both again"
+        )
+    return {tensor: folder / name for tensor, name in weight_map.items()}
 
 
 def check_weights(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes in the files' headers with the model's; UserError if they differ."""
-    files = weight_files(folder)
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(set(files.values())):
-        with _open(file) as tensors:
-            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    reshaped = [n for n in expected.keys() & found.keys() if expected[n] != found[n]]
+    """Compare names, shapes and types in the files' headers with the model's; UserError if they differ."""
+    headers = [_header(file) for file in sorted(set(weight_files(folder).values()))]
+    found = {name: entry for header in headers for name, entry in header.items()}
+    both = expected.keys() & found.keys()
+    reshaped = [n for n in both if expected[n] != found[n][0]]
     kinds = {
         "are missing": expected.keys() - found.keys(),
         "are unexpected": found.keys() - expected.keys(),
-        "have another shape": [f"{n} is {list(found[n])}, wanted {list(expected[n])}" for n in reshaped],
+        "have another shape": [f"{n} is {list(found[n][0])}, wanted {list(expected[n])}" for n in reshaped],
+        "have another type": [
+            f"{n} is {found[n][1]}, wanted {' or '.join(_TYPES)}" for n in both if found[n][1] not in _TYPES
+        ],
     }
     problems = [f"{len(items)} tensors {kind}: {_few(sorted(items))}" for kind, items in kinds.items() if items]
     if problems:
         raise UserError(f"{folder} does not hold the model of its config.json: {'; '.join(problems)}")
 
 
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}): copy or download it again") from error
+def check_finite(name: str, tensor: Tensor, file: str | Path) -> None:
+    """Raise UserError for weights with NaN or infinity. One pass, 5 GB/s on two CPU cores: 3 s for Dream 7B."""
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise UserError(f"{name} in {file} holds NaN or infinity: download it again, or use an earlier checkpoint")
+
+
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name → shape and type of the tensors in a safetensors file."""
+    with reading(file, "a whole safetensors file"), safe_open(file, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
 
 
 def _few(items: list[str]) -> str:

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from dream_lightning.batch import DocumentBounds
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, reading
 from dream_lightning.model.attention import Attention, Span, make_attention, scaled_dot_product, within
 from dream_lightning.model.configuration import DreamConfig
 from dream_lightning.model.kv_cache import KeyValueCache, LayerCache, store
-from dream_lightning.model.loading import check_weights, local_folder
+from dream_lightning.model.loading import check_finite, check_weights, local_folder
 
 
 class DreamRMSNorm(nn.Module):
@@ -256,7 +256,12 @@ class DreamModel(DreamPreTrainedModel):
         with torch.device("meta"):
             expected = {name: tuple(p.shape) for name, p in cls(config).state_dict().items()}
         check_weights(folder, expected)
-        return super().from_pretrained(folder, *args, config=config, **kwargs)
+        with reading(folder, "a Dream's weights"):
+            model = super().from_pretrained(folder, *args, config=config, **kwargs)
+        for name, tensor in (model[0] if isinstance(model, tuple) else model).state_dict().items():
+            if not tensor.is_meta:
+                check_finite(name, tensor, folder)
+        return model
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: str = "5GB", **kwargs: Any) -> None:
         """Write an official folder, with the `generation_config.json` that the authors' loader needs."""

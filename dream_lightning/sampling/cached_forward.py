@@ -68,7 +68,8 @@ class CachedForward:
             raise UserError("another generation by this compiled model overwrote the KV cache: finish one at a time")
         # Steps without a forward change nothing, so it does not matter at which step of a period the refresh falls.
         period = step_of_block // self.params.refresh_every if self.params.refresh_every else 0
-        first, last = self.first - 1, self.last if self.params.cache == "dual" else length
+        first = self.first - (self.params.fast_dllm_threshold is None)
+        last = self.last if self.params.cache == "dual" else length
         if period != self.period:
             self.period, first, last = period, 0, length
         columns, window = torch.arange(first, last, device=x.device), self.canvas.positions[:, first:last]

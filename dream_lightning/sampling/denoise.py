@@ -16,7 +16,7 @@ from dream_lightning.sampling.cached_forward import CachedForward, Proposer
 from dream_lightning.sampling.canvas import Canvas
 from dream_lightning.sampling.params import SamplingParams
 from dream_lightning.sampling.token_sampling import LogitsHook, TokensHook, same_kind
-from dream_lightning.sampling.unmasking import Origin, UnmaskingRule, choose_positions, reference_topk_overflow
+from dream_lightning.sampling.unmasking import UnmaskingRule, choose_positions, reference_topk_overflow
 
 
 @torch.no_grad()
@@ -81,7 +81,8 @@ class ActiveRows:
         self._batch, self._rows = predict.canvas, None
         self._final = params.forbid_mask and not hooked  # what is filled remains filled
         self._on_host = getattr(rule, "counts_known_on_host", False)
-        self._known = self._on_host and self._final and not (params.stop_at_eos or isinstance(rule, Origin))
+        self._restrict = getattr(rule, "positions", None)
+        self._known = self._on_host and self._final and not (params.stop_at_eos or self._restrict)
 
     @property
     def batch(self) -> Canvas:
@@ -104,8 +105,8 @@ class ActiveRows:
             self.canvas = self.canvas.fill_after_eos()
         masked = self.canvas.masked  # [b, L]
         self.where = in_block = masked & self._predict.inside
-        if isinstance(self._rule, Origin):
-            self.where = self.where & self._rule.drawn(self.canvas, step, step_of_block)
+        if self._restrict:
+            self.where = self.where & self._restrict(self.canvas, self._predict.inside, step, step_of_block)
         numbers = torch.stack([m.sum(1) for m in (self.where, in_block, masked)])  # [3, b]
         self.remaining, in_block, in_row = numbers.cpu()
         self._full = self._final and not in_block.any()

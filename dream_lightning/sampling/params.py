@@ -35,7 +35,8 @@ class SamplingParams:
     top_p: float | None = None
     """Keep the fewest most probable tokens whose probabilities sum to more than this. None or 1 keeps all."""
     top_k: int | None = None
-    """Keep the k most probable tokens, and ties with the last. None: `top_k` of the checkpoint's config.json or all."""
+    """Keep the k most probable tokens, and ties with the last. None keeps all, as the authors' eval.py, unless the
+    checkpoint's config.json has a `top_k`. The authors' demo scripts use 50."""
     alg_temp: float | None = None
     """Above 0, positions are drawn from softmax(confidence / alg_temp), except with `origin`."""
     eps: float = 1e-3
@@ -52,6 +53,9 @@ class SamplingParams:
     threshold: float | None = None
     """Fill all positions with at least this certainty, at least one a step: probability (`maskgit_plus`), lead
     (`topk_margin`) or 1 / perplexity (`entropy`). Fast-dLLM (arXiv:2505.22618) uses 0.9 with `maskgit_plus`."""
+    fast_dllm_threshold: float | None = None
+    """As `threshold`, but exactly as Fast-dLLM's code with a KV cache: the first step of every block fills its first
+    token alone, however certain, and the column before the block is not computed again."""
     factor: float | None = None
     """Fill the n most certain positions, the largest n with (n + 1)(1 − certainty of the n-th) < factor (Fast-dLLM)."""
     cache: CacheMode = "none"
@@ -89,13 +93,17 @@ class SamplingParams:
     @property
     def rules(self) -> list[str]:
         """The options that decide how many positions are filled, instead of the authors' schedule."""
-        return [n for n in ("tokens_per_step", "threshold", "factor") if getattr(self, n) is not None]
+        return [
+            n for n in ("tokens_per_step", "threshold", "fast_dllm_threshold", "factor") if getattr(self, n) is not None
+        ]
 
     def _conflicts(self) -> Iterator[tuple[bool, str]]:
         """Whether options exclude each other, and the error; later checks rely on earlier ones."""
         length, new, steps, rules = self.block_length, self.max_new_tokens, self.steps, self.rules
         cached, refresh = self.cache != "none", self.refresh_every
         yield cached and length is None, f"cache is {self.cache!r} without blocks: set block_length, such as 32"
+        theirs = self.fast_dllm_threshold is not None and not cached
+        yield theirs, "fast_dllm_threshold is set without a KV cache, where it is threshold: set cache, or threshold"
         yield bool(refresh) and not cached, f"refresh_every is {refresh} without a cache: set cache to prefix or dual"
         misfits = length is not None and (new == 0 or new % length > 0)
         yield misfits, f"block_length is {length} and max_new_tokens {new}: set a multiple of block_length"
@@ -131,7 +139,7 @@ _ALLOWED = {  # option → which values other than None, as a function and in wo
     **dict.fromkeys(("max_new_tokens", "min_new_tokens"), _integer(0)),
     **dict.fromkeys(("forbid_mask", "stop_at_eos", "compile"), _one_of(True, False)),  # the text "False" is true
     **dict.fromkeys(("temperature", "alg_temp"), ((lambda value: 0 <= value < inf), "finite and at least 0")),
-    **dict.fromkeys(("top_p", "threshold"), ((lambda value: 0 < value <= 1), "in (0, 1]")),
+    **dict.fromkeys(("top_p", "threshold", "fast_dllm_threshold"), ((lambda value: 0 < value <= 1), "in (0, 1]")),
     "alg": _one_of(*get_args(Algorithm)),
     "cache": _one_of(*get_args(CacheMode)),
     "eps": ((lambda value: 0 < value < 1), "in (0, 1): the authors use 1e-3"),

@@ -16,6 +16,9 @@ class UnmaskingRule(Protocol):
     A rule that needs `remaining` only sets `counts_known_on_host = True`. It is called on the host before the forward,
     with `confidence` None, and its counts are taken unmodified: a step that fills nothing costs no forward, and its
     last step has to fill all that remains.
+
+    A rule may restrict a step to some positions, [B, L] bool: `positions(canvas, inside, step, step_of_block)`, where
+    `inside` [L] bool are the columns of the block.
     """
 
     def counts(self, confidence: Tensor, remaining: Tensor, step: int) -> Tensor:
@@ -49,8 +52,7 @@ class Origin:
     seed: int
     counts_known_on_host = True
 
-    def drawn(self, canvas: Canvas, step: int, step_of_block: int) -> Tensor:
-        """Whether a position is filled if it is masked, [B, L] bool; only such positions are predicted."""
+    def positions(self, canvas: Canvas, inside: Tensor, step: int, step_of_block: int) -> Tensor:
         return canvas.uniforms(self.seed, step, ORDER) < self.shares[step_of_block]
 
     def counts(self, confidence: Tensor | None, remaining: Tensor, step: int) -> Tensor:
@@ -80,6 +82,17 @@ class Threshold:
 
 
 @dataclass
+class FastDllm(Threshold):
+    """Fast-dLLM's rule with a KV cache: the first step of a block fills its first token, however certain."""
+
+    steps: int  # of a block
+
+    def positions(self, canvas: Canvas, inside: Tensor, step: int, step_of_block: int) -> Tensor:
+        alone = step_of_block == 0 and self.steps > 1
+        return (inside & (inside.cumsum(0) == 1) if alone else inside).expand_as(canvas.x)
+
+
+@dataclass
 class Factor:
     """The n most certain, the largest n with (n + 1)(1 − cₙ) < factor. Source: Fast-dLLM (arXiv:2505.22618)."""
 
@@ -99,6 +112,8 @@ def rule_of(params: SamplingParams, *, rows_differ: bool = False) -> UnmaskingRu
         return TokensPerStep(params.tokens_per_step, steps)
     if params.threshold is not None:
         return Threshold(params.threshold)
+    if params.fast_dllm_threshold is not None:
+        return FastDllm(params.fast_dllm_threshold, steps)
     if params.factor is not None:
         return Factor(params.factor)
     if params.alg == "origin":

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamModel
+from dream_lightning.model.loading import check_finite
 from dream_lightning.training.checkpointing import check_checkpoint
 from dream_lightning.training.sharded_checkpoint import read_into, read_rest, write
 
@@ -211,6 +212,7 @@ def _own_rows(parameter: DTensor, files: dict[str, Path], name: str, device: tor
         # Opened for each tensor, because pages of a mapped file count as this process's memory until it is closed.
         with safe_open(files[name], framework="pt") as file:
             rows = file.get_slice(name)[start:stop].to(device, parameter.dtype, copy=True)
+            check_finite(name, rows, files[name])
     shape = {"shape": parameter.shape, "stride": parameter.stride()}
     return DTensor.from_local(rows, mesh, parameter.placements, run_check=False, **shape)
 

@@ -18,8 +18,7 @@ from dream_lightning.data.tokenization import encode
 from dream_lightning.diffusion import corrupt
 from dream_lightning.errors import UserError
 from dream_lightning.export import AUTHORS_CODE, base_of, export_adapter, export_checkpoint, model_from_checkpoint
-from dream_lightning.model import DreamModel, load_tokenizer
-from dream_lightning.model_factory import check_tokenizer
+from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.viewer.conversation import Conversation
 from dream_lightning.viewer.page import denoising_page

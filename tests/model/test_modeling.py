@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from dream_lightning.batch import DocumentBounds
 from dream_lightning.model import DreamConfig, DreamModel, attention
@@ -139,14 +139,44 @@ def test_wrong_masks_are_refused(model, shape):
         ({"hidden_size": 50}, "hidden_size is 50"),
         ({"num_key_value_heads": 4}, "multiple of num_key_value_heads"),
         ({"mask_token_id": 96}, "mask_token_id is 96"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
+        ({"mask_token_id": None}, "mask_token_id is null"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"eos_token_id": [91, 92]}, "eos_token_id is .91, 92., wanted a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, wanted at least 1 and at most"),
+        ({"hidden_size": "48"}, "hidden_size is '48', wanted a whole number"),
+        ({"intermediate_size": 80.5}, "intermediate_size is 80.5, wanted a whole number"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear.*another network"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters is .*yarn.*another network"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"attention_bias": False}, "attention_bias is False"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': another network than Dream's, which has hidden_act 'silu'"),
+        ({"head_dim": 16}, "head_dim is 16"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config is .*which has no quantization_config"),
     ],
 )
-def test_impossible_configs_are_refused(change, words):
+def test_impossible_configs_and_other_networks_are_refused_by_field(change, words):
     with pytest.raises(ValueError, match=words):
         DreamConfig(**{**SIZES, **change})
+
+
+def test_both_spellings_of_rope_and_fields_that_say_what_holds_are_read(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    neutral = {"layer_types": ["full_attention"] * 2, "sliding_window": 4096, "head_dim": 8, "attention_bias": True}
+    ids = torch.arange(12)[None]
+    for theta, fields in [(1e6, neutral), (5e5, {"rope_theta": 5e5}), (5e5, {"rope_parameters": {"rope_theta": 5e5}})]:
+        rope = {"rope_scaling": {"rope_type": "default"}} | fields
+        (tmp_path / "config.json").write_text(json.dumps(config | rope))
+        model.model.rotary.theta = theta
+        loaded = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+        assert loaded.config.rope_theta == theta and torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def lose_a_shard(folder):
@@ -175,6 +205,26 @@ def rename_a_tensor(folder):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def change_a_tensor(change):
+    def damage(folder):
+        state = DreamModel.from_pretrained(folder).state_dict()
+        lose_the_weights(folder)
+        state["model.norm.weight"] = change(state["model.norm.weight"])
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def change_the_index(change):
+    def damage(folder):
+        file = folder / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        index["weight_map"] |= change(folder, index["weight_map"])
+        file.write_text(json.dumps(index))
+
+    return damage
+
+
 def write_config(text):
     return lambda folder: (folder / "config.json").write_text(text)
 
@@ -183,13 +233,30 @@ def write_config(text):
     ("damage", "words"),
     [
         (lose_a_shard, r"lacks 1 of its .*model-00002-of"),
-        (truncate_a_shard, "not a whole safetensors file"),
+        (truncate_a_shard, r"00001-of-.* damaged or no whole safetensors file"),
         (change_the_vocabulary, r"lm_head.weight is \[96, 48\], wanted \[128, 48\]"),
         (rename_a_tensor, r"missing: model.norm.weight; 1 tensors are unexpected: model.last_norm"),
         (lose_the_weights, "holds no weights"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
         (write_config('{"model_type": "llama", "hidden_size": 64}'), "model_type is 'llama', wanted 'Dream'"),
-        (write_config('{"model_type": "Dr'), r"no config\.json can be read"),
+        (change_a_tensor(torch.Tensor.char), r"have another type: model.norm.weight is I8, wanted BF16"),
+        (change_a_tensor(torch.Tensor.bool), r"model.norm.weight is BOOL"),
+        (change_a_tensor(lambda weight: weight / 0), r"model.norm.weight in .* holds NaN or infinity"),
+        (change_a_tensor(lambda weight: weight * torch.nan), r"model.norm.weight in .* holds NaN or infinity"),
+        (
+            change_the_index(lambda f, m: {"lm_head.weight": f"../{f.name}/{m['lm_head.weight']}"}),
+            r"names the file '../",
+        ),
+        (change_the_index(lambda f, m: {"lm_head.weight": f"{f / m['lm_head.weight']}"}), r"names the file '/"),
+        (
+            change_the_index(lambda f, m: {"lm_head.weight": m["model.embed_tokens.weight"]}),
+            r"lacks lm_head.weight, which",
+        ),
+        (change_the_index(lambda f, m: {"lm_head.weight": 3}), r"index.json is damaged or no weight index"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[1"), r"index.json is damaged or no weight index"),
+        (write_config("[]"), r"config.json is damaged or no Dream's configuration"),
+        (write_config('{"model_type": "Dream", "hidden_act": "gelu"}'), r"config.json: hidden_act is 'gelu'"),
+        (write_config('{"model_type": "Dr'), r"config\.json cannot be read"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_name(model, tmp_path, damage, words):

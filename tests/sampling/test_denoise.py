@@ -118,7 +118,9 @@ NOISY_DEFAULT, BLOCKS, STOP = {"temperature": 1.0, "steps": 4}, {"block_length":
      [("alg", "maskgit_plus"), ("alg", "origin"), ("temperature", 0.5), ("top_k", 3), ("top_p", 0.5),
       ("alg_temp", 0.5), ("eps", 0.5), ("steps", 8), ("seed", 1)]]
     + [({}, BLOCKS), ({}, {"tokens_per_step": 4}), ({"threshold": 0.4}, {"threshold": 0.8}),
-       ({"factor": 0.5}, {"factor": 3.0}), (BLOCKS, {"cache": "prefix"}), (BLOCKS, {"cache": "dual"}),
+       ({"factor": 0.5}, {"factor": 3.0}),
+       ({**BLOCKS, "cache": "dual", "threshold": 0.4}, {"threshold": None, "fast_dllm_threshold": 0.4}),
+       (BLOCKS, {"cache": "prefix"}), (BLOCKS, {"cache": "dual"}),
        ({**BLOCKS, "cache": "dual"}, {"cache": "prefix"}), ({**BLOCKS, "cache": "dual"}, {"refresh_every": 2})],
     ids=str,
 )  # fmt: skip

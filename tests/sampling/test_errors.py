@@ -54,6 +54,7 @@ BLOCKS = {"max_new_tokens": 32, "steps": 32, "block_length": 8, "forbid_mask": T
         ({"forbid_mask": False}, "block_length is set and forbid_mask is False"),
         ({"cache": "both"}, "cache is 'both', it must be one of none, prefix, dual"),
         ({"cache": "dual", "block_length": None}, "cache is 'dual' without blocks: set block_length"),
+        ({"fast_dllm_threshold": 0.9}, "fast_dllm_threshold is set without a KV cache"),
         ({"refresh_every": 4}, "refresh_every is 4 without a cache"),
         ({"threshold": 0.9, "factor": 1.0}, "threshold and factor are set"),
         ({"threshold": 0.9, "alg": "origin"}, "threshold is set and alg is 'origin'"),

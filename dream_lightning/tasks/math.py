@@ -145,7 +145,7 @@ def _clean(answer: str) -> str:
             answer = pattern.sub(replacement, answer)
         while doubled := re.fullmatch(r"\{(\{.*\}|[^{},]*)\}|\(\((.*)\)\)", answer):
             answer = doubled[1] or f"({doubled[2]})"
-    return answer.rstrip(".\\").strip(" =")
+    return re.sub(r"^(?:=>?|⇒)\s*", "", answer.rstrip(".\\")).strip()
 
 
 def _nesting(text: str) -> int:

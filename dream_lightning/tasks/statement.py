@@ -27,7 +27,8 @@ NUMBER = (
 )
 LAST_NUMBER = re.compile(
     rf"(?:(?<![\w)\]}}.])-\s?)?(?:\\[dt]?frac\{{\d+\}}\{{\d+\}}|\\?[$€£¥₹]?(?<![A-Za-z\d_.])"
-    rf"(?:\d+ \d+/\d+|(?:{NUMBER})(?:\s?/\s?\d+)?))(?:\s?(?:\*|×|x|\\times)\s?10\^\{{?-?\d+\}}?)?(?:\s?\\?%)?"
+    rf"(?:\d+ \d+/\d+|(?:{NUMBER})(?:π|√\d+)?(?:\s?/\s?\d+)?)|[(\[]-?[\d./]+(?:, ?-?[\d./]+)+[)\]])"
+    rf"(?:\s?(?:\*|×|x|\\times)\s?10\^\{{?-?\d+\}}?)?(?:\s?\\?%)?"
 )
 LETTER = r"\(?[A-J]\b\)?(?!['’]| [a-z])"
 STRONG = re.compile(
@@ -37,14 +38,19 @@ STRONG = re.compile(
     r"|(?:答案|答え|정답)[是为為选はが은이]?|选(?=[:\s]*[A-J](?![A-Za-z]))|^[#*\s]{1,8}(?:final )?answer[*\s]*$",
     re.IGNORECASE | re.MULTILINE,
 )
-WEAK = re.compile(rf"\b(?:option|choice)(?: is|[:=])?[ *]*(?=(?-i:{LETTER}))|^\W{{0,8}}result\W{{0,4}}:", re.I | re.M)
+WEAK = re.compile(
+    rf"\b(?:option|choice)(?: is)?[:=]?[ *]*(?=(?-i:{LETTER}))|^\W{{0,8}}result\W{{0,4}}:|"
+    rf"^(?=\W{{0,3}}(?-i:[A-J])\W{{0,3}} is (?:the )?(?:correct|right|best))",
+    re.IGNORECASE | re.MULTILINE,
+)
 LEAD = re.compile(
     r"^(?:(?:so|thus|therefore|hence|simply|equal to|about|approximately|option|choice|the (?:final )?answer is)\b"
     r"[\s,:]*)+",
     re.IGNORECASE,
 )
 REASON = re.compile(  # what may follow an answer in its sentence
-    r",?\s+(?:because|since|as|which|in|and not|not)\s|,\s+(?:so|it|where|with|thus|but)\b|;\s+(?=[a-z])"
+    r"\W? is (?:the )?(?:correct|right|best)\b"
+    r"|,?\s+(?:because|since|as|which|in|and not|not)\s|,\s+(?:so|it|where|with|thus|but)\b|;\s+(?=[a-z])"
     r"|\s+\((?!mod|if|when|for|where|otherwise)(?=[a-z\d]+ )|\s+[\"}]|,\s*\""
 )
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\\)[.!?](?:\s|$)")

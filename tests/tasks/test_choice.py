@@ -18,7 +18,10 @@ from dream_lightning.tasks import choice, grade_response
             (text, "B")
             for text in ("Answer: Option B", "The answer is B, since 4 > 3.", "答案：B", "故选B。", "B。不是 A")
         ),
-        ("The answer is B. Option A is too small.", "B"),
+        *(
+            (text, "B")
+            for text in ("The answer is B. Option A is too small.", "B is the correct answer.", "choice is: B")
+        ),
         *((text, None) for text in ("", "A capital city", "I do not know", "AB")),
         ("<think>C or D? (A)</think>B", "B"),
         ("C", "C"),

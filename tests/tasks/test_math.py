@@ -53,6 +53,7 @@ def rows(path):
         ("10. ", "10"), ("Therefore, the area is $3\\sqrt{2}$ cm.", r"3\sqrt{2}"), ("So we need 3 1/2 cups.", "3 1/2"),
         ("有12个苹果。", "12"), ("答えは１２です。", "12"), ("12\\pi", r"12\pi"), ("$(3,4)$", "(3,4)"),
         ("She comes at 2:30 pm.", "2:30 pm"),
+        ("The pair is (4, 5).", "(4, 5)"), ("The sum equals 3π/2.", "3π/2"),
         ("The capital is Paris.", "Paris"), ("elephant", "elephant"), ("The total is 1 250 000.", "1 250 000"),
         ("$x=1$ and it costs $4 in all", "4"), ("It is not A because of x, so I think it's B", "B"),
         # nothing

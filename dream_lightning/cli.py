@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from dream_lightning.atomic import disk_refuses
 from dream_lightning.data import S1KDataModule
 from dream_lightning.errors import UserError
+from dream_lightning.evaluation import commands as evaluation
 from dream_lightning.memory import out_of_memory, report, setting_from
 from dream_lightning.module import DreamModule
 from dream_lightning.training import Autosave, ProgressBar
@@ -172,7 +173,10 @@ TRAINER_COMMANDS = {
     "predict": "Answer questions into a JSON-lines file.",
     "plan": "Report the GPU memory that fit needs.",
 }
-_FUNCTIONS = (commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export, configs)
+_FUNCTIONS = (
+    *(evaluation.evaluate, evaluation.compare),
+    *(commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export, configs),
+)
 COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 
 

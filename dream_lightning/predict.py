@@ -21,7 +21,7 @@ from dream_lightning.atomic import PARTIAL, atomic_write, lock, on_rank_zero
 from dream_lightning.batch import Answers, PromptBatch
 from dream_lightning.errors import UserError, reading
 
-REMEDY = "Move it away, or set --trainer.callbacks.path=FILE or --trainer.callbacks.overwrite=true"
+REMEDY = "Move it away, or write elsewhere (predict: --trainer.callbacks.path=FILE, evaluate: --out=FOLDER)"
 
 
 class PredictionFile:

@@ -35,6 +35,7 @@ BELOW = {
     "memory": {"errors", "model", "adapters", "diffusion", "training", "model_factory"},
     "evaluation": {
         *("errors", "batch", "atomic", "data", "diffusion", "model", "sampling", "tasks", "answering", "predict"),
+        *("export", "viewer"),
     },
     "viewer": {*("errors", "batch", "data", "model", "sampling", "tasks", "model_factory", "export"), "diffusion"},
     "cli": {
@@ -50,6 +51,7 @@ BELOW = {
             "export",
             "memory",
             "viewer",
+            "evaluation",
         )
     },
     "__main__": {"cli"},

@@ -128,6 +128,7 @@ class S1KDataModule(L.LightningDataModule):
         self.questions: list[Example] = []
         self._prompts: list[list[int]] = []  # ids of the questions' prompts
         self._answered: set[int] = set()
+        self._given: list[Example] | None = None
 
     def prepare_data(self) -> None:
         # On one process of a machine; the others find the result in the cache.
@@ -157,8 +158,9 @@ class S1KDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "predict":
-            source = self.predict_source
-            asked = read_examples(source, split="test", **self.reading) if source else self.read()[1]
+            source, asked = self.predict_source, self._given
+            if asked is None:
+                asked = read_examples(source, split="test", **self.reading) if source else self.read()[1]
             self._ask(asked, f"{len(asked):,} questions are answered")
             return
         training, validation = self.read()
@@ -168,6 +170,10 @@ class S1KDataModule(L.LightningDataModule):
         if stage == "fit":
             self._check_responses(training)
             self.train_set = self.tokenized(training, "training")
+
+    def ask(self, examples: list[Example], source: str) -> None:
+        """Let `predict` answer these questions, which come from `source`, instead of those of `predict_source`."""
+        self._given, self.predict_source = examples, source
 
     def _ask(self, examples: list[Example], summary: str, asked: list[Example] | None = None) -> None:
         """Set the questions, by default all, and say how many of the examples can be scored.

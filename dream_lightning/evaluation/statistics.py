@@ -1,5 +1,6 @@
-"""Statistics of scores: intervals, pass@k, maj@k, paired comparison, and the area under a curve of parallel decoding."""
+"""Statistics of scores: intervals, pass@k, maj@k, McNemar's test, and accuracy under parallelism."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -70,4 +71,4 @@ def aup(points: Sequence[tuple[float, float]], *, best: float | None = None, alp
         return 0.0
     weighted = [(speed, y * min(math.exp(-alpha * (1 - y / (100 * best))), 1)) for speed, y in kept]
     area = kept[0][0] * kept[0][1]  # the first rectangle is not weighted
-    return area + sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in zip(weighted, weighted[1:], strict=False))
+    return area + sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(weighted))

@@ -1,0 +1,244 @@
+"""Answer benchmarks with a model and write a folder that can be cited: card.json, items.jsonl, card.html."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dream_lightning.answering import answer_questions
+from dream_lightning.atomic import atomic_write
+from dream_lightning.batch import Answers, Example, Message, PromptBatch
+from dream_lightning.data import S1KDataModule, read_examples
+from dream_lightning.data.prompt_format import Style, response_text
+from dream_lightning.errors import UserError, check_range
+from dream_lightning.evaluation.card import Item, breakdown, scores
+from dream_lightning.evaluation.pages import card_page, model_card
+from dream_lightning.model import DreamModel
+from dream_lightning.predict import PredictionWriter
+from dream_lightning.sampling import SamplingParams
+from dream_lightning.tasks.registry import TASKS, load_task
+
+
+class Benchmark(NamedTuple):
+    """Where the questions of a benchmark are, and the task that grades them."""
+
+    source: str | None  # hub id, folder or file; None: the user names it
+    task: str | None  # None: as the records say, else math
+    subset: str | None = None
+    split: str = "test"
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark("openai/gsm8k", "math", "main"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "math"),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "math", split="train"),
+    "aime25": Benchmark("math-ai/aime25", "math"),
+}
+
+
+def benchmark(name: str, sources: dict[str, str]) -> tuple[str, Benchmark]:
+    """The name for the card, and the benchmark that `name` means: one of BENCHMARKS, a task, or a file.
+
+    Raises:
+        UserError: it is none of these, or a task without an entry in `sources`.
+    """
+    if name not in BENCHMARKS and Path(name).expanduser().exists():
+        return Path(name).stem, Benchmark(name, None)
+    known = BENCHMARKS.get(name, Benchmark(None, name))
+    source = sources.get(name, known.source)
+    if source is None:
+        raise UserError(
+            f"{name} is no file and no benchmark with a source of its own ({', '.join(BENCHMARKS)}): name a file, or "
+            f"set --sources '{{{name}: FILE}}'"
+        )
+    if known.task is not None:
+        known = known._replace(task=load_task(known.task))
+    if known.task not in (None, *TASKS):
+        known = known._replace(task=None)
+    local = Path(source).expanduser().exists()
+    return name, known._replace(source=source, subset=None if local else known.subset)
+
+
+def questions_of(found: Benchmark, *, count: int | None = None, few_shot: int = 0) -> list[Example]:
+    """The first `count` questions, each after `few_shot` answered ones of the training split.
+
+    Raises:
+        UserError: as `read_examples`; `few_shot` for a single file, which has no training split.
+    """
+    options = {"subset": found.subset, "task": found.task}
+    examples = read_examples(found.source, split=found.split, **options)[:count]
+    if not few_shot:
+        return examples
+    if Path(found.source).expanduser().is_file():
+        raise UserError(
+            f"few_shot is {few_shot} and {found.source} is one file: use a folder with train and test files"
+        )
+    shots = read_examples(found.source, split="train", **options)[:few_shot]
+    shown: list[Message] = []
+    for shot in shots:  # where the response is only the reference column, as in GSM8K, that is the answer shown
+        answer = response_text(shot) or shot.reference or ""
+        shown += [*shot.prompt, Message(role="assistant", content=answer)]
+    return [replace(example, prompt=(*shown, *example.prompt)) for example in examples]
+
+
+class _Answerer(L.LightningModule):
+    """What PredictionWriter and Trainer.predict need of a model."""
+
+    def __init__(self, model: DreamModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.pretrained = model, tokenizer, name
+        self.sampling = SamplingParams()
+
+    @property
+    def max_prompt_length(self) -> int:
+        return self.model.config.max_position_embeddings - self.sampling.max_new_tokens
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> Answers:
+        return answer_questions(self.model, self.tokenizer, batch, self.sampling)
+
+
+def evaluate(
+    model: DreamModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    name: str,
+    out: str | Path = "evaluation",
+    sources: dict[str, str] | None = None,
+    sampling: SamplingParams = SamplingParams(forbid_mask=True),  # noqa: B008 (frozen)
+    samples: int = 1,
+    questions: int | None = None,
+    few_shot: int = 0,
+    style: Style = "chat",
+    system_prompt: str | None = None,
+    batch_size: int = 16,
+    devices: int = 1,
+) -> dict[str, Any]:
+    """Answer and grade benchmarks; returns the content of `card.json`.
+
+    A killed run resumes where it was when it is started again with the same settings. The same model, data, settings
+    and batch size give the same card; what depends on the machine is in `timing.json`.
+
+    Args:
+        model: any model of `diffusion_generate`.
+        tasks: names of BENCHMARKS, files of questions, or tasks with a file in `sources`.
+        name: of the model, for the card.
+        out: the folder to write.
+        sources: benchmark → file, folder or hub id to use instead of its own.
+        sampling: how questions are answered.
+        samples: answers to each question, with consecutive seeds, for pass@k and maj@k.
+        questions: answer only so many questions of each benchmark, the first ones.
+        few_shot: answered examples of the training split before each question.
+        style: of the prompt.
+        system_prompt: replaces that of the chat template.
+        batch_size: questions answered at once; halved, with a message, when a GPU's memory does not suffice.
+        devices: GPUs or processes to share the questions.
+
+    Raises:
+        UserError: an unknown benchmark, an option out of range, or `out` holds answers with other settings.
+    """
+    for option, value in (("samples", samples), ("questions", questions), ("batch_size", batch_size)):
+        check_range(option, value, least=1)
+    check_range("few_shot", few_shot, least=0)
+    if samples > 1 and not sampling.noisy:
+        raise UserError(f"samples is {samples} and sampling has no noise: set sampling.temperature, such as 0.2")
+    if not tasks:
+        raise UserError(f"tasks is empty, wanted names such as {', '.join(BENCHMARKS)}, or files of questions")
+    found = dict(benchmark(task, sources or {}) for task in tasks)
+    asked = {task: questions_of(b, count=questions, few_shot=few_shot) for task, b in found.items()}
+    out, answerer = Path(out).expanduser(), _Answerer(model.eval(), tokenizer, name)
+    prompting = {"style": style, "system_prompt": system_prompt}
+    card: dict[str, Any] = {"model": {"name": name, "parameters": sum(p.numel() for p in model.parameters())}}
+    card["settings"] = {**prompting, "few_shot": few_shot, "batch_size": batch_size, "sampling": asdict(sampling)}
+    card |= {"versions": _versions(), "tasks": {}}
+    items: list[Item] = []
+    timing: dict[str, Any] = {"device": _device_name(), "tasks": {}}
+    trainer = None
+    for task, examples in asked.items():
+        runs = []
+        for sample in range(samples):
+            answerer.sampling = replace(sampling, seed=sampling.seed + sample)
+            path = out / task / f"sample-{sample}.jsonl"
+            trainer = _answer(answerer, examples, found[task].source, path, batch_size, devices, prompting)
+            extra = {"task": task, "sample": sample}
+            runs.append([extra | _with_thinking(json.loads(line), tokenizer) for line in path.open(encoding="utf-8")])
+        settings = json.loads(path.with_name(f"{path.name}.settings.json").read_text("utf-8"))
+        card["model"] |= {"weights": settings["weights"], "tokenizer": settings["tokenizer"]}
+        card["tasks"][task] = {"source": found[task].source, "task": found[task].task, "records": settings["records"]}
+        card["tasks"][task] |= scores(runs, max_new_tokens=sampling.max_new_tokens)
+        card["tasks"][task]["groups"] = breakdown(runs, examples)
+        answered = [item for run in runs for item in run]
+        seconds, tokens = sum(i.pop("seconds") for i in answered), sum(i["tokens"] for i in answered)
+        timing["tasks"][task] = {
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 2),
+        }
+        items += answered
+    if trainer.is_global_zero:
+        write_run(out, card, items, timing)
+    return card
+
+
+def write_run(out: Path, card: dict[str, Any], items: Sequence[Item], timing: dict[str, Any]) -> None:
+    """Write the files of a run."""
+    flat = {f"eval_{task}_accuracy": s["accuracy"] for task, s in card["tasks"].items() if "accuracy" in s}
+    files = {
+        "items.jsonl": "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items),
+        "timing.json": json.dumps(timing, indent=2) + "\n",
+        "eval_results.json": json.dumps(flat, indent=2) + "\n",
+        "README.md": model_card(card),
+        "card.html": card_page(card, items, timing),
+        "card.json": json.dumps(card, indent=2, ensure_ascii=False) + "\n",  # last: its presence says that all is there
+    }
+    for file, text in files.items():
+        with atomic_write(out / file) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def _answer(answerer, examples, source, path, batch_size, devices, prompting) -> L.Trainer:
+    """One file of predictions; resumes, and halves the batch where memory does not suffice."""
+    while True:
+        data = S1KDataModule(source, tokenizer=answerer.tokenizer, batch_size=batch_size, **prompting)
+        data.ask(examples, source)
+        trainer = L.Trainer(
+            accelerator="auto",
+            devices=devices,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=[PredictionWriter(str(path))],
+        )
+        try:
+            trainer.predict(answerer, data, return_predictions=False)
+            return trainer
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1 or devices > 1:
+                raise UserError(
+                    f"out of memory with batch_size {batch_size}: set a smaller one, or fewer sampling.max_new_tokens"
+                ) from error
+        torch.cuda.empty_cache()
+        batch_size //= 2
+        print(f"out of memory: continuing with batch_size {batch_size}; answers are kept")
+
+
+def _with_thinking(item: Item, tokenizer: PreTrainedTokenizerBase) -> Item:
+    thinking = item["thinking"]
+    return item | {
+        "thinking_tokens": len(tokenizer(thinking, add_special_tokens=False)["input_ids"]) if thinking else 0
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("dream_lightning", "torch", "lightning", "transformers", "math-verify")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"

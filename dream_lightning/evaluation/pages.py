@@ -1,0 +1,204 @@
+"""Self-contained HTML pages of a card and of a comparison, and the model card for a hub."""
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from dream_lightning.evaluation.card import Item, percent
+
+_STYLE = """
+:root { color-scheme: light dark; --line: light-dark(#d0d0d0, #444); --soft: light-dark(#f4f4f4, #222) }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+.wide { overflow-x: auto } table { border-collapse: collapse } td, th { border-bottom: 1px solid var(--line) }
+td, th { padding: .3rem .7rem; text-align: left } td.n, th.n { text-align: right; white-space: nowrap }
+svg { max-width: 100%; height: auto } figure { margin: 1rem 0; background: #fff; border-radius: .4rem }
+details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .4rem .7rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; border-radius: .4rem }
+.two { display: grid; gap: 1rem } @media (min-width: 45rem) { .two { grid-template-columns: 1fr 1fr } }
+.note { color: light-dark(#555, #aaa) }
+"""
+_SCORES = {  # name → key of a card's task, share or number
+    "accuracy": ("accuracy", True),
+    "unparsed": ("unparsed", True),
+    "empty": ("empty", True),
+    "terminated": ("terminated", True),
+    "tokens": ("mean_tokens", False),
+    "thinking tokens": ("mean_thinking_tokens", False),
+    "tokens / forward": ("tokens_per_forward", False),
+}
+_ACCURACY = "accuracy, 95 % interval"
+_MOST_TEXTS = 200  # on a page; items.jsonl has all
+
+
+def card_page(card: dict[str, Any], items: Sequence[Item], timing: dict[str, Any]) -> str:
+    """The page of `evaluate`: scores, plots, breakdowns, settings and texts."""
+    tasks, blocks = card["tasks"], []
+    head = ["benchmark", "n", *_SCORES, "tokens/s"]
+    rows = [
+        [name, s["scored"], *(_shown(s, *key) for key in _SCORES.values()), timing["tasks"][name]["tokens_per_second"]]
+        for name, s in tasks.items()
+    ]
+    blocks.append(_table(head, rows))
+    sampled = [
+        [name, key, percent(value)]
+        for name, s in tasks.items()
+        for key, value in s.items()
+        if key.startswith(("pass@", "maj@"))
+    ]
+    if sampled:
+        blocks.append("<h2>Several answers to a question</h2>" + _table(["benchmark", "score", "value"], sampled))
+    scored = {name: s for name, s in tasks.items() if "accuracy" in s}
+    if scored:
+        points = [(name, s["accuracy"], *s["interval"]) for name, s in scored.items()]
+        blocks.append("<h2>Accuracy</h2>" + _intervals(points, _ACCURACY))
+    blocks.append("<h2>Length of answers</h2>" + _lengths(items))
+    for name, s in scored.items():
+        for column, groups in s["groups"].items():
+            points = [(f"{value} ({g['scored']})", g["accuracy"], *g["interval"]) for value, g in groups.items()]
+            blocks.append(f"<h2>{escape(name)} by {escape(column)}</h2>" + _intervals(points, _ACCURACY))
+    blocks.append("<h2>Answers</h2>" + _texts(items))
+    settings = {key: card[key] for key in ("model", "settings", "versions")} | {"device": timing["device"]}
+    blocks.append(f"<h2>Settings</h2><pre>{escape(json.dumps(settings, indent=2, ensure_ascii=False))}</pre>")
+    return _page(f"Evaluation of {card['model']['name']}", blocks)
+
+
+def comparison_page(comparison: dict[str, Any], flips: Iterable[tuple[Item, Item]]) -> str:
+    """The page of `compare`: differences with intervals, and the questions whose verdict changed."""
+    a, b = comparison["a"], comparison["b"]
+    head = ["benchmark", "n", "A", "B", "B − A", "p (McNemar)", "only A right", "only B right"]
+    rows = [
+        [
+            *(name, s["scored"], percent(s["accuracy_a"]), percent(s["accuracy_b"])),
+            percent(s["difference"], s["interval"]),
+            *("–" if s["p"] is None else f"{s['p']:.3g}", len(s["only_a"]), len(s["only_b"])),
+        ]
+        for name, s in comparison["tasks"].items()
+    ]
+    points = [(name, s["difference"], *s["interval"]) for name, s in comparison["tasks"].items()]
+    blocks = [f"<p>A: {escape(a)}<br>B: {escape(b)}</p>", _table(head, rows)]
+    blocks.append(_intervals(points, "accuracy of B − A, 95 % interval", zero=True))
+    blocks.append("<h2>Questions whose verdict changed</h2>")
+    for n, (one, other) in enumerate(flips):
+        if n == _MOST_TEXTS:
+            blocks.append(f"<p class=note>The first {_MOST_TEXTS}; comparison.json names all.</p>")
+            break
+        better = "only B is right" if other["correct"] else "only A is right"
+        texts = "".join(f"<div>{who}: {_answer(item)}</div>" for who, item in (("A", one), ("B", other)))
+        blocks.append(_folded(f"{one['task']} · {one['id']} · {better}", one, f"<div class=two>{texts}</div>"))
+    return _page("Comparison", blocks)
+
+
+def model_card(card: dict[str, Any]) -> str:
+    """README.md of a hub repository: the scores as metadata that the hub reads, and as a table."""
+    results = [
+        EvalResult("text-generation", task, s["source"], task, "accuracy", round(s["accuracy"], 4), verified=False)
+        for task, s in card["tasks"].items()
+        if "accuracy" in s
+    ]
+    name = card["model"]["name"].rstrip("/").rpartition("/")[2] or "model"
+    options = {"model_name": name, "eval_results": results} if results else {}
+    data = ModelCardData(library_name="dream_lightning", tags=["masked-diffusion", "dream"], **options)
+    lines = ["| benchmark | n | accuracy [95 % interval] | tokens per forward |", "|---|---:|---:|---:|"]
+    for task, s in card["tasks"].items():
+        score = percent(s["accuracy"], s["interval"]) if "accuracy" in s else "not scored"
+        lines.append(f"| {task} | {s['scored']} | {score} | {s['tokens_per_forward']:.2f} |")
+    sampling = json.dumps(card["settings"]["sampling"])
+    return "\n".join(
+        [
+            f"---\n{data.to_yaml()}\n---\n",
+            f"# {name}\n",
+            *lines,
+            f"\nSampling: `{sampling}`. All settings: card.json.\n",
+        ]
+    )
+
+
+def _page(title: str, blocks: Sequence[str]) -> str:
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    body = "\n".join(blocks)
+    return f'<!doctype html><html lang="en">{head}<style>{_STYLE}</style><h1>{escape(title)}</h1>\n{body}</html>\n'
+
+
+def _shown(scores: dict[str, Any], key: str, share: bool) -> str:
+    if key not in scores:
+        return "–"
+    return percent(scores[key], scores["interval"] if key == "accuracy" else None) if share else f"{scores[key]:.4g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["".join(f"<th{' class=n' * (i > 0)}>{escape(name)}" for i, name in enumerate(head))]
+    lines += ["".join(f"<td{' class=n' * (i > 0)}>{escape(str(v))}" for i, v in enumerate(row)) for row in rows]
+    return "<div class=wide><table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def _texts(items: Sequence[Item]) -> str:
+    """Wrong answers first: they are what one looks for."""
+    order = sorted(items, key=lambda item: (item["correct"] is not False, item["task"], item["sample"]))[:_MOST_TEXTS]
+    verdicts = {True: "right", False: "wrong", None: "not scored"}
+    parts = [_folded(f"{i['task']} · {i['id']} · {verdicts[i['correct']]}", i, _answer(i)) for i in order]
+    more = f"<p class=note>{len(order)} of {len(items)}; items.jsonl has all.</p>" if len(order) < len(items) else ""
+    return "".join(parts) + more
+
+
+def _folded(summary: str, item: Item, content: str) -> str:
+    reference = escape(str(item["reference"]))
+    question = f"<pre>{escape(item['prompt'])}</pre><p>Reference: {reference}</p>"
+    return f"<details><summary>{escape(summary)}</summary>{question}{content}</details>"
+
+
+def _answer(item: Item) -> str:
+    return f"<pre>{escape(item['prediction'])}</pre><p>Extracted: {escape(str(item['answer']))}</p>"
+
+
+def _figure(height: float):
+    from matplotlib.figure import Figure  # half a second that other commands do not spend
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": "dream_lightning", "svg.fonttype": "none"}):  # the same bytes for the same card
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return f"<figure>{text[text.index('<svg') :]}</figure>"
+
+
+def _intervals(points: Sequence[tuple[str, float, float, float]], label: str, *, zero: bool = False) -> str:
+    """Estimates with their intervals, one line for each name."""
+    figure, axes = _figure(0.9 + 0.35 * len(points))
+    for y, (_, value, low, high) in enumerate(points):
+        axes.errorbar(
+            value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color="#0072b2", capsize=4
+        )
+    axes.set_yticks(range(len(points)), [name for name, *_ in points])
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    if zero:
+        axes.axvline(0, color="#666", linewidth=1)
+    else:
+        axes.set_xlim(-0.02, 1.02)
+    return _svg(figure)
+
+
+def _lengths(items: Sequence[Item]) -> str:
+    """Histogram of the answers' lengths, right and wrong ones."""
+    figure, axes = _figure(3)
+    kinds = ((True, "right", "#0072b2"), (False, "wrong", "#d55e00"), (None, "not scored", "#999999"))
+    kept = [(name, color, n) for v, name, color in kinds if (n := [i["tokens"] for i in items if i["correct"] is v])]
+    options = {"label": [name for name, *_ in kept], "color": [color for _, color, _ in kept]}
+    axes.hist([n for *_, n in kept], bins=30, stacked=True, **options)
+    axes.set_xlabel("tokens of an answer")
+    axes.set_ylabel("answers")
+    axes.legend(frameon=False)
+    return _svg(figure)

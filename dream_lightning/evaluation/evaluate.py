@@ -3,10 +3,10 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -26,7 +26,8 @@ from dream_lightning.sampling import SamplingParams
 from dream_lightning.tasks.registry import TASKS, load_task
 
 
-class Benchmark(NamedTuple):
+@dataclass(frozen=True)
+class Benchmark:
     """Where the questions of a benchmark are, and the task that grades them."""
 
     source: str | None  # hub id, folder or file; None: the user names it
@@ -59,11 +60,11 @@ def benchmark(name: str, sources: dict[str, str]) -> tuple[str, Benchmark]:
             f"set --sources '{{{name}: FILE}}'"
         )
     if known.task is not None:
-        known = known._replace(task=load_task(known.task))
+        known = replace(known, task=load_task(known.task))
     if known.task not in (None, *TASKS):
-        known = known._replace(task=None)
+        known = replace(known, task=None)
     local = Path(source).expanduser().exists()
-    return name, known._replace(source=source, subset=None if local else known.subset)
+    return name, replace(known, source=source, subset=None if local else known.subset)
 
 
 def questions_of(found: Benchmark, *, count: int | None = None, few_shot: int = 0) -> list[Example]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -184,7 +185,7 @@ def test_benchmarks_are_names_files_or_tasks_with_a_source(tmp_path):
     with pytest.raises(UserError, match=r"few_shot is 1 and .* is one file"):
         questions_of(found, few_shot=1)
     write_jsonl(tmp_path / "train.jsonl", [{"question": "9?", "answer": "so\n#### 9"}])
-    (one, *_) = questions_of(found._replace(source=str(tmp_path)), few_shot=1)
+    (one, *_) = questions_of(replace(found, source=str(tmp_path)), few_shot=1)
     assert [(m["role"], m["content"]) for m in one.prompt[:2]] == [("user", "9?"), ("assistant", "so\n#### 9")]
 
 

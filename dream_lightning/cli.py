@@ -10,22 +10,26 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import yaml
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from dream_lightning.adapters import LoraParams
 from dream_lightning.atomic import disk_refuses
 from dream_lightning.data import S1KDataModule
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, check_range, reading, visible
 from dream_lightning.evaluation import commands as evaluation
 from dream_lightning.memory import out_of_memory, report, setting_from
 from dream_lightning.module import DreamModule
+from dream_lightning.sampling import SamplingParams
 from dream_lightning.training import Autosave, ProgressBar
 from dream_lightning.training.checkpointing import SafeCheckpointIO
 from dream_lightning.viewer import commands
@@ -33,7 +37,16 @@ from dream_lightning.viewer import commands
 DEFAULTS = Path(__file__).parent / "defaults"  # a separate folder: jsonargparse changes into that of a config
 # Package data in a wheel, the folder next to the package in a checkout.
 CONFIGS = next(p / "configs" for p in Path(__file__).parents if (p / "configs").is_dir())
-_CHECK_OPTIONS = ("torch.optim.", "jsonargparse.", "lightning.pytorch.trainer.")  # raise ValueErrors about options
+_PARTS = ("trainer.", "loops.", "strategies.", "accelerators.", "callbacks.", "loggers.", "plugins.", "profilers.")
+_TOLD = {  # kind of error → the modules in which it is about an option, and not a bug
+    UserError: "",
+    MisconfigurationException: "",
+    ValueError: ("torch.optim.", "jsonargparse.", "lightning.fabric.", *(f"lightning.pytorch.{p}" for p in _PARTS)),
+    TypeError: ("lightning.fabric.accelerators.", "lightning.pytorch.accelerators."),
+    RecursionError: ("json.", "yaml.", "jsonargparse."),
+}
+_LONGEST = 2000  # characters of a message
+_ALIASES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}  # of PEFT → of LoraParams
 TRACEBACK = "DREAM_TRACEBACK"  # environment variable; 1 shows the traceback of every error
 
 
@@ -44,9 +57,31 @@ class _Parser(LightningArgumentParser):
         if message.startswith("unrecognized arguments"):
             known = set(_options(getattr(self, "of_command", self).format_help()))
             message += "".join(f"\n{word}: {guess}" for word in _options(message) if (guess := _guess(word, known)))
+        if unknown := re.search(r"Option '(\w+)' is not accepted", message):  # a key of a nested option
+            known = [field.name for kind in (LoraParams, SamplingParams) for field in fields(kind)]
+            given = next((f" in {word}" for word in sys.argv if re.search(rf"[{{,. ]{unknown[1]} *[:=]", word)), "")
+            message += f"{given}: {_guess(unknown[1], known)}".rstrip(": ")
         command = " ".join(sys.argv[1:2])
-        print(f"error: {message}\n(every option: dream-lightning {command} --help)", file=sys.stderr)
+        print(f"error: {_shown(message)}\n(every option: dream-lightning {command} --help)", file=sys.stderr)
         self.exit(2)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        options = super().parse_args(*args, **kwargs)
+        _check_numbers(options.as_dict())
+        return options
+
+
+def _check_numbers(value: Any, name: str = "") -> None:
+    """Raise UserError for a number in the options that is not finite, or needs more than 64 bits."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(part, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        check_range(name, value, **({"least": -(2**63), "most": 2**63 - 1} if isinstance(value, int) else {}))
+
+
+def _shown(message: str) -> str:
+    return visible(message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}")
 
 
 def _options(text: str) -> list[str]:
@@ -54,7 +89,8 @@ def _options(text: str) -> list[str]:
 
 
 def _guess(word: str, known: Iterable[str]) -> str:
-    return "".join(f"did you mean {near}? " for near in difflib.get_close_matches(word, known, n=1))
+    near = [_ALIASES[word]] if word in _ALIASES else difflib.get_close_matches(word, known, n=1)
+    return "".join(f"did you mean {name}? " for name in near)
 
 
 class _Trainer(L.Trainer):
@@ -107,6 +143,7 @@ class DreamCLI(LightningCLI):
         """Check the options before anything is loaded; `plan` ends here."""
         options = self.config[self.command]
         if self.command == "plan":
+            check_range("gpu_memory_gib", options.gpu_memory_gib, least=0)
             print(report(setting_from(options), options.gpu_memory_gib))
             raise SystemExit(0)
         folders = {options.checkpoint.dirpath, options.autosave.dirpath}
@@ -158,12 +195,56 @@ def configs(parser: LightningArgumentParser, arguments: list[str]) -> None:
 def config_path(name: str) -> str:
     """The file of a shipped config; a path or YAML is returned unchanged."""
     shipped = shipped_configs()
-    if Path(name).is_file() or ":" in name or "{" in name:
+    if Path(name).is_file():
         return name
     if name in shipped:
         return str(shipped[name])
+    if Path(name).exists():
+        kind = "folder" if Path(name).is_dir() else "pipe or device"
+        raise UserError(f"config {name} is a {kind}, wanted a YAML file: name one")
+    if ":" in name or "{" in name:
+        return name
     guess = _guess(name.removesuffix(".yaml"), shipped)
     raise UserError(f"config {name} is neither a file nor shipped: {guess}`dream-lightning configs` lists them")
+
+
+def check_yaml(text: str, name: str, folder: Path | None) -> None:
+    """Raise UserError, with the line, for a key that is given twice: YAML would take the last one.
+
+    Args:
+        name: the file or option.
+        folder: of the file; other YAML files that its values name are checked, too. None: an option, whose text may
+            also be something else than YAML.
+    """
+    try:
+        _check_keys(yaml.compose(text, Loader=yaml.CSafeLoader), name, folder)
+    except (yaml.YAMLError, RecursionError) as error:
+        if folder:
+            reason = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
+            raise UserError(f"{name} is no YAML ({reason}): correct it") from error
+
+
+def _check_keys(node: Any, name: str, folder: Path | None) -> None:
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            word, line = str(key.value), key.start_mark.line + 1
+            if word in lines:
+                raise UserError(f"{name} has {word} in line {lines[word]} and again in line {line}: delete one")
+            lines[word] = line
+            _check_keys(value, name, folder)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value, name, folder)
+    elif folder and node is not None and node.value.endswith((".yaml", ".yml")) and (folder / node.value).is_file():
+        check_config(folder / node.value)
+
+
+def check_config(path: Path) -> None:
+    """`check_yaml` of a file."""
+    with reading(path, "a YAML file"):
+        text = path.read_text(encoding="utf-8")
+    check_yaml(text, str(path), path.resolve().parent)
 
 
 TRAINER_COMMANDS = {
@@ -183,6 +264,10 @@ COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCT
 def run(arguments: list[str]) -> None:
     summaries = TRAINER_COMMANDS | {name: f.__doc__.splitlines()[0] for name, f in COMMANDS.items()}
     command, *rest = arguments or ["--help"]
+    for word in rest:
+        option, _, text = word.partition("=") if word.startswith("--") else ("an option", "", word)
+        if "{" in text:
+            check_yaml(text, option, None)
     if command in ("-h", "--help"):
         print("usage: dream-lightning COMMAND [options]; dream-lightning COMMAND --help lists the options\n")
         for name, summary in summaries.items():
@@ -192,10 +277,12 @@ def run(arguments: list[str]) -> None:
         function(_Parser(prog=f"dream-lightning {command}", description=function.__doc__), rest)
     elif command in TRAINER_COMMANDS:
         for i, word in enumerate(rest):
-            if word.startswith("--config="):
-                rest[i] = f"--config={config_path(word.removeprefix('--config='))}"
-            elif i and rest[i - 1] in ("-c", "--config"):
-                rest[i] = config_path(word)
+            option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            if option == "--config" or (i and rest[i - 1] in ("-c", "--config")):
+                value = value and config_path(value)
+                rest[i] = f"{option}{equals}{value}"
+            if value.endswith((".yaml", ".yml")) and Path(value).is_file():  # also of a section, as --data=FILE
+                check_config(Path(value))
         sys.argv[1:] = [command, *rest]  # Lightning starts the other processes with it
         DreamCLI(command)
     else:
@@ -211,7 +298,7 @@ def readable_errors() -> Iterator[None]:
         message = _for_users(error)
         if os.environ.get(TRACEBACK) == "1" or message is None:
             raise
-        print(f"error: {message}\n({TRACEBACK}=1 shows the traceback)", file=sys.stderr)
+        print(f"error: {_shown(message)}\n({TRACEBACK}=1 shows the traceback)", file=sys.stderr)
         raise SystemExit(1) from error
 
 
@@ -222,12 +309,14 @@ def _for_users(error: BaseException) -> str | None:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    for kind, modules in ((UserError, ""), (MisconfigurationException, ""), (ValueError, _CHECK_OPTIONS)):
+    for kind, modules in _TOLD.items():
         for e in reversed(chain):
             if isinstance(e, kind):
                 *_, (frame, _) = traceback.walk_tb(e.__traceback__)
                 if frame.f_globals["__name__"].startswith(modules):
                     return str(e)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}: check the path and its permissions"
     return None
 
 

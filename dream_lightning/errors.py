@@ -1,6 +1,7 @@
-"""The one error for what a user can correct, and the two checks that raise it everywhere."""
+"""The one error for what a user can correct, the two checks that raise it everywhere, and safe text for a terminal."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,3 +44,16 @@ def check_range(
     bounds = [f"at least {least}"] * (least > -math.inf) + [f"at most {most}"] * (most < math.inf)
     kind = "" if number and bounds else "a whole number " if whole else "a finite number "
     raise UserError(f"{name} is {value!r:.80}, wanted {kind + ' and '.join(bounds)}".rstrip())
+
+
+# Control characters but tab and newline, marks that change the direction of text, and halves of surrogate pairs.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Foreign text for a terminal: what would move the cursor, set the title or hide text becomes a visible sign."""
+    return _UNSAFE.sub(lambda found: _sign(ord(found[0])), text)
+
+
+def _sign(code: int) -> str:
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"

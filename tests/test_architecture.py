@@ -42,6 +42,8 @@ BELOW = {
         *(
             "errors",
             "atomic",
+            "adapters",
+            "sampling",
             "data",
             "diffusion",
             "model",

@@ -110,7 +110,26 @@ def test_every_command_and_config_is_listed(command, tmp_path, monkeypatch):
         (["fit", "--config", "tinny"], 1, "config tinny is neither a file nor shipped: did you mean tiny?"),
         (["fit", "--config=tiny", "--data.max_lenght=3"], 2, "--data.max_lenght: did you mean --data.max_length?"),
         (["chat", "--modell=x"], 2, "--modell: did you mean --model?"),
-        (["show", "--source=bundled", "--tokenizer=bytes", "--row=0"], 1, "row is 0, bundled has 1 to 20000"),
+        (
+            ["show", "--source=bundled", "--tokenizer=bytes", "--row=0"],
+            1,
+            "row of bundled is 0, wanted at least 1 and at most 20000",
+        ),
+        (
+            ["fit", "--config=tiny", "--model.lora={r: 4}"],
+            2,
+            "'r' is not accepted in --model.lora={r: 4}: did you mean rank",
+        ),
+        (["fit", "--model.lora={rank: 4, rank: 8}"], 1, "--model.lora has rank in line 1 and again in line 1"),
+        (["fit", "--config=tiny", "--data.batch_size=1" + 30 * "0"], 1, "data.batch_size is 1000"),
+        (["fit", "--config=tiny", "--model.optimizer.lr=.nan"], 1, "lr is nan, wanted a finite number"),
+        (["fit", "--config=tiny", "--trainer.devices=-1"], 1, "should be an int > 0"),
+        (["fit", "--config=tests"], 1, "config tests is a folder, wanted a YAML file"),
+        (["fit", f"--config={'x' * 5000}"], 1, "File name too long"),
+        (["plan", "--config=tiny", "--gpu_memory_gib=-1"], 1, "gpu_memory_gib is -1.0, wanted at least 0"),
+        (["show", "--source=bundled", "--tokenizer=bytes", "--t=2"], 1, "t is 2.0, wanted at least 0 and at most 1"),
+        (["show", "--source=bundled", "--tokenizer=bytes", "--seed=-1"], 1, "seed is -1, wanted at least 0"),
+        (["chat", "--model=x", "--device=tpux"], 1, "device 'tpux' cannot be used here (Expected one of cpu"),
         (["configs", "copy"], 1, "got configs copy, wanted nothing or: configs copy NAME"),
     ],
 )
@@ -118,6 +137,26 @@ def test_a_mistake_is_one_short_message(command, arguments, status, message):
     _, said, got = command(*arguments)
     assert got == status and message in said
     assert "Traceback" not in said and len(said.splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  cart_p: 0.2\n  cart_p: 0.3", "c.yaml has cart_p in line 2 and again in line 3: delete one"),
+        ("model: {}\ndata: {}\nmodel: {}", "c.yaml has model in line 1 and again in line 3"),
+        ("model: part.yaml", "part.yaml has seed in line 1 and again in line 2"),
+        ("model: [1\ndata: }", "c.yaml is no YAML (while parsing a flow sequence in line 1, column 8"),
+        ("a: " + "[" * 5000, "c.yaml is no YAML"),
+        ("\0", "c.yaml is no YAML"),
+        ("\x1b]52;c;aGk=\x07: 1", "c.yaml is no YAML"),
+    ],
+)
+def test_a_config_with_a_repeated_key_or_no_yaml_is_named(command, tmp_path, text, message):
+    (tmp_path / "part.yaml").write_text("seed: 1\nseed: 2\n")
+    (tmp_path / "c.yaml").write_text(text)
+    for arguments in (["--config", str(tmp_path / "c.yaml")], [f"--model={tmp_path / 'c.yaml'}"]):
+        _, said, status = command("fit", *arguments)
+        assert status == 1 and message in said and len(said.splitlines()) <= 3 and "\x1b" not in said
 
 
 def test_help_documents_options(command):
@@ -186,6 +225,8 @@ def raise_wrapped():
         (lambda: torch.optim.AdamW([torch.zeros(1)], lr=-1), "Invalid learning rate"),
         (lambda: (_ for _ in ()).throw(MisconfigurationException("two loggers")), "two loggers"),
         (lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")), "make room"),
+        (lambda: Path("/proc/x").mkdir(), "/proc/x: No such file or directory"),
+        (lambda: (_ for _ in ()).throw(UserError("\x1b]0;title\x07\x1b[2J\u202e")), "␛]0;title␇␛[2J⟨U+202E⟩"),
     ],
 )
 def test_errors_for_users_are_their_message_alone(monkeypatch, capsys, mistake, message):

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf
+from math import nextafter
 from typing import Any, Literal, get_args
 
 from dream_lightning.errors import UserError
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
+_MAX = 1e38  # of float32
 CacheMode = Literal["none", "prefix", "dual"]
 
 
@@ -75,7 +76,7 @@ class SamplingParams:
         for name, (is_allowed, allowed) in _ALLOWED.items():
             value = getattr(self, name)
             if not (is_allowed(value) if value is not None else getattr(type(self), name) is None):
-                raise UserError(f"{name} is {value!r}, it must be {allowed}")
+                raise UserError(f"{name} is {value!r:.80}, it must be {allowed}")
         for is_wrong, message in self._conflicts():
             if is_wrong:
                 raise UserError(message)
@@ -123,11 +124,15 @@ class SamplingParams:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _integer(minimum: int) -> tuple:
     return (lambda value: _is_integer(value) and value >= minimum), f"an integer of at least {minimum}"
+
+
+def _number(above: float, most: float, words: str) -> tuple:
+    return (lambda value: isinstance(value, int | float) and above < value <= most), words
 
 
 def _one_of(*choices: Any) -> tuple:
@@ -138,12 +143,12 @@ _ALLOWED = {  # option → which values other than None, as a function and in wo
     **dict.fromkeys(("steps", "top_k", "block_length", "tokens_per_step", "refresh_every"), _integer(1)),
     **dict.fromkeys(("max_new_tokens", "min_new_tokens"), _integer(0)),
     **dict.fromkeys(("forbid_mask", "stop_at_eos", "compile"), _one_of(True, False)),  # the text "False" is true
-    **dict.fromkeys(("temperature", "alg_temp"), ((lambda value: 0 <= value < inf), "finite and at least 0")),
-    **dict.fromkeys(("top_p", "threshold", "fast_dllm_threshold"), ((lambda value: 0 < value <= 1), "in (0, 1]")),
+    **dict.fromkeys(("temperature", "alg_temp"), _number(nextafter(0, -1), _MAX, "finite and at least 0")),
+    **dict.fromkeys(("top_p", "threshold", "fast_dllm_threshold"), _number(0, 1, "in (0, 1]")),
     "alg": _one_of(*get_args(Algorithm)),
     "cache": _one_of(*get_args(CacheMode)),
-    "eps": ((lambda value: 0 < value < 1), "in (0, 1): the authors use 1e-3"),
-    "factor": ((lambda value: 0 < value < inf), "finite and above 0: 1.0 is usual"),
+    "eps": _number(0, nextafter(1, 0), "in (0, 1): the authors use 1e-3"),
+    "factor": _number(0, _MAX, "finite and above 0: 1.0 is usual"),
     "seed": (_is_integer, "an integer"),
     "banned_tokens": (lambda ids: isinstance(ids, list | tuple) and all(map(_is_integer, ids)), "a list of token ids"),
 }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Example, Message
@@ -16,7 +17,7 @@ from dream_lightning.data.prompt_format import encode_prompt
 from dream_lightning.data.report import report
 from dream_lightning.data.tokenization import encode
 from dream_lightning.diffusion import corrupt
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, check_range, visible
 from dream_lightning.export import AUTHORS_CODE, base_of, export_adapter, export_checkpoint, model_from_checkpoint
 from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
 from dream_lightning.sampling import SamplingParams, diffusion_generate
@@ -71,6 +72,12 @@ def _parse_sampling(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, 
     parser.add_argument("--system_prompt", type=str | None, default=None, help="replaces the one of the chat template")
     parser.add_argument("--params", type=SamplingParams, default=SamplingParams(forbid_mask=True), help="sampling")
     options, opened = _parse(parser, arguments, open_model)
+    if options.device != "auto":
+        try:
+            torch.zeros(1, device=options.device).tolist()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"device {options.device!r} cannot be used here ({reason}): set cpu or cuda") from error
     return options, *open_model(**opened)
 
 
@@ -112,9 +119,10 @@ def show(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--t", type=float, default=0.5, help="probability of a mask in the response, 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of the mask")
     options, reading, encoding = _parse(parser, arguments, read_examples, encode)
+    check_range("t", options.t, least=0, most=1)
+    check_range("seed", options.seed, least=0)
     examples, row, tokenizer = read_examples(**reading), options.row, load_tokenizer(options.tokenizer)
-    if not 1 <= row <= len(examples):
-        raise UserError(f"row is {row}, {options.source} has 1 to {len(examples)}")
+    check_range(f"row of {options.source}", row, least=1, most=len(examples))
     document = encode(examples[row - 1], tokenizer, **encoding).document
     if document is None:
         raise UserError(f"row {row} is longer than max_length {options.max_length} and dropped: raise max_length")
@@ -123,7 +131,7 @@ def show(parser: ArgumentParser, arguments: list[str]) -> None:
     generator, t = torch.Generator().manual_seed(options.seed), torch.tensor([options.t])
     noised = corrupt(x_0, maskable, mask_token_id=tokenizer.mask_token_id, t=t, generator=generator)
     console = Console(highlight=False)
-    console.print(examples[row - 1].origin, "·", examples[row - 1].id, "·", LEGEND)
+    console.print(Text(visible(f"{examples[row - 1].origin} · {examples[row - 1].id} · ")) + LEGEND)
     flags = maskable[0].tolist(), noised.is_masked[0].tolist()
     console.print(render_row(x_0[0].tolist(), *flags, tokenizer), soft_wrap=True)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, visible
 from dream_lightning.viewer.conversation import Conversation, Frame
 
 _FRESH = "bold not dim not italic #10291a on #8ee0b0"
@@ -64,7 +64,7 @@ class Chat:
 
     def _print(self, text: str, style: str = "", margin: bool = False) -> None:
         """The text; only in a terminal wrapped and with a margin."""
-        shown = Text(text, style)
+        shown = Text(visible(text), style)
         if self.console.is_terminal:
             self.console.print(Padding(shown, (1, 2, 0, 2)) if margin else shown)
         else:
@@ -118,15 +118,12 @@ class Chat:
                 changes[name] = literal_eval(value)
             except (ValueError, SyntaxError):  # a text, such as entropy
                 changes[name] = value
-        try:
-            self.conversation.params = replace(self.conversation.params, **changes)
-        except TypeError as error:  # a text where a number belongs
-            raise UserError(f"{' '.join(words)}: {error}") from error
+        self.conversation.params = replace(self.conversation.params, **changes)
 
     def _print_table(self, rows: dict[str, str]) -> None:
         table = Table.grid(padding=(0, 3))
         for name, value in rows.items():
-            table.add_row(Text(name, "cyan"), Text(value))
+            table.add_row(Text(name, "cyan"), Text(visible(value)))
         self.console.print(table)
 
 
@@ -140,7 +137,7 @@ def render(frame: Frame, tokenizer: PreTrainedTokenizerBase, step: int) -> Text:
         ids = [token for token, _ in run]
         ended = ended or kind == "·"
         start = len(text)
-        text.append(kind * len(ids) or tokenizer.decode(ids), "bright_black" if ended or kind else "")
+        text.append(kind * len(ids) or visible(tokenizer.decode(ids)), "bright_black" if ended or kind else "")
         if fresh and kind != "░":
             new.append((start, len(text)))
     start, end = text.plain.find("<think>"), text.plain.find("</think>")
@@ -163,7 +160,7 @@ def render_row(ids: list[int], maskable: list[bool], is_masked: list[bool], toke
         text.append(f"\n── {'response' if is_response else 'prompt'} · {len(part):,} tokens{masked} ──\n", "bold")
         for (hidden, ends), run in groupby(part, key=lambda row: (row[2], row[0] == eos)):
             run = [token for token, _, _ in run]
-            shown = tokenizer.decode(run) if not ends else f"⏹×{len(run)}" if len(run) > 1 else "⏹"
+            shown = visible(tokenizer.decode(run)) if not ends else f"⏹×{len(run)}" if len(run) > 1 else "⏹"
             plain_style = "bold red" if ends else "green" if is_response else "cyan"
             text.append(f"⟦{shown}⟧" if hidden else shown, "black on yellow" if hidden else plain_style)
         text.append("\n")

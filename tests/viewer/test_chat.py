@@ -137,6 +137,22 @@ def test_a_pipe_gets_the_answer_as_it_is(says):
     assert lines[1].startswith("40 tokens in ") and "cut off at max_new_tokens=40" in lines[1]
 
 
+ATTACKS = "a\tb\n\x1b]52;c;aGk=\x07 \x1b]0;t\x1b\\ \x1b[2J \x9b8m \r \x7f \u202e"
+SHOWN = "␛]52;c;aGk=␇ ␛]0;t␛\\ ␛[2J ⟨U+009B⟩8m ␍ ␡ ⟨U+202E⟩"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_control_characters_become_visible_signs(says, monkeypatch, terminal):
+    monkeypatch.setattr("test_chat.NEW", 80)
+    says(ATTACKS)
+    shown = screen(make_conversation(), "?", terminal=terminal)
+    assert SHOWN in shown.replace("\n", "") or SHOWN in shown
+    assert not any(bad in shown for bad in ("\x1b]", "\x07", "\x1b[2J", "\x9b", "\u202e", "\x7f"))
+    ids = TOKENIZER(ATTACKS)["input_ids"]
+    row = render_row(ids, [True] * len(ids), [False] * len(ids), TOKENIZER).plain
+    assert SHOWN in row and SHOWN in render(Frame(ids, [False] * len(ids)), TOKENIZER, 1).plain
+
+
 def test_commands(says):
     says("one", "two")
     talk = make_conversation()
@@ -160,7 +176,7 @@ def test_commands(says):
         ("stepps=3", "stepps=3 is not name=value with a name of alg, "),
         ("steps", "steps is not name=value"),
         ("seed=two", "seed is 'two', it must be an integer"),
-        ("temperature=hot", "temperature=hot: "),
+        ("temperature=hot", "temperature is 'hot', it must be finite and at least 0"),
     ],
 )
 def test_wrong_params_are_refused_and_change_nothing(words, message):

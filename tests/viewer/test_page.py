@@ -119,6 +119,10 @@ def test_the_report_and_a_row_of_a_file(capsys, tmp_path, monkeypatch):
         run(["show", *source, f"--t={t}"])
         printed = capsys.readouterr().out
         assert "train.jsonl, row 1" in printed and shown in printed
+    file.write_text(json.dumps({"id": "\x1b[2J", "question": "\x1b]52;c;aGk=\x07", "response": "\x9b8m"}) + "\n")
+    run(["show", *source, "--t=0"])
+    printed = capsys.readouterr().out
+    assert "␛]52;c;aGk=␇" in printed and "⟨U+009B⟩8m" in printed and "\x1b" not in printed
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,19 @@ import dataclasses
 
 import pytest
 import torch
+from material import random_dream
 
-from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 
-VOCABULARY, MASK, PAD = 60, 57, 59
+MASK, PAD = 57, 59
 
 
-def tiny_model(layers: int) -> DreamModel:
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    ids = {"mask_token_id": MASK, "pad_token_id": PAD, "bos_token_id": 58, "eos_token_id": PAD}
-    config = DreamConfig(**sizes, **ids, initializer_range=0.4)
-    torch.manual_seed(0)
-    return DreamModel(config).eval()
+def tiny_model(layers: int, **sizes) -> DreamModel:
+    """60 tokens; its predictions differ by position."""
+    ids = {"vocab_size": 60, "mask_token_id": MASK, "pad_token_id": PAD, "bos_token_id": 58, "eos_token_id": PAD}
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 128, "initializer_range": 0.4}
+    return random_dream(**{**ids, **tiny, "num_hidden_layers": layers, **sizes}).eval()
 
 
 @pytest.fixture(scope="session")
@@ -85,3 +84,10 @@ def calls(monkeypatch):
         return seen
 
     return watch
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Resets torch's compiler at the end."""
+    yield
+    torch._dynamo.reset()

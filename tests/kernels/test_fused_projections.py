@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from material import random_dream
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch import nn
@@ -13,11 +14,11 @@ from torch._dynamo.testing import CompileCounter
 from dream_lightning.adapters import LoraParams, add_lora
 from dream_lightning.kernels.cuda_graphs import CompiledDenoiser
 from dream_lightning.kernels.fused_projections import fuse_weights_, fused_projections
-from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.model import DreamModel
 from dream_lightning.model.modeling import DreamMLP
-from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.training.optimizer import AdamW8bit
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 FEW, MANY = 1024, 1025  # tokens for which gate and up are fused, and are not
 Q_K_V, GATE_UP = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]
 
@@ -99,22 +100,19 @@ def test_a_forward_with_gradients_is_refused(model, ids):
 
 def test_files_are_the_same(model, tmp_path):
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "separate")
-    fuse_weights_(model.model)
-    model.save_pretrained(tmp_path / "fused")
-    separate, fused = (tmp_path / folder / "model.safetensors" for folder in ("separate", "fused"))
-    assert separate.read_bytes() == fused.read_bytes()
-    save_file(model.state_dict(), tmp_path / "plain.safetensors")
-    torch.save(model.state_dict(), tmp_path / "plain.pt")
-    assert (tmp_path / "plain.pt").stat().st_size < 1.3 * separate.stat().st_size
-    loaded = DreamModel.from_pretrained(tmp_path / "fused")
-    read = (
-        loaded.state_dict(),
-        load_file(tmp_path / "plain.safetensors"),
-        torch.load(tmp_path / "plain.pt", weights_only=True),
+    separate, fused, plain, pickled = (
+        tmp_path / name for name in ("separate", "fused", "plain.safetensors", "plain.pt")
     )
-    for state in read:
+    model.save_pretrained(separate)
+    fuse_weights_(model.model)
+    model.save_pretrained(fused)
+    assert (separate / "model.safetensors").read_bytes() == (fused / "model.safetensors").read_bytes()
+    save_file(model.state_dict(), plain)
+    torch.save(model.state_dict(), pickled)
+    assert pickled.stat().st_size < 1.3 * plain.stat().st_size
+    for state in (load_file(plain), torch.load(pickled, weights_only=True)):
         assert all(torch.equal(state[n], t) for n, t in before.items())
+    loaded = DreamModel.from_pretrained(fused)
     fuse_weights_(loaded.model)
     loaded.load_state_dict(before)
     assert all(share_storage(loaded, Q_K_V))
@@ -160,32 +158,26 @@ def test_compiled_layers_share_one_compilation(model, ids):
     fuse_weights_(model.model)
     for layer in model.model.layers:
         layer.compile(dynamic=False, backend=frames)
-    try:
-        for _ in range(2):
-            with fused_projections(model.model, FEW):
-                model.model(ids)
-        assert frames.frame_count == 1
-    finally:
-        torch._dynamo.reset()
+    for _ in range(2):
+        with fused_projections(model.model, FEW):
+            model.model(ids)
+    assert frames.frame_count == 1
 
 
 def test_weights_that_would_lose_their_alignment_are_not_moved():
     """Compiled code for a GPU assumes multiples of 16 bytes."""
-    tokens = {"mask_token_id": 1, "pad_token_id": 2}
-    sizes = {"hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = DreamModel(DreamConfig(vocab_size=8, num_key_value_heads=1, **tokens, **sizes)).bfloat16()
+    sizes = {"hidden_size": 6, "intermediate_size": 5, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = random_dream(**sizes).bfloat16()
     before = [p.data_ptr() for p in model.parameters()]
     fuse_weights_(model.model)
     assert [p.data_ptr() for p in model.parameters()] == before
 
 
-def test_weights_that_were_moved_are_fused_again(model, ids):
-    params = SamplingParams(max_new_tokens=8, steps=8, forbid_mask=True)
-    expected = diffusion_generate(model, ids, params=params).sequences
-    fast = CompiledDenoiser(model, capture=False)
+def test_weights_that_were_moved_are_fused_again(model, ids, run):
+    expected, fast = run(model, ids).sequences, CompiledDenoiser(model, capture=False)
     model.double().float()
     assert not any(share_storage(model, Q_K_V))
-    assert torch.equal(diffusion_generate(fast, ids, params=params).sequences, expected)
+    assert torch.equal(run(fast, ids).sequences, expected)
     assert all(share_storage(model, Q_K_V)) and all(share_storage(model, GATE_UP))
 
 
@@ -194,21 +186,18 @@ def test_weights_that_were_moved_are_fused_again(model, ids):
 def test_residuals_added_in_the_product_are_the_same(model, ids, compiled):
     """After in-place changes of the weights, too."""
     fuse_weights_(model.model)
-    if compiled:
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
-    try:
-        for _ in range(2):
-            last, half = model.model(ids), model.model(ids, span=(4, 9))
-            with fused_projections(model.model, FEW):
-                for _ in range(2):  # the residual stream changes in-place, the embeddings must not
-                    torch.testing.assert_close(model.model(ids), last, rtol=1e-5, atol=1e-5)
-                    torch.testing.assert_close(model.model(ids, span=(4, 9)), half, rtol=1e-5, atol=1e-5)
-                with torch.autocast("cpu", torch.bfloat16):
-                    ours = model.model(ids)
-            with torch.autocast("cpu", torch.bfloat16):
-                torch.testing.assert_close(ours, model.model(ids), rtol=1e-2, atol=1e-2)
-            for p in model.parameters():
-                p.mul_(1.1).add_(0.01)
-    finally:
-        torch._dynamo.reset()
+    for layer in model.model.layers if compiled else []:
+        layer.compile(dynamic=False)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    for _ in range(2):
+        last, half = model.model(ids), model.model(ids, span=(4, 9))
+        with autocast:
+            expected = model.model(ids)
+        with fused_projections(model.model, FEW):
+            for _ in range(2):  # the residual stream changes in-place, the embeddings must not
+                torch.testing.assert_close(model.model(ids), last, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(model.model(ids, span=(4, 9)), half, rtol=1e-5, atol=1e-5)
+            with autocast:
+                torch.testing.assert_close(model.model(ids), expected, rtol=1e-2, atol=1e-2)
+        for p in model.parameters():
+            p.mul_(1.1).add_(0.01)

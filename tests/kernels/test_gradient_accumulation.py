@@ -5,9 +5,8 @@ import copy
 import lightning as L
 import pytest
 import torch
-from material import fit_on, quiet_trainer, random_dream
+from material import fit_on, quiet_trainer, random_dream, tiny_module
 
-from dream_lightning import DreamModule
 from dream_lightning.adapters import train_in_float8
 from dream_lightning.kernels.gradient_accumulation import (
     AccumulatingLinear,
@@ -16,19 +15,13 @@ from dream_lightning.kernels.gradient_accumulation import (
 )
 from dream_lightning.training.optimizer import AdamW8bit, zero_gradients
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def model(*, float8=False):
     dream = random_dream().bfloat16().train()
     if float8:
         train_in_float8(dream, torch.device("cpu"))
-    return dream
-
-
-def accumulating(**options):
-    dream = model(**options)
-    accumulate_in_place(dream)
     return dream
 
 
@@ -58,55 +51,43 @@ def exact_sums(dream, batches):
     def listen(name, linear):
         def record(module, inputs, output):
             x = inputs[0].detach().flatten(0, -2).double()
+            output.register_hook(lambda g: sums.update({name: sums.get(name, 0) + g.flatten(0, -2).double().t() @ x}))
 
-            def add(g):
-                sums[name] = sums.get(name, 0) + g.flatten(0, -2).double().t() @ x
+        linear.register_forward_hook(record)
 
-            output.register_hook(add)
-
-        return linear.register_forward_hook(record)
-
-    hooks = [listen(f"{n}.weight", m) for n, m in dream.model.named_modules(prefix="model") if n.endswith("proj")]
+    dream = copy.deepcopy(dream)
+    for name, linear in dream.model.named_modules(prefix="model"):
+        if name.endswith("proj"):
+            listen(f"{name}.weight", linear)
     summed(dream, batches)
-    for hook in hooks:
-        hook.remove()
     return sums
 
 
 @pytest.mark.parametrize("way", ["plain", "compiled", "checkpointed", "float8"])
 def test_sums_are_those_of_autograd_and_nearer_to_the_exact_ones(way):
-    plain, ours = model(float8=way == "float8"), accumulating(float8=way == "float8")
+    plain, ours = model(float8=way == "float8"), model(float8=way == "float8")
+    accumulate_in_place(ours)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     if way == "compiled":
         for layer in ours.model.layers:
-            layer.compile(backend="aot_eager", fullgraph=True)
+            layer.compile(backend=counter, fullgraph=True)
     if way == "checkpointed":
         ours.gradient_checkpointing_enable({"use_reentrant": False})
     batches = micro_batches(6)
-    by_autograd, in_place = summed(plain, batches), summed(ours, batches)
+    exact, by_autograd, in_place = exact_sums(plain, batches), summed(plain, batches), summed(ours, batches)
+    assert counter.frame_count == (2 if way == "compiled" else 0)  # of all layers: for one length, and for all lengths
     assert in_place.keys() == by_autograd.keys()
-    exact = exact_sums(plain, batches)
     theirs, mine = distance(by_autograd, exact), distance(in_place, exact)
     assert len(exact) == 14 and max(mine.values()) < 2**-8
     assert all(mine[name] < theirs[name] for name in exact)
     others = {name: g for name, g in by_autograd.items() if name not in exact}
     assert max(distance(in_place, others).values()) < 0.02
-    torch._dynamo.reset()
-
-
-def test_compiled_layers_share_one_graph():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    ours = accumulating()
-    for layer in ours.model.layers:
-        layer.compile(backend=counter, fullgraph=True)
-    summed(ours, micro_batches(1))
-    assert counter.frame_count == 1
-    torch._dynamo.reset()
 
 
 def test_a_sum_begins_at_zero_also_between_forward_and_backward():
     """Lightning calls zero_grad there."""
-    dream, (ids, *_) = accumulating(), micro_batches(1)
+    dream, (ids, *_) = model(), micro_batches(1)
+    accumulate_in_place(dream)
     first = summed(dream, [ids])
     loss = dream(ids).logits.float().square().mean()
     zero_gradients(dream.parameters())
@@ -115,28 +96,22 @@ def test_a_sum_begins_at_zero_also_between_forward_and_backward():
 
 
 @pytest.mark.parametrize("float8", [False, True])
-def test_parameters_evaluation_and_files_stay_as_they_are(float8):
+def test_parameters_evaluation_and_files_stay_and_afterwards_it_trains_in_any_loop(float8):
     plain, ours, (ids, *_) = model(float8=float8), model(float8=float8), micro_batches(1)
-    before = {name: id(p) for name, p in ours.named_parameters()}
+    parameters, kinds = {name: id(p) for name, p in ours.named_parameters()}, [type(m) for m in ours.modules()]
     accumulate_in_place(ours)
-    assert {name: id(p) for name, p in ours.named_parameters()} == before
+    assert {name: id(p) for name, p in ours.named_parameters()} == parameters
     assert type(ours.lm_head) is torch.nn.Linear
     assert ours.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(plain.eval()(ids).logits, ours.eval()(ids).logits)
     with torch.no_grad():
         assert torch.equal(plain.train()(ids).logits, ours.train()(ids).logits)
-
-
-@pytest.mark.parametrize("float8", [False, True])
-def test_afterwards_it_trains_in_any_loop(float8):
-    dream, (ids, *_) = model(float8=float8), micro_batches(1)
-    kinds, expected = [type(m) for m in dream.modules()], summed(copy.deepcopy(dream), [ids])
-    accumulate_in_place(dream)
-    summed(dream, [ids])
-    accumulate_by_autograd(dream)
-    assert [type(m) for m in dream.modules()] == kinds
-    dream.zero_grad()
-    assert all(torch.equal(g, expected[n]) for n, g in summed(dream, [ids]).items())
+    summed(ours, [ids])
+    accumulate_by_autograd(ours)
+    assert [type(m) for m in ours.modules()] == kinds
+    ours.zero_grad()
+    expected = summed(plain, [ids])
+    assert all(torch.equal(g, expected[n]) for n, g in summed(ours, [ids]).items())
 
 
 class Seen(L.Callback):
@@ -151,10 +126,7 @@ class Seen(L.Callback):
 
 
 def new_module(dtype="bfloat16"):
-    torch.manual_seed(0)
-    return DreamModule(
-        new_model=SIZES, tokenizer="bytes", dtype=dtype, optimizer=lambda groups: AdamW8bit(groups, lr=1e-3)
-    )
+    return tiny_module(dtype=dtype, optimizer=lambda groups: AdamW8bit(groups, lr=1e-3))
 
 
 def fit(rows, module, accumulate, batch_size):
@@ -163,16 +135,13 @@ def fit(rows, module, accumulate, batch_size):
     return seen
 
 
-def test_in_a_fit_four_micro_batches_are_one_batch(sums):
+def test_in_a_fit_four_micro_batches_are_one_batch_and_float32_is_left_to_autograd(sums):
     module = new_module()
     four, one = fit(sums, module, 4, 2), fit(sums, new_module(), 1, 8)
     assert four.in_place == {True} and one.in_place == {False}
     for ours, theirs in zip(four.gradients, one.gradients, strict=True):
         assert max(distance(ours, theirs).values()) < 0.02
     assert not accumulates(module.model)
-
-
-def test_float32_weights_are_left_to_autograd(sums):
     assert fit(sums, new_module("float32"), 2, 2).in_place == {False}
 
 

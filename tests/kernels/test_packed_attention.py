@@ -1,22 +1,21 @@
 """Attention inside documents: custom operations over cuDNN's kernel, here emulated by plain products, and on a GPU."""
 
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from material import output_of
 from tiny_models import tiny_model
 
 from dream_lightning.batch import DocumentBounds
 from dream_lightning.kernels import packed_attention
 from dream_lightning.kernels.packed_attention import PackedAttention, make_packed_attention
-from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.attention import MaskedAttention, prefers_cudnn
 from dream_lightning.model_factory import checkpoint_layers, compile_layers
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 packed_attention.enable_dynamic_cudnn_plans()  # at collection: before any attention on a GPU
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -130,7 +129,6 @@ def test_compiled_layers_share_one_graph_for_all_documents(cudnn, recomputed):
         for ours, grad in zip(gradients(ids, mask), grads, strict=True):
             torch.testing.assert_close(ours, grad, rtol=1e-3, atol=1e-4)
     assert counter.frame_count == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("starts", STARTS)
@@ -232,19 +230,16 @@ def test_a_mask_uses_cudnn_or_repeats_keys(gpu, capability, dtype, dynamic_plans
     assert prefers_cudnn(torch.device("cuda")) == cudnn
 
 
-def test_only_an_unset_environment_is_changed_and_not_by_importing():
+def test_only_an_unset_environment_is_changed_and_not_by_importing(monkeypatch):
     name = "TORCH_CUDNN_SDPA_AVOID_RECOMPILE"
-    code = f"""if True:
-        import os
-        from dream_lightning.kernels.packed_attention import enable_dynamic_cudnn_plans
-        assert {name!r} not in os.environ
-        enable_dynamic_cudnn_plans()
-        assert os.environ[{name!r}] == "1"
-        os.environ[{name!r}] = "0"
-        enable_dynamic_cudnn_plans()
-        assert os.environ[{name!r}] == "0" """
-    env = {k: v for k, v in os.environ.items() if k != name}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    show = f"print(os.environ.get({name!r}))"
+    enable = "packed_attention.enable_dynamic_cudnn_plans()"
+    monkeypatch.delenv(name)
+    code = f"import os; from dream_lightning.kernels import packed_attention; {show}; {enable}; {show}"
+    assert output_of("-c", code).split() == ["None", "1"]
+    monkeypatch.setenv(name, "0")
+    packed_attention.enable_dynamic_cudnn_plans()
+    assert os.environ[name] == "0"
 
 
 @pytest.mark.gpu
@@ -263,7 +258,6 @@ def test_cudnn_and_flash_equal_a_mask_on_a_gpu(lengths):
         for a, b, c in zip(ours, with_gradients(attend, tensors, flash), exact, strict=True):
             error, of_flash = ((x.float() - c).norm() / c.norm() for x in (a, b))
             assert error < 1.1 * of_flash + 1e-5, (error, of_flash)
-    torch._dynamo.reset()
 
 
 @pytest.mark.gpu
@@ -272,9 +266,7 @@ def test_cudnn_and_flash_equal_a_mask_on_a_gpu(lengths):
 )
 def test_compiled_layers_train_on_a_gpu(mask, shape):
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
-    tokens = {"vocab_size": 60, "mask_token_id": 57, "pad_token_id": 59, "bos_token_id": 58, "eos_token_id": 59}
-    torch.manual_seed(0)
-    model = DreamModel(DreamConfig(**sizes, **tokens, num_hidden_layers=2, initializer_range=0.1)).cuda().train()
+    model = tiny_model(2, **sizes, initializer_range=0.1).cuda().train()
     packed_attention.install(model)
     ids = torch.randint(0, 57, shape, device="cuda")
     masks = {
@@ -295,5 +287,4 @@ def test_compiled_layers_train_on_a_gpu(mask, shape):
         ours = gradients(torch.bfloat16)
         assert (ours - exact).norm() < 0.05 * exact.norm()
     finally:
-        torch._dynamo.reset()
         torch.backends.cuda.enable_cudnn_sdp(True)

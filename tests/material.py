@@ -64,15 +64,17 @@ def short_trainer(folder, *callbacks, **options) -> L.Trainer:
 
 
 class Recorder(L.Callback):
-    """Keeps the loss and the gradient norm of every optimizer step."""
+    """Keeps the loss, the gradient and its norm of every optimizer step of a run."""
 
     def __init__(self):
-        self.losses, self.norms = [], []
+        self.losses, self.gradients, self.norms = [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step > len(self.losses) + self.first:  # not in the middle of accumulation
             self.losses.append(trainer.callback_metrics["train/loss"].item())
             self.norms.append(trainer.callback_metrics["train/gradient_norm"].item())
+            gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+            self.gradients.append(torch.cat(gradients))
 
     def on_train_start(self, trainer, pl_module):
         self.first = trainer.global_step
@@ -121,10 +123,12 @@ def output_of(script: Path, *arguments: str | Path, **environment: str) -> str:
     return output
 
 
-def save_tiny_folder(path: Path, *, positions: int) -> str:
+def save_tiny_folder(path: Path, *, positions: int = 512, dtype: torch.dtype = torch.float32, seed: int = 0) -> str:
     """An official-format folder of a random Dream with the bytes tokenizer."""
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    random_model({**sizes, "max_position_embeddings": positions}, load_tokenizer("bytes")).save_pretrained(path)
+    model = random_model({**sizes, "max_position_embeddings": positions}, load_tokenizer("bytes"))
+    model.to(dtype).save_pretrained(path)
     save_tokenizer("bytes", path)
     return str(path)
 

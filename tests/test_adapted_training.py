@@ -1,41 +1,28 @@
 """LoRA and QLoRA through Lightning: what trains, what is saved, what comes back."""
 
 import faulthandler
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import addition_rows, fit_on, write_jsonl
+from material import addition_rows, fit_on, output_of, save_tiny_folder, write_jsonl
 
 from dream_lightning import DreamModel, DreamModule, load_tokenizer
 from dream_lightning.adapters import LoraParams
 from dream_lightning.export import export_checkpoint
-from dream_lightning.model_factory import random_model
 
 KINDS = [None, "float8", *(pytest.param(k, marks=pytest.mark.filterwarnings("ignore")) for k in ("nf4", "nf4_float8"))]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """An official-format folder of a small random Dream with the bytes tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    return new_base(folder, seed=0)
-
-
-def new_base(folder, seed):
-    torch.manual_seed(seed)
-    tokenizer = load_tokenizer("bytes")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    random_model(sizes | {"num_key_value_heads": 2}, tokenizer).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_folder(tmp_path_factory.mktemp("base"), dtype=torch.bfloat16)
 
 
 def module(base, quantize=None):
+    schedule = {"lr_schedule": "constant_with_warmup", "warmup_fraction": 0.0}  # does not depend on max_steps
     return DreamModule(
         base,
         dtype="bfloat16",
@@ -43,8 +30,7 @@ def module(base, quantize=None):
         quantize=quantize,
         gradient_checkpointing=True,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
-        lr_schedule="constant_with_warmup",
-        warmup_fraction=0.0,  # so that it does not depend on max_steps
+        **schedule,
     )
 
 
@@ -75,24 +61,16 @@ def test_between_processes_ddp_sends_only_what_trains(base, tmp_path):
     here needs no Python, ends the process and shows where every thread stood.
     """
     pytest.importorskip("bitsandbytes")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, __file__, base, str(tmp_path), "none", "float8", "nf4"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    output_of(Path(__file__), base, tmp_path, "none", "float8", "nf4")
 
 
 def one_backward_under_ddp(base, meeting, quantize):
     model, sent = module(base, None if quantize == "none" else quantize), []
     model.configure_model()
     send = torch.distributed._broadcast_coalesced
-
-    def note(to, tensors, *how):
-        sent.extend(tensors)
-        send(to, tensors, *how)
-
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.distributed, "_broadcast_coalesced", note)
+        patch.setattr(torch.distributed, send.__name__, lambda to, x, *how: sent.extend(x) or send(to, x, *how))
         parallel = torch.nn.parallel.DistributedDataParallel(model)
     model.forward = lambda ids: model.model(ids).logits
     parallel(torch.ones(1, 8, dtype=torch.int64)).sum().backward()
@@ -111,15 +89,14 @@ def trained(base, tmp_path_factory):
     return model, folder / "three.ckpt"
 
 
-def test_other_checkpoints_are_refused(base, trained, sums, tmp_path):
-    (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match=r"belong to .*other has other weights"):
-        fit_on(sums, module(new_base(tmp_path / "other", seed=1)), max_steps=4, ckpt_path=trained[1])
-    with pytest.raises(ValueError, match=r"adapters are {.*model.lora is None"):
-        fit_on(sums, DreamModule(base), max_steps=4, ckpt_path=trained[1])
-
-
-def test_a_base_quantized_differently_is_said(base, trained, sums):
+def test_other_checkpoints_are_refused_and_a_base_quantized_differently_is_said(base, trained, sums, tmp_path):
+    other = save_tiny_folder(tmp_path / "other", dtype=torch.bfloat16, seed=1)
+    for model, message in (
+        (module(other), r"belong to .*other has other weights"),
+        (DreamModule(base), r"adapters are {.*model.lora is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_on(sums, model, max_steps=4, ckpt_path=trained[1])
     with pytest.warns(UserWarning, match="model.quantize none, now it is float8"):
         fit_on(sums, module(base, "float8"), max_steps=4, ckpt_path=trained[1])
 

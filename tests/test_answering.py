@@ -23,9 +23,9 @@ def test_only_the_gaps_are_filled_one_token_a_step(model, monkeypatch, calls):
     decode = type(TOKENIZER).decode
     monkeypatch.setattr(type(TOKENIZER), "decode", lambda self, ids: texts.append(ids.tolist()) or decode(self, ids))
     complete(model, TOKENIZER, "The … is <|mask|>… blue.", tokens_per_gap=3)
-    plain = [TOKENIZER.encode(part, split_special_tokens=True) for part in ("The ", " is <|mask|>", " blue.")]
+    a, b, c = (TOKENIZER.encode(part, split_special_tokens=True) for part in ("The ", " is <|mask|>", " blue."))
     first, second = texts[0][4:7], texts[0][-9:-6]
-    assert texts[0] == plain[0] + first + plain[1] + second + plain[2] and len(forwards) == 6
+    assert texts[0] == [*a, *first, *b, *second, *c] and len(forwards) == 6
     assert not {TOKENIZER.mask_token_id, TOKENIZER.eos_token_id} & {*first, *second}
 
 

@@ -27,12 +27,6 @@ def data(source, tmp_path, **options):
     return tiny_data(source, tmp_path, **{"max_length": 200, "batch_size": 1, "validation_questions": 0} | options)
 
 
-def batch_of(source, tmp_path, **options):
-    rows = data(source, tmp_path, **options)
-    rows.setup("fit")
-    return next(iter(rows.train_dataloader()))
-
-
 def trainer(tmp_path, *callbacks, **options):
     steps = {"limit_train_batches": 4 * ACCUMULATE, "max_steps": 8, "accumulate_grad_batches": ACCUMULATE}  # two epochs
     steps |= {"gradient_clip_val": 1.0, "log_every_n_steps": LOG_EVERY, "logger": DummyLogger()}
@@ -75,15 +69,18 @@ def gpu(monkeypatch):
     """A CPU that simulates a GPU."""
     simulated = SimulatedGPU()
 
+    def sent(x):
+        return simulated.take(x.clone())
+
     def send(batch, device):
-        sent = replace(batch, **{name: simulated.take(x.clone()) for name, x in batch.tensors().items()})
-        sent.host = batch, {}
-        return sent
+        moved = replace(batch, **{name: sent(x) for name, x in batch.tensors().items()})
+        moved.host = batch, {}
+        return moved
 
     def send_noised(noised, device):
-        sent = NoisedBatch(*(simulated.take(x.clone()) for x in (noised.x_t, noised.is_masked, noised.t)))
-        sent.where = tuple(simulated.take(x.clone()) for x in noised.where)
-        return sent
+        moved = NoisedBatch(sent(noised.x_t), sent(noised.is_masked), sent(noised.t))
+        moved.where = tuple(map(sent, noised.where))
+        return moved
 
     monkeypatch.setattr(Batch, "to", send)
     monkeypatch.setattr(NoisedBatch, "to", send_noised)
@@ -96,20 +93,17 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize("packing", [False, True])
 def test_training_synchronizes_only_where_it_logs(sums, tmp_path, gpu, monkeypatch, options, packing):
     """Lightning's loops, hooks, the optimizer's step, callbacks and the bar."""
-    log, numbers = DreamModule.log, []
+    log, numbers = DreamModule.log, []  # numbers: Lightning would copy them to the GPU and synchronize
 
     def watched(model, name, value, **kwargs):
-        if not isinstance(value, Tensor):
-            numbers.append(name)  # Lightning would copy it to the GPU and synchronize
+        numbers.extend([] if isinstance(value, Tensor) else [name])
         log(model, name, value, **kwargs)
 
     monkeypatch.setattr(DreamModule, "log", watched)
     fit = trainer(tmp_path, gpu, Throughput(), ProgressBar())
     with gpu:
         fit.fit(module(**options), data(sums, tmp_path, packing=packing))
-    logged = {step * ACCUMULATE for step in range(LOG_EVERY, 9, LOG_EVERY)}
-    assert fit.global_step == 8 and gpu.synchronized == logged
-    assert not numbers
+    assert fit.global_step == 8 and gpu.synchronized == {3 * ACCUMULATE, 6 * ACCUMULATE} and not numbers
 
 
 def test_another_bar_synchronizes_once_a_step_and_shows_the_loss(sums, tmp_path, gpu):
@@ -136,38 +130,28 @@ def test_what_a_hook_changes_is_not_masked(sums, tmp_path, gpu):
 
 
 @pytest.mark.gpu
-class TestOnAGPU:
-    """torch itself raises where the process synchronizes."""
-
-    @pytest.mark.parametrize("packing", [False, True])
-    @pytest.mark.parametrize(
-        "options", [*OPTIONS, {"stratified_t": False}, {"complementary_masks": True, "stratified_t": False}], ids=str
-    )
-    def test_the_noise_is_the_same(self, sums, tmp_path, packing, options):
-        model, batch = module(**options), batch_of(sums, tmp_path, packing=packing, batch_size=4, eos_fill_to=60)
-        moved = batch.to("cuda")
-        assert batch.input_ids.is_pinned() and moved.on_host is batch
-        rows, from_host = model.training_noise(moved)
-        moved.maskable = moved.maskable.clone()
-        assert moved.on_host is moved
-        _, from_gpu = model.training_noise(moved)
-        assert rows.input_ids.is_cuda and from_host.x_t.is_cuda
-        for name in ("x_t", "is_masked", "t"):
-            assert torch.equal(getattr(from_gpu, name), getattr(from_host, name)), name
-        assert all(map(torch.equal, from_gpu.where, from_host.where))
-
-    @pytest.mark.parametrize("packing", [False, True])
-    @pytest.mark.parametrize("options", OPTIONS, ids=str)
-    def test_training_synchronizes_only_where_it_logs(self, sums, tmp_path, packing, options):
-        raises = RaiseWhereItSynchronizes()
-        gpu = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}
-        fit = trainer(tmp_path, raises, Throughput(), ProgressBar(), **gpu)
-        fit.fit(module(**options), data(sums, tmp_path, packing=packing))
-        assert fit.global_step == 8 and raises.seen == 3 * ACCUMULATE
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    "options", [*OPTIONS, {"stratified_t": False}, {"complementary_masks": True, "stratified_t": False}], ids=str
+)
+def test_the_noise_is_the_same_on_a_gpu(sums, tmp_path, packing, options):
+    model, rows = module(**options), data(sums, tmp_path, packing=packing, batch_size=4, eos_fill_to=60)
+    rows.setup("fit")
+    batch = next(iter(rows.train_dataloader()))
+    moved = batch.to("cuda")
+    assert batch.input_ids.is_pinned() and moved.on_host is batch
+    rows, from_host = model.training_noise(moved)
+    moved.maskable = moved.maskable.clone()
+    assert moved.on_host is moved
+    _, from_gpu = model.training_noise(moved)
+    assert rows.input_ids.is_cuda and from_host.x_t.is_cuda
+    for name in ("x_t", "is_masked", "t"):
+        assert torch.equal(getattr(from_gpu, name), getattr(from_host, name)), name
+    assert all(map(torch.equal, from_gpu.where, from_host.where))
 
 
 class RaiseWhereItSynchronizes(L.Callback):
-    """In some optimizer steps."""
+    """In some optimizer steps, by torch itself."""
 
     seen = 0
 
@@ -181,3 +165,13 @@ class RaiseWhereItSynchronizes(L.Callback):
         torch.cuda.set_sync_debug_mode("default")
 
     on_exception = on_train_epoch_end
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_training_on_a_gpu_synchronizes_only_where_it_logs(sums, tmp_path, packing, options):
+    raises, gpu = RaiseWhereItSynchronizes(), {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}
+    fit = trainer(tmp_path, raises, Throughput(), ProgressBar(), **gpu)
+    fit.fit(module(**options), data(sums, tmp_path, packing=packing))
+    assert fit.global_step == 8 and raises.seen == 3 * ACCUMULATE

@@ -88,6 +88,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def fresh_compiler():
-    """Resets torch's compiler at the end."""
+    """Resets torch's compiler before and after."""
+    torch._dynamo.reset()
     yield
     torch._dynamo.reset()

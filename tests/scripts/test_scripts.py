@@ -1,8 +1,10 @@
 """The scripts, run small."""
 
+import importlib
 import json
 import os
 import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from material import save_tiny_folder
 from safetensors.torch import load_file
 
 from dream_lightning import S1KDataModule
@@ -23,10 +26,25 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("file", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
-def test_shell_scripts_parse(file):
-    parsed = subprocess.run(["bash", "-n", file], capture_output=True, text=True)
-    assert parsed.returncode == 0, parsed.stderr
+@pytest.fixture
+def script(monkeypatch):
+    """`script("curve")` → the module."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) & {file.stem for file in SCRIPTS.glob("*.py")} - before:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny"), positions=1200)
+
+
+def test_shell_scripts_parse():
+    for file in SCRIPTS.glob("*.sh"):
+        parsed = subprocess.run(["bash", "-n", file], capture_output=True, text=True)
+        assert parsed.returncode == 0, parsed.stderr
 
 
 def test_generation_benchmark(script, folder, capsys):
@@ -80,19 +98,18 @@ def test_comparison_of_bases(script, folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
 def test_a_random_checkpoint_loads_and_has_its_distribution(script, tmp_path, max_shard_size):
-    new = tmp_path / "random"
-    make = script("random_checkpoint").main
-    make(str(new), tokenizer="bytes", max_shard_size=max_shard_size, initializer_range=0.1, **TINY)
-    assert (len(list(new.glob("*.safetensors"))) == 1) == (max_shard_size == "5GB")
-    model = DreamModel.from_pretrained(new)
-    assert model.dtype == torch.bfloat16 and len(load_tokenizer(new)) == 263
-    for name, tensor in model.state_dict().items():
+    options = {"tokenizer": "bytes", "max_shard_size": max_shard_size, "initializer_range": 0.1}
+    script("random_checkpoint").main(str(tmp_path / "new"), **options, **TINY)
+    assert (len(list(tmp_path.glob("new/*.safetensors"))) == 1) == (max_shard_size == "5GB")
+    model = DreamModel.from_pretrained(tmp_path / "new")
+    assert model.dtype == torch.bfloat16 and len(load_tokenizer(tmp_path / "new")) == 263
+    for name, tensor in model.float().state_dict().items():
         if "norm" in name:
             assert torch.equal(tensor, torch.ones_like(tensor))
         elif tensor.dim() == 2:
-            assert abs(tensor.float().std() / 0.1 - 1) < 0.1 and abs(tensor.float().mean()) < 0.01
+            assert abs(tensor.std() / 0.1 - 1) < 0.1 and abs(tensor.mean()) < 0.01
         else:
-            assert 0 < tensor.float().abs().max() < 1  # biases too
+            assert 0 < tensor.abs().max() < 1  # biases too
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 
 
@@ -109,18 +126,17 @@ def test_a_default_random_checkpoint_has_the_official_names_files_and_sizes(scri
     module = script("random_checkpoint")
     monkeypatch.setattr(module, "random_like", lambda tensor, *_: tensor)
     monkeypatch.setattr(module, "save_file", lambda tensors, path, **_: path.write_text("\n".join(tensors)))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 16e9}))
-    module.main(str(tmp_path / "random"), device="cpu")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=16e9))
+    module.main(str(tmp_path), device="cpu")
     official = shared("data/dream-v0-instruct-7b")
-    index = json.loads((official / "model.safetensors.index.json").read_text())
-    assert json.loads((tmp_path / "random" / "model.safetensors.index.json").read_text()) == index
+    names = ("model.safetensors.index.json", "config.json")
+    (index, config), (new_index, new) = ([json.loads((f / n).read_text()) for n in names] for f in (official, tmp_path))
+    assert new_index == index
     for file in set(index["weight_map"].values()):
-        names = (tmp_path / "random" / file).read_text().splitlines()
-        assert sorted(names) == sorted(name for name, other in index["weight_map"].items() if other == file)
-    config = json.loads((official / "config.json").read_text())
-    written = json.loads((tmp_path / "random" / "config.json").read_text())
+        expected = {name for name, other in index["weight_map"].items() if other == file}
+        assert set((tmp_path / file).read_text().splitlines()) == expected
     fields = config.keys() - {"_name_or_path", "transformers_version"}
-    assert {k: config[k] for k in fields} == {k: written.get(k) for k in fields}
+    assert {k: config[k] for k in fields} == {k: new.get(k) for k in fields}
 
 
 def test_a_multi_gpu_check_that_is_stopped_leaves_no_training_behind(script, tmp_path, monkeypatch):
@@ -140,3 +156,43 @@ def test_a_multi_gpu_check_that_is_stopped_leaves_no_training_behind(script, tmp
         check.fit(tmp_path / "run", [], until=1)
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text()), 0)
+
+
+def test_every_case_is_compared_with_its_reference(script, folder, monkeypatch, capsys):
+    benchmark = script("benchmark_train")
+    small = benchmark.Case("lora", 2, 64, compiled=False, accumulate=2)
+    monkeypatch.setattr(benchmark, "CASES", {"small": small})
+    benchmark.main(folder, cases=["small"], steps=3)
+    cells = rows_of(capsys.readouterr().out)["lora, r 16 on all-linear, 2 × 64, 2 micro-batches a step"]
+    ours, reference, times = (float(cells[i].replace(",", "")) for i in (0, 7, 9))
+    least, most = (ours - 0.5) / (reference + 0.5), (ours + 0.5) / (reference - 0.5)  # as rounded as they are shown
+    assert least - 0.005 <= times <= most + 0.005
+
+
+def test_documents_of_the_benchmark_are_packed_whole(script):
+    benchmark = script("benchmark_train")
+    rows = benchmark.PackedRows(6, benchmark.Case("lora", 2, 8192))
+    assert len(rows) == 6 and all(sum(rows.lengths[i] for i in row) <= 8192 for row in rows.rows)
+    assert 0.8 < rows.useful <= 1
+
+
+def test_idle_time_is_what_no_kernel_covers(script):
+    intervals = [(10, 12, "c"), (0, 5, "a"), (2, 4, "b"), (11, 15, "d")]
+    busy, gaps = script("profile_fit").busy_and_gaps(intervals)
+    assert busy == 10 and gaps == [(5, ("a", "c"))]
+
+
+@pytest.mark.parametrize(
+    ("steps", "batches", "words"), [(13, 600, "training takes 13 steps"), (60, 39, "an epoch takes 13 steps")]
+)
+def test_a_run_or_an_epoch_too_short_for_idle_time_is_refused(script, steps, batches, words):
+    """Steps of two epochs would count the start of the loader's processes as idle time."""
+    callback = script("profile_fit").GPUTime()
+
+    def start(steps, batches):
+        run = {"estimated_stepping_batches": steps, "num_training_batches": batches, "accumulate_grad_batches": 3}
+        callback.on_train_start(SimpleNamespace(**run), None)
+
+    start(14, 42)
+    with pytest.raises(ValueError, match=f"{words}: wanted at least 10 to warm up and 4 to record"):
+        start(steps, batches)

@@ -112,14 +112,9 @@ class CUDAGraphRunner:
         return cache
 
     def __call__(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Any = None,
-        columns: Tensor | None = None,
-        span: tuple[int, int] | None = None,
+        self, input_ids: Tensor, attention_mask=None, position_ids=None, cache=None, columns=None, span=None
     ) -> Tensor:
+        """As `DreamBaseModel.forward`."""
         inputs = [input_ids, attention_mask, position_ids, columns]
         key = (*(None if t is None else t.shape for t in inputs), id(cache), span, _autocast(input_ids.device.type))
         if key not in self._graphs:

@@ -110,9 +110,7 @@ def _linear_residual_(stream: Tensor, x: Tensor, weight: Tensor) -> None:
     stream.view(-1, stream.shape[-1]).addmm_(x.flatten(0, -2), weight.t())
 
 
-@_linear_residual_.register_fake
-def _(stream: Tensor, x: Tensor, weight: Tensor) -> None:
-    pass
+_linear_residual_.register_fake(lambda stream, x, weight: None)
 
 
 def _q_k_v(layer: DreamDecoderLayer) -> list[nn.Module]:
@@ -124,8 +122,8 @@ def _gate_up(layer: DreamDecoderLayer) -> list[nn.Module]:
 
 
 def _is_original(layer: nn.Module) -> bool:
-    parts_are_plain = _is_plain(layer.self_attn, DreamAttention) and _is_plain(layer.mlp, DreamMLP)
-    return type(layer) is DreamDecoderLayer and parts_are_plain
+    own = type(layer) is DreamDecoderLayer
+    return own and _is_plain(layer.self_attn, DreamAttention) and _is_plain(layer.mlp, DreamMLP)
 
 
 def _is_plain(module: nn.Module, kind: type = nn.Linear) -> bool:

@@ -157,14 +157,10 @@ def _cudnn_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-@_cudnn_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
-
-
-@_cudnn_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+_cudnn_attention.register_fake(
+    lambda q, k, v, starts: (torch.empty_like(q), q.new_empty((*q.shape[:2], 1), dtype=torch.float32))
+)
+_cudnn_attention_backward.register_fake(lambda grad, q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
 
 
 def _setup_context(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -65,14 +65,13 @@ def main(
     tokenizer = load_tokenizer(pretrained)
     data = S1KDataModule(source, tokenizer=tokenizer, validation_source=source, batch_size=batch_size)
     data.setup("predict")
-    data.questions = [e for e in data.questions if e.reference is not None][:questions]
+    asked = [n for n, example in enumerate(data.questions) if example.reference is not None][:questions]
+    data.skip_questions(set(range(len(data.questions))) - set(asked))
     points = []
     for options in settings(tokens_per_step, thresholds, factors, new_tokens, block):
         points.append(measure(model, tokenizer, data, options, new_tokens, block))
         print(points[-1], flush=True)
-    Path(out).write_text(
-        table(points, questions=len(data.questions), source=source, new_tokens=new_tokens, block=block)
-    )
+    Path(out).write_text(table(points, questions=len(asked), source=source, new_tokens=new_tokens, block=block))
     print(f"wrote {out}")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -96,7 +97,13 @@ def comparison_page(comparison: dict[str, Any], flips: Iterable[tuple[Item, Item
 def model_card(card: dict[str, Any]) -> str:
     """README.md of a hub repository: the scores as metadata that the hub reads, and as a table."""
     results = [
-        EvalResult("text-generation", task, s["source"], task, "accuracy", round(s["accuracy"], 4), verified=False)
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=Path(s["source"]).name if Path(s["source"]).exists() else s["source"],
+            dataset_name=task,
+            metric_type="accuracy",
+            metric_value=round(s["accuracy"], 4),
+        )
         for task, s in card["tasks"].items()
         if "accuracy" in s
     ]

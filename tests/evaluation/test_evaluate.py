@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from material import SIZES, output_of, save_tiny_folder, write_jsonl
 
 from dream_lightning.batch import Example
@@ -64,7 +65,9 @@ def test_the_same_inputs_give_the_same_card(run, tmp_path):
     assert got["interval"] == list(proportion_interval(right, 12))
     assert sum(group["scored"] for group in got["groups"]["level"].values()) == 12
     assert json.loads((tmp_path / "a" / "eval_results.json").read_text()) == {"eval_parities_accuracy": right / 12}
-    assert "value: " in (tmp_path / "a" / "README.md").read_text()
+    (result,) = ModelCard.load(tmp_path / "a" / "README.md").data.eval_results
+    assert (result.dataset_name, result.metric_type) == ("parities", "accuracy")
+    assert (result.dataset_type, result.metric_value) == ("parities.jsonl", round(right / 12, 4))
 
 
 def test_a_killed_run_resumes_to_the_same_card(run, tmp_path, monkeypatch):

@@ -255,7 +255,7 @@ TRAINER_COMMANDS = {
     "plan": "Report the GPU memory that fit needs.",
 }
 _FUNCTIONS = (
-    *(evaluation.evaluate, evaluation.compare),
+    *(evaluation.evaluate, evaluation.compare, evaluation.evaluate_grid),
     *(commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export, configs),
 )
 COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}

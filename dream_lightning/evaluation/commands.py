@@ -10,6 +10,7 @@ from dream_lightning.evaluation.card import percent
 from dream_lightning.evaluation.compare import compare as compare_runs
 from dream_lightning.evaluation.evaluate import benchmark, questions_of
 from dream_lightning.evaluation.evaluate import evaluate as evaluate_model
+from dream_lightning.evaluation.grid import evaluate_grid as answer_grid
 from dream_lightning.export import base_of
 from dream_lightning.model import load_tokenizer
 from dream_lightning.viewer.commands import open_model
@@ -38,6 +39,24 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
         del model
     if base:
         _print_comparison(compare_runs(out / "base", out / "tuned", out=out), out)
+
+
+def evaluate_grid(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Answer one benchmark with every combination of sampling options: accuracy against speed."""
+    parser.add_argument("--task", type=str, required=True, help="a benchmark or file")
+    parser.add_argument("--grid", type=dict[str, list], required=True, help="'{steps: [64, 128], alg: [entropy]}'")
+    opening = parser.add_function_arguments(open_model, as_positional=False)
+    skip = {"model", "tokenizer", "tasks", "name"}
+    asking = parser.add_function_arguments(evaluate_model, as_positional=False, skip=skip)
+    parser.set_defaults({"out": "grid"})
+    options = parser.instantiate(parser.parse_args(arguments))
+    model, tokenizer = open_model(**{name: options[name] for name in opening})
+    asked = {name: options[name] for name in asking}
+    grid = answer_grid(model, tokenizer, options.task, name=options.model, grid=options.grid, **asked)
+    for row in grid["rows"]:
+        speed = f"{row['tokens_per_forward']:.2f} tokens/forward   {row['tokens_per_second']:,} tokens/s"
+        print(f"{row['sampling']:40} {percent(row['accuracy'], row['interval'])}   {speed}")
+    print(f"AUP {grid['aup']:.1f}   page: {(Path(asked['out']) / 'grid.html').resolve()}")
 
 
 def compare(parser: ArgumentParser, arguments: list[str]) -> None:

@@ -94,6 +94,31 @@ def comparison_page(comparison: dict[str, Any], flips: Iterable[tuple[Item, Item
     return _page("Comparison", blocks)
 
 
+def grid_page(grid: dict[str, Any]) -> str:
+    """The page of `evaluate-grid`: a table, and accuracy against both measures of speed."""
+    head = ["sampling", "accuracy [95 % interval]", "tokens / forward", "tokens/s"]
+    rows = [
+        [
+            *(row["sampling"], percent(row["accuracy"], row["interval"])),
+            *(f"{row['tokens_per_forward']:.2f}", f"{row['tokens_per_second']:,}"),
+        ]
+        for row in grid["rows"]
+    ]
+    about = f"{grid['task']} · {grid['device']} · area under accuracy × tokens per forward (AUP): {grid['aup']:.1f}"
+    blocks = [f"<p>{escape(about)}</p>", _table(head, rows)]
+    for key, label in (("tokens_per_forward", "tokens per forward"), ("tokens_per_second", "tokens/s")):
+        figure, axes = _figure(3.5)
+        for row in sorted(grid["rows"], key=lambda row: row[key]):
+            low, high = row["interval"]
+            error = [[max(row["accuracy"] - low, 0)], [max(high - row["accuracy"], 0)]]
+            axes.errorbar(row[key], row["accuracy"], yerr=error, fmt="o", color="#0072b2", capsize=4)
+            axes.annotate(row["sampling"], (row[key], row["accuracy"]), (5, 5), textcoords="offset points", fontsize=7)
+        axes.set_xlabel(label)
+        axes.set_ylabel(_ACCURACY)
+        blocks.append(_svg(figure))
+    return _page(f"Sampling of {grid['model']}", blocks)
+
+
 def model_card(card: dict[str, Any]) -> str:
     """README.md of a hub repository: the scores as metadata that the hub reads, and as a table."""
     results = [

@@ -16,7 +16,8 @@ from dream_lightning.evaluation import evaluate as module
 from dream_lightning.evaluation.card import breakdown, scores
 from dream_lightning.evaluation.compare import compare, read_run
 from dream_lightning.evaluation.evaluate import benchmark, evaluate, questions_of
-from dream_lightning.evaluation.statistics import mean_interval, proportion_interval
+from dream_lightning.evaluation.grid import combinations, evaluate_grid
+from dream_lightning.evaluation.statistics import aup, mean_interval, proportion_interval
 from dream_lightning.model import load_tokenizer
 from dream_lightning.model_factory import random_model
 from dream_lightning.sampling import SamplingParams
@@ -202,6 +203,28 @@ def test_groups_are_columns_with_several_values():
     assert {c: {v: g["accuracy"] for v, g in groups.items()} for c, groups in got.items()} == {
         "source": {"a": 1, "b": 0}
     }
+
+
+def test_a_grid_is_one_evaluation_for_each_valid_combination(run, network, tmp_path, capsys):
+    run("a")  # writes the file of questions
+    grid = {"steps": [3, 6], "tokens_per_step": [None, 2], "alg": ["entropy", "origin"]}
+    options = {"name": "tiny", "sampling": SAMPLING, "batch_size": 5, "out": tmp_path / "grid"}
+    got = evaluate_grid(*network, str(tmp_path / "parities.jsonl"), grid=grid, **options)
+    labels = [row["sampling"] for row in got["rows"]]
+    assert len(labels) == 6 and "steps=6,tokens_per_step=2,alg=entropy" in labels
+    assert "left out: steps=3,tokens_per_step=2,alg=origin: tokens_per_step is set and alg" in capsys.readouterr().out
+    by_label = {row["sampling"]: row for row in got["rows"]}
+    assert (
+        by_label["steps=3,tokens_per_step=None,alg=entropy"]["accuracy"]
+        == read_run(tmp_path / "a")[0]["tasks"]["parities"]["accuracy"]
+    )
+    assert by_label["steps=6,tokens_per_step=None,alg=entropy"]["tokens_per_forward"] == pytest.approx(1, abs=0.2)
+    assert got["aup"] == aup([(row["tokens_per_forward"], row["accuracy"]) for row in got["rows"]])
+    page = (tmp_path / "grid" / "grid.html").read_text()
+    assert all(label in page for label in labels)
+    for wrong in ({"step": [1]}, {"steps": []}, {"steps": 3}, {}):
+        with pytest.raises(UserError, match="grid"):
+            combinations(SAMPLING, wrong)
 
 
 def test_the_commands_from_a_folder_to_a_comparison(tmp_path):

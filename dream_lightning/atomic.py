@@ -109,9 +109,9 @@ def lock(path: Path, refusal: str) -> BinaryIO:
         file.close()
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(option: str, folder: str | Path | None) -> None:
     """Raise UserError unless files can be written in a folder, which is created; URLs are not tried."""
-    if "://" in str(folder):
+    if folder is None or "://" in str(folder):
         return
     try:
         folder = Path(folder).expanduser()
@@ -119,7 +119,10 @@ def check_folder(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        raise UserError(f"no file can be written in the folder {folder}: {error.strerror}. Name another one") from error
+        reason = error.strerror or error
+        raise UserError(
+            f"{option} is {folder}, where no file can be written ({reason}): name another folder"
+        ) from error
 
 
 def on_rank_zero(work: Callable[[], Any], *, is_rank_zero: bool, broadcast: Callable[[Any], Any]) -> Any:

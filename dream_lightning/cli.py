@@ -1,11 +1,14 @@
 """The program `dream-lightning`: LightningCLI over DreamModule and S1KDataModule, and the commands around it."""
 
 import difflib
+import fcntl
 import gc
 import os
 import re
 import shutil
 import sys
+import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from dream_lightning.adapters import LoraParams
-from dream_lightning.atomic import disk_refuses
+from dream_lightning.atomic import check_folder, disk_refuses
 from dream_lightning.data import S1KDataModule
 from dream_lightning.errors import UserError, check_range, reading, visible
 from dream_lightning.evaluation import commands as evaluation
@@ -47,6 +50,7 @@ _TOLD = {  # kind of error → the modules in which it is about an option, and n
 }
 _LONGEST = 2000  # characters of a message
 _ALIASES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}  # of PEFT → of LoraParams
+DIED = "a process died, or cannot be reached: see what it printed; resume with --ckpt_path last, or run predict again"
 TRACEBACK = "DREAM_TRACEBACK"  # environment variable; 1 shows the traceback of every error
 
 
@@ -146,12 +150,30 @@ class DreamCLI(LightningCLI):
             check_range("gpu_memory_gib", options.gpu_memory_gib, least=0)
             print(report(setting_from(options), options.gpu_memory_gib))
             raise SystemExit(0)
+        self._check_outputs(options)
+        trainer = options.trainer
+        if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise UserError(
+                f"trainer.accelerator is {trainer.accelerator}, and torch sees no GPU: set it to auto or cpu"
+            )
+        if str(trainer.devices) == "-1" and not torch.cuda.is_available():
+            raise UserError("trainer.devices is -1, all GPUs, and torch sees none: set it to 1")
         folders = {options.checkpoint.dirpath, options.autosave.dirpath}
         is_last = self.command != "fit" and options.ckpt_path == "last" and None not in folders
         if is_last and not any(list(Path(folder).glob("last*.ckpt")) for folder in folders):
             raise UserError(  # Lightning would warn and use the initial weights
                 f"no last.ckpt in {', '.join(sorted(folders))}: train first, or set autosave.dirpath"
             )
+
+    def _check_outputs(self, options: Any) -> None:
+        loggers = options.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            folder = getattr(getattr(logger, "init_args", None), "save_dir", None)
+            check_folder("trainer.logger.init_args.save_dir", folder)
+        check_folder("trainer.default_root_dir", options.trainer.default_root_dir)
+        if self.command == "fit":
+            check_folder("checkpoint.dirpath", options.checkpoint.dirpath)
+            check_folder("autosave.dirpath", options.autosave.dirpath)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Write checkpoints atomically, unless `trainer.plugins` names another way."""
@@ -292,14 +314,33 @@ def run(arguments: list[str]) -> None:
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Print only the message of an error that users can correct, and exit with status 1; other errors propagate."""
+    external = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
+    launcher = os.getppid() if external or os.environ.get("LOCAL_RANK", "0") != "0" else os.getpid()
     try:
         yield
     except Exception as error:
         message = _for_users(error)
+        is_news = _is_news(message or str(error), launcher)
         if os.environ.get(TRACEBACK) == "1" or message is None:
             raise
-        print(f"error: {_shown(message)}\n({TRACEBACK}=1 shows the traceback)", file=sys.stderr)
+        if is_news:
+            print(f"error: {_shown(message)}\n({TRACEBACK}=1 shows the traceback)", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _is_news(message: str, launcher: int) -> bool:
+    """Whether no process of this machine with the same launcher has said so; DIED is news if none has said anything."""
+    if "MASTER_PORT" not in os.environ:  # a single process
+        return True
+    if message == DIED:
+        time.sleep(0.5)  # the process with the cause speaks first
+    launch = (os.getuid(), launcher, os.environ["MASTER_PORT"], os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    with open(Path(tempfile.gettempdir(), "-".join(map(str, ("dream-lightning", *launch)))), "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        said = file.read().split("\0")[:-1]
+        file.write(f"{message}\0")
+    return message not in said and not (message == DIED and said)
 
 
 def _for_users(error: BaseException) -> str | None:
@@ -309,12 +350,18 @@ def _for_users(error: BaseException) -> str | None:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
+    if any(isinstance(e, RuntimeError) and "EADDRINUSE" in str(e) for e in chain):
+        port = os.environ.get("MASTER_PORT")
+        return f"port {port} is in use by another program: set MASTER_PORT to a free one, or unset it"
     for kind, modules in _TOLD.items():
         for e in reversed(chain):
             if isinstance(e, kind):
                 *_, (frame, _) = traceback.walk_tb(e.__traceback__)
                 if frame.f_globals["__name__"].startswith(modules):
                     return str(e)
+    lost = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
+    if any(isinstance(e, lost) or (isinstance(e, RuntimeError) and "gloo/transport" in str(e)) for e in chain):
+        return DIED
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}: check the path and its permissions"
     return None

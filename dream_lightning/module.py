@@ -20,13 +20,13 @@ from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer, check_focal
 from dream_lightning.diffusion.weighting import Weighting, check_cart_p
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, check_range
 from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks import AnswerScores, MeanLoss, grading_clock
 from dream_lightning.training import Autosave, checkpointing, fsdp
-from dream_lightning.training.optimizer import AdamW8bit, adamw, decay_groups, zero_gradients
+from dream_lightning.training.optimizer import AdamW8bit, adamw, check_optimizer, decay_groups, zero_gradients
 from dream_lightning.training.step_accumulator import StepAccumulator, ends_step, logged_step, parameters
 
 T_MIN = 1e-3  # smallest masking probability
@@ -104,10 +104,9 @@ class DreamModule(L.LightningModule):
             )
         if tokenizer is None and pretrained is None:
             raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
-        if not 0 <= warmup_fraction <= 1:
-            raise UserError(f"warmup_fraction is {warmup_fraction}, wanted a part of all steps, such as 0.1")
-        if gradient_checkpointing < 0:
-            raise UserError(f"gradient_checkpointing is {gradient_checkpointing}, wanted true or a number of layers")
+        check_range("warmup_fraction", warmup_fraction, least=0, most=1)
+        check_range("gradient_checkpointing", int(gradient_checkpointing), least=0, whole=True)
+        check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
         model_factory.check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
         check_cart_p(cart_p)
         check_focal(focal_alpha, focal_gamma)
@@ -132,6 +131,7 @@ class DreamModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         kind = {"adapted": bool(self.lora), "quantized": bool(self.quantize), "compiled_answers": self.sampling.compile}
         fsdp.refuse_untested(self.trainer, **kind)
+        fsdp.check_trainer(self.trainer)
         if self.sharded:  # weights gathered in inference mode could not be trained afterwards
             for loop in (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop):
                 loop.inference_mode = False
@@ -355,6 +355,7 @@ class DreamModule(L.LightningModule):
         """Raises UserError for an optimizer that loses updates of bfloat16 weights, or a schedule without an end."""
         trainable = [p for p in self.parameters() if p.requires_grad]
         optimizer = self.optimizer(decay_groups(trainable))
+        check_optimizer(optimizer)
         if any(p.dtype == torch.bfloat16 for p in trainable) and not isinstance(optimizer, AdamW8bit):
             raise UserError(
                 f"model.optimizer {type(optimizer).__name__} loses small updates of bfloat16 weights: set it to "

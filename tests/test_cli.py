@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -199,6 +200,48 @@ def test_a_missing_or_torn_checkpoint_is_one_message(command, tmp_path, name, me
     root = f"--trainer.default_root_dir={tmp_path}"
     printed, said, status = command("validate", *SMALL, *SILENT, *folders, root, f"--ckpt_path={path}")
     assert status == 1 and message in said and "val/nll" not in printed
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--checkpoint.dirpath=FILE/c", "checkpoint.dirpath is FILE/c, where no file can be written"),
+        ("--autosave.dirpath=FILE/c", "autosave.dirpath is FILE/c"),
+        ("--trainer.default_root_dir=FILE/c", "trainer.default_root_dir is FILE/c"),
+        ("--trainer.logger.init_args.save_dir=FILE/c", "trainer.logger.init_args.save_dir is FILE/c"),
+        ("--trainer.accelerator=gpu", "torch sees no GPU: set it to auto or cpu"),
+        ("--trainer.devices=-1", "torch sees none: set it to 1"),
+    ],
+)
+def test_outputs_and_devices_are_tried_before_anything_is_built(command, tmp_path, monkeypatch, option, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (file := tmp_path / "file").write_text("")
+    folders = [f"--{option}={tmp_path}" for option in ("checkpoint.dirpath", "autosave.dirpath")]
+    folders += [f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    _, said, status = command("fit", *SMALL, *folders, option.replace("FILE", str(file)))
+    assert status == 1 and words.replace("FILE", str(file)) in said and len(said.splitlines()) <= 4
+
+
+def test_several_processes_tell_an_error_once(monkeypatch, capsys, tmp_path):
+    """The cause, and only if nobody knows it that a process died; each launch for itself."""
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    lost = RuntimeError("[…/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]: Connection reset by peer")
+    taken = torch.distributed.DistNetworkError("The server socket has failed to listen. port: 29500, code: EADDRINUSE")
+    launches = {
+        "1": ([lost, lost], ["a process died"]),
+        "2": ([UserError("lr is 0"), UserError("lr is 0"), lost], ["lr is 0"]),
+        "3": ([UserError("a"), UserError("b")], ["a", "b"]),
+        "4": ([taken], ["port 4 is in use by another program: set MASTER_PORT"]),
+    }
+    for port, (errors, told) in launches.items():
+        monkeypatch.setenv("MASTER_PORT", port)
+        for error in errors:
+            with pytest.raises(SystemExit), readable_errors():
+                raise error
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(said) == len(told)
+        assert all(line.startswith(f"error: {words}") for line, words in zip(said, told, strict=True))
 
 
 def test_validate_prints_every_score_once(command, tmp_path):

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, check_range
 from dream_lightning.model import DreamModel
 from dream_lightning.model.loading import check_finite
 from dream_lightning.training.checkpointing import check_checkpoint
@@ -109,7 +109,6 @@ def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, compi
         refuse_sharded(quantized=quantized, compiled_answers=compiled_answers)
     tested = ("32-true", "bf16-mixed") if sharded else ("32-true", "bf16-mixed", "bf16-true")
     clip_by = getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)
-    clip_at, accumulate = trainer.gradient_clip_val or 0, trainer.accumulate_grad_batches
     refusals = [
         (
             not sharded and type(strategy) not in (SingleDeviceStrategy, DDPStrategy),  # DeepSpeedStrategy is a DDP one
@@ -121,12 +120,26 @@ def refuse_untested(trainer: L.Trainer, *, adapted: bool, quantized: bool, compi
             f"trainer.precision is {precision}, not tested with {name}: set {' or '.join(tested)}",
         ),
         (clip_by not in (None, "norm"), f"trainer.gradient_clip_algorithm is {clip_by}, wanted norm, or none at all"),
-        (not clip_at >= 0, f"trainer.gradient_clip_val is {clip_at}, wanted a norm above 0, such as 1.0, or null"),
-        (accumulate < 1, f"trainer.accumulate_grad_batches is {accumulate}, wanted at least 1"),
     ]
     for refused, message in refusals:
         if refused:
             raise UserError(message)
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Raise UserError for options of a Trainer with which it would train nothing, or fail later."""
+    check_range("trainer.gradient_clip_val", trainer.gradient_clip_val, least=0)
+    check_range("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, least=1)
+    check_range("trainer.log_every_n_steps", trainer.log_every_n_steps, least=0)
+    if trainer.overfit_batches:
+        raise UserError(
+            f"trainer.overfit_batches is {trainer.overfit_batches}, which replaces the order of the data and with it "
+            "the noise: set data.first_n to a few rows instead"
+        )
+    limits = {name: getattr(trainer, name) for name in ("max_steps", "max_epochs", "limit_train_batches")}
+    for name, limit in limits.items() if trainer.state.fn == "fit" else ():
+        if limit == 0:
+            raise UserError(f"trainer.{name} is 0: nothing would be trained; use validate to score a model")
 
 
 def ignore_frozen_in_ddp(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, check_range
 
 BLOCK = 256  # elements of a moment that share a scale
 SMALL = 4096  # smaller parameters (biases, norms), and those that do not fill their blocks, keep float32 moments
@@ -27,6 +27,16 @@ def decay_groups(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
     parameters = list(parameters)
     decayed, others = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
     return [g for g in ({"params": decayed}, {"params": others, "weight_decay": 0.0}) if g["params"]]
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError for a number that is negative or not finite, and for a learning rate of 0."""
+    for name, value in optimizer.defaults.items():
+        for number in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                check_range(f"model.optimizer.{name}", number, least=0)
+    if not all(group["lr"] for group in optimizer.param_groups):
+        raise UserError("model.optimizer.lr is 0: nothing would be learned; use validate to score a model")
 
 
 def zero_gradients(parameters: Iterable[Tensor]) -> None:
@@ -66,9 +76,10 @@ class AdamW8bit(torch.optim.Optimizer):
         weight_decay: float = 0.01,
     ) -> None:
         options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise UserError(f"got {options}, wanted lr and weight_decay of at least 0, eps above 0, betas in [0, 1)")
         super().__init__(params, options)
+        check_optimizer(self)
+        if eps == 0 or max(betas) >= 1:
+            raise UserError(f"eps is {eps} and betas are {betas}, wanted eps above 0 and betas below 1")
         for p in self._parameters():
             if isinstance(p, DTensor):
                 raise UserError("the weights are sharded, wanted whole ones: set model.optimizer to torch.optim.AdamW")

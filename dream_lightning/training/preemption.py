@@ -72,7 +72,7 @@ class Autosave(ModelCheckpoint):
                 f"another process trains in {folder}: wait for it or end it, or name another folder in "
                 "checkpoint.dirpath and autosave.dirpath"
             )
-            check_folder(folder)
+            check_folder("the folder of checkpoints", folder)
             self._locks += (lock(folder / ".lock", refusal),)
             for partial in remove_partials(folder, "*.ckpt.*"):
                 rank_zero_info(f"Removed {partial}, which was incomplete when an earlier run was killed")

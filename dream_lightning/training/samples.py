@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Answers, Prediction
+from dream_lightning.errors import check_range
 
 _STATES = 8  # of the denoising history
 _WIDTH = 100  # characters in a line: TensorBoard does not wrap code
@@ -24,6 +25,7 @@ class SampleLogger(L.Callback):
     """
 
     def __init__(self, count: int = 8) -> None:
+        check_range("SampleLogger's count", count, least=0, whole=True)
         self.count = count
         self._predictions: list[Prediction] = []
         self._history = ""

@@ -39,14 +39,11 @@ HOME_MADE = type("HomeMadeStrategy", (DDPStrategy,), {})
         (DDPStrategy, {"precision": "16-mixed"}, {}, "precision is 16-mixed, .* bf16-mixed"),
         (SingleDeviceStrategy, {"precision": "64-true"}, {}, "precision is 64-true"),
         (DDPStrategy, {"gradient_clip_algorithm": "value"}, {}, "gradient_clip_algorithm is value"),
-        (SingleDeviceStrategy, {"gradient_clip_val": -1.0}, {}, "gradient_clip_val is -1.0"),
-        (SingleDeviceStrategy, {"accumulate_grad_batches": 0}, {}, "accumulate_grad_batches is 0"),
     ],
 )
 def test_untested_combinations_are_refused(strategy, options, kind, words):
     """As much of a trainer as is looked at, for strategies and precisions that a CPU cannot have."""
-    defaults = {"precision": "32-true", "gradient_clip_algorithm": None, "gradient_clip_val": 1.0}
-    defaults |= {"accumulate_grad_batches": 1, "strategy": strategy.__new__(strategy)}
+    defaults = {"precision": "32-true", "gradient_clip_algorithm": None, "strategy": strategy.__new__(strategy)}
     with pytest.raises(ValueError, match=words):
         refuse_untested(SimpleNamespace(**defaults | options), **{"adapted": False, "quantized": False} | kind)
 
@@ -58,12 +55,22 @@ def test_tested_combinations_pass():
             refuse_untested(real, adapted=True, quantized=strategy != "fsdp2")
 
 
-def test_a_run_refuses_before_it_builds_anything(sums, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "gradient_clip_algorithm is value"),
+        ({"gradient_clip_val": -1.0}, r"gradient_clip_val is -1\.0"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
+        ({"log_every_n_steps": -1}, "log_every_n_steps is -1"),
+        ({"overfit_batches": 1}, "overfit_batches is 1, .* set data.first_n"),
+        ({"max_steps": 0}, "max_steps is 0: nothing would be trained"),
+        ({"limit_train_batches": 0}, "limit_train_batches is 0: nothing would be trained"),
+    ],
+)
+def test_a_run_refuses_before_it_builds_anything(sums, tmp_path, options, words):
     model = tiny_module()
-    with pytest.raises(ValueError, match="gradient_clip_algorithm is value"):
-        short_trainer(tmp_path, gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(
-            model, tiny_data(sums, tmp_path)
-        )
+    with pytest.raises(ValueError, match=words):
+        short_trainer(tmp_path, **options).fit(model, tiny_data(sums, tmp_path))
     assert model.model is None
 
 

@@ -255,9 +255,11 @@ def test_a_resumed_run_is_the_same_to_the_bit(sums, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "options", "words"),
     [
-        (torch.bfloat16, {"lr": -1.0}, "'lr': -1.0"),
-        (torch.bfloat16, {"betas": (0.9, 1.0)}, "betas in"),
-        (torch.bfloat16, {"eps": 0.0}, "'eps': 0.0"),
+        (torch.bfloat16, {"lr": -1.0}, r"lr is -1\.0"),
+        (torch.bfloat16, {"lr": 0.0}, "lr is 0: nothing would be learned"),
+        (torch.bfloat16, {"weight_decay": torch.inf}, "weight_decay is inf"),
+        (torch.bfloat16, {"betas": (0.9, 1.0)}, "betas below 1"),
+        (torch.bfloat16, {"eps": 0.0}, r"eps is 0\.0"),
         (torch.float16, {}, r"float16, wanted bfloat16 or float32"),
     ],
 )
@@ -274,6 +276,14 @@ def test_sharded_weights_are_refused():
             optim.AdamW8bit([torch.nn.Parameter(sharded)])
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"lr": 0.0}, "lr is 0"), ({"lr": torch.inf}, "lr is inf"), ({"eps": torch.nan}, "eps")]
+)
+def test_numbers_of_any_optimizer_are_checked(sums, options, words):
+    with pytest.raises(ValueError, match=words):
+        fit_on(sums, module(lambda groups: torch.optim.AdamW(groups, **options)), max_steps=1)
 
 
 def test_bfloat16_weights_with_an_optimizer_that_loses_updates_are_refused(sums):

@@ -229,7 +229,9 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_model_is_built(sour
     (tmp_path / "file").write_text("")
     module = tiny_module()
     trainer = short_trainer(tmp_path, Autosave(tmp_path / "file" / "c", save_last=True))
-    with pytest.raises(ValueError, match=r"no file can be written in the folder .*file/c: Not a directory"):
+    with pytest.raises(
+        ValueError, match=r"folder of checkpoints is .*file/c, where no file can be written \(Not a directory\)"
+    ):
         trainer.fit(module, tiny_data(source, source.parent))
     assert module.model is None
 

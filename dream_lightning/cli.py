@@ -156,8 +156,8 @@ class DreamCLI(LightningCLI):
             raise UserError(
                 f"trainer.accelerator is {trainer.accelerator}, and torch sees no GPU: set it to auto or cpu"
             )
-        if str(trainer.devices) == "-1" and not torch.cuda.is_available():
-            raise UserError("trainer.devices is -1, all GPUs, and torch sees none: set it to 1")
+        if str(trainer.devices) == "-1" and (trainer.accelerator == "cpu" or not torch.cuda.is_available()):
+            raise UserError("trainer.devices is -1, which means all GPUs, and none is used: set it to 1")
         folders = {options.checkpoint.dirpath, options.autosave.dirpath}
         is_last = self.command != "fit" and options.ckpt_path == "last" and None not in folders
         if is_last and not any(list(Path(folder).glob("last*.ckpt")) for folder in folders):
@@ -335,7 +335,12 @@ def _is_news(message: str, launcher: int) -> bool:
     if message == DIED:
         time.sleep(0.5)  # the process with the cause speaks first
     launch = (os.getuid(), launcher, os.environ["MASTER_PORT"], os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    with open(Path(tempfile.gettempdir(), "-".join(map(str, ("dream-lightning", *launch)))), "a+") as file:
+    path = Path(tempfile.gettempdir(), "-".join(map(str, ("dream-lightning", *launch))))
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    except OSError:  # rather twice than never
+        return True
+    with open(descriptor, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         said = file.read().split("\0")[:-1]

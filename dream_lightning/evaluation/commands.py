@@ -54,7 +54,7 @@ def evaluate_grid(parser: ArgumentParser, arguments: list[str]) -> None:
     asked = {name: options[name] for name in asking}
     grid = answer_grid(model, tokenizer, options.task, name=options.model, grid=options.grid, **asked)
     for row in grid["rows"]:
-        speed = f"{row['tokens_per_forward']:.2f} tokens/forward   {row['tokens_per_second']:,} tokens/s"
+        speed = f"{row['tokens_per_forward']:.2f} tokens/forward   {row['tokens_per_second']:,.0f} tokens/s"
         print(f"{row['sampling']:40} {percent(row['accuracy'], row['interval'])}   {speed}")
     print(f"AUP {grid['aup']:.1f}   page: {(Path(asked['out']) / 'grid.html').resolve()}")
 

@@ -96,24 +96,27 @@ def comparison_page(comparison: dict[str, Any], flips: Iterable[tuple[Item, Item
 
 def grid_page(grid: dict[str, Any]) -> str:
     """The page of `evaluate-grid`: a table, and accuracy against both measures of speed."""
-    head = ["sampling", "accuracy [95 % interval]", "tokens / forward", "tokens/s"]
+    head = ["", "sampling", "accuracy [95 % interval]", "tokens / forward", "tokens/s"]
     rows = [
         [
-            *(row["sampling"], percent(row["accuracy"], row["interval"])),
-            *(f"{row['tokens_per_forward']:.2f}", f"{row['tokens_per_second']:,}"),
+            *(number, row["sampling"], percent(row["accuracy"], row["interval"])),
+            *(f"{row['tokens_per_forward']:.2f}", f"{row['tokens_per_second']:,.0f}"),
         ]
-        for row in grid["rows"]
+        for number, row in enumerate(grid["rows"], 1)
     ]
     about = f"{grid['task']} · {grid['device']} · area under accuracy × tokens per forward (AUP): {grid['aup']:.1f}"
     blocks = [f"<p>{escape(about)}</p>", _table(head, rows)]
     for key, label in (("tokens_per_forward", "tokens per forward"), ("tokens_per_second", "tokens/s")):
         figure, axes = _figure(3.5)
-        for row in sorted(grid["rows"], key=lambda row: row[key]):
-            low, high = row["interval"]
+        numbers: dict[tuple[float, float], list[str]] = {}  # of the rows at a point
+        for number, row in enumerate(grid["rows"], 1):
+            point, (low, high) = (row[key], row["accuracy"]), row["interval"]
+            numbers.setdefault(point, []).append(str(number))
             error = [[max(row["accuracy"] - low, 0)], [max(high - row["accuracy"], 0)]]
-            axes.errorbar(row[key], row["accuracy"], yerr=error, fmt="o", color="#0072b2", capsize=4)
-            axes.annotate(row["sampling"], (row[key], row["accuracy"]), (5, 5), textcoords="offset points", fontsize=7)
-        axes.set_xlabel(label)
+            axes.errorbar(*point, yerr=error, fmt="o", color="#0072b2", capsize=4)
+        for point, names in numbers.items():
+            axes.annotate(", ".join(names), point, (6, -3), textcoords="offset points", fontsize=9)
+        axes.set_xlabel(f"{label}; numbers are rows of the table")
         axes.set_ylabel(_ACCURACY)
         blocks.append(_svg(figure))
     return _page(f"Sampling of {grid['model']}", blocks)

@@ -118,7 +118,7 @@ def _run(
         canvas = model.into_bucket(canvas)
         if not infill:  # the prompt has no masks; a token is predicted from the column before it
             span = (canvas.prompt_length - 1, canvas.x.shape[1] - 1)
-    with _evaluating(model):
+    with evaluating(model):
         for state in reverse_process(CachedForward(model, canvas, params, span), params, rule, **options):
             yield state.cropped(rows, length)
 
@@ -144,7 +144,7 @@ def release_compiled(model: nn.Module) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module's own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -30,6 +30,7 @@ from dream_lightning.atomic import check_folder, disk_refuses
 from dream_lightning.data import S1KDataModule
 from dream_lightning.errors import UserError, check_range, reading, visible
 from dream_lightning.evaluation import commands as evaluation
+from dream_lightning.evaluation.contamination import contamination_report
 from dream_lightning.memory import out_of_memory, report, setting_from
 from dream_lightning.module import DreamModule
 from dream_lightning.sampling import SamplingParams
@@ -277,7 +278,7 @@ TRAINER_COMMANDS = {
     "plan": "Report the GPU memory that fit needs.",
 }
 _FUNCTIONS = (
-    *(evaluation.evaluate, evaluation.compare, evaluation.evaluate_grid),
+    *(evaluation.evaluate, evaluation.compare, evaluation.evaluate_grid, contamination_report),
     *(commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export, configs),
 )
 COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}

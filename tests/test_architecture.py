@@ -23,7 +23,7 @@ BELOW = {
     "tasks": {"errors", "batch"},
     "sampling": {"errors", "batch", "diffusion"},
     "kernels": {"errors", "batch", "model", "diffusion", "sampling"},
-    "answering": {"errors", "batch", "sampling", "tasks"},
+    "answering": {"errors", "batch", "data", "sampling", "tasks"},
     "training": {"errors", "batch", "atomic", "data", "diffusion", "model", "adapters", "tasks", "sampling"},
     "model_factory": {"errors", "batch", "model", "adapters", "kernels", "training"},
     "module": {
@@ -69,6 +69,7 @@ FORBIDDEN = {
 }
 ONLY_IN = {
     "math_verify": {"tasks/symbolic.py"},
+    "lm_eval": {"evaluation/harness.py"},
     "bitsandbytes": {"adapters/quantized_linear.py"},
 }
 # Underscore attributes of other packages: torch's in kernels and model_factory, Lightning's in training.
@@ -164,7 +165,7 @@ ROADS = {
         *("diffusion/corruption", "model/modeling", "diffusion/weighting", "diffusion/objective", "module"),
     ),
     "answering": (
-        *("data/prompt_format", "answering", "sampling/generate", "sampling/denoise", "sampling/unmasking"),
+        *("answering", "data/prompt_format", "sampling/generate", "sampling/denoise", "sampling/unmasking"),
         "tasks/registry",
     ),
 }

@@ -1,14 +1,18 @@
-"""Answers to prompts, graded; and gaps in a text filled."""
+"""Answers to prompts, as texts or graded; and gaps in a text filled."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.batch import Answers, Prediction, PromptBatch
-from dream_lightning.errors import UserError
+from dream_lightning.batch import Answers, Example, Message, Prediction, PromptBatch
+from dream_lightning.data.prompt_format import encode_prompt, encode_rendered
+from dream_lightning.errors import UserError, check_range
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.tasks import grade_response
 
@@ -38,8 +42,7 @@ def answer_questions(
     predictions = []
     filled, forwards = (out.filled_at >= 0).sum(1).tolist(), out.forwards.tolist()
     for b, (example, ids) in enumerate(zip(batch.examples, rows, strict=True)):
-        if tokenizer.eos_token_id in ids:
-            ids = ids[: ids.index(tokenizer.eos_token_id)]
+        ids = _up_to_eos(ids, tokenizer)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         predictions.append(
             Prediction(
@@ -55,6 +58,76 @@ def answer_questions(
             )
         )
     return Answers(predictions, batch.counted.tolist(), out.history, prompt_length)
+
+
+def answer_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[int]],
+    params: SamplingParams,
+    *,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    style: Literal["chat", "plain", "rendered"] = "chat",
+) -> list[str]:
+    """Texts → texts: the answers that `predict` gives to these questions, in their order.
+
+    Prompts are bucketed by length. With `forbid_mask`, an answer does not depend on `batch_size`.
+
+    Args:
+        model: a DreamModel or its CompiledDenoiser.
+        prompts: texts, or their token ids.
+        stop: an answer ends before the first of these strings, or at its first eos.
+        batch_size: prompts of a forward.
+        style: `chat` and `plain` put a question into a prompt as in training; `rendered` is the whole prompt, in which
+            only special tokens of the chat template are special.
+
+    Raises:
+        UserError: an empty prompt or stop string; as `diffusion_generate`.
+    """
+    if "" in stop:
+        raise UserError("stop has an empty string, before which every answer is empty: remove it")
+    answers = []
+    for row in answer_ids(model, [_encode(p, tokenizer, style) for p in prompts], params, batch_size=batch_size):
+        text = tokenizer.decode(_up_to_eos(row, tokenizer), skip_special_tokens=True)
+        answers.append(text[: min((at for word in stop if (at := text.find(word)) >= 0), default=None)])
+    return answers
+
+
+@torch.no_grad()
+def answer_ids(
+    model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams, *, batch_size: int = 16
+) -> list[list[int]]:
+    """Token ids → the `max_new_tokens` ids of each answer; prompts are bucketed by length."""
+    check_range("batch_size", batch_size, least=1, whole=True)
+    lengths = [len(prompt) for prompt in prompts]
+    if 0 in lengths:
+        raise UserError(f"prompt {lengths.index(0)} is empty, wanted at least one token: remove it")
+    order = sorted(range(len(prompts)), key=lambda n: -lengths[n])
+    answers: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        rows = [torch.tensor(prompts[n], device=model.device) for n in numbers]
+        left = {"batch_first": True, "padding_side": "left"}
+        ids = pad_sequence(rows, padding_value=model.config.pad_token_id or 0, **left)  # [B, P]
+        real = pad_sequence([torch.ones_like(row) for row in rows], **left)  # [B, P]
+        out = diffusion_generate(model, ids, real, params=params, sample_ids=torch.tensor(numbers))
+        for n, row in zip(numbers, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
+            answers[n] = row
+    return answers
+
+
+def _encode(prompt: str | list[int], tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    if style == "rendered":
+        return encode_rendered(prompt, tokenizer)
+    asked = Example("asked", (Message(role="user", content=prompt),), None, "", None, "a prompt")
+    return encode_prompt(asked, tokenizer, style=style)
+
+
+def _up_to_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
 
 
 def complete(

@@ -38,6 +38,17 @@ def encode_prompt(
     return _plain_ids(f"{lead}\n\n{question}" if lead else question, tokenizer)
 
 
+def encode_rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a text that may be a rendered chat template: only the template's own special tokens are special."""
+    template = tokenizer.chat_template or ""
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {content: i for content, i in special.items() if content in template}
+    if not special:
+        return _plain_ids(text, tokenizer)
+    pieces = re.split(f"({'|'.join(map(re.escape, special))})", text)
+    return [i for piece in pieces for i in ([special[piece]] if piece in special else _plain_ids(piece, tokenizer))]
+
+
 def longer_than(limit: int | None, text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Estimated tokens of a text of over a million characters whose start alone has more than `limit`, else None."""
     if limit is None or len(text) <= _AT_ONCE:

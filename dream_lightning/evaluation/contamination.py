@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from jsonargparse import ArgumentParser
@@ -83,7 +84,7 @@ def _matches(training: Iterable[Example], questions: Sequence[Example], n: int) 
                 yield number, example, "exact"
         for text in (*(m["content"] for m in example.prompt), f"{example.thinking or ''} {example.answer}"):
             words = _words(text)
-            for i, begin in enumerate(zip(words, words[1:], strict=False)):
+            for i, begin in enumerate(pairwise(words)):
                 if begin in begins:
                     for number in numbers_of_gram.get(tuple(words[i : i + n]), ()):
                         yield number, example, "ngram"

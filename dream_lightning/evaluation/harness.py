@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import lm_eval.models  # noqa: F401  (registers the others, which lm_eval does only while none is registered)
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
@@ -73,6 +74,9 @@ class DreamLM(TemplateLM):
             raise UserError(
                 f"batch_size is {batch_size!r}, wanted a number: it is not searched, and max_batch_size unused"
             )
+        if device and device.startswith("cuda") and not torch.cuda.is_available():  # the default of lm_eval's command
+            rank_zero_warn(f"device is {device} and there is no CUDA GPU: the CPU is used")
+            device = "cpu"
         if isinstance(pretrained, str):
             pretrained, tokenizer = open_model(pretrained, tokenizer=tokenizer, device=device or "auto")
         self.model, self.tokenizer, self.batch_size = pretrained, tokenizer, int(batch_size)

@@ -190,7 +190,7 @@ def test_the_command_finds_dream_by_name(tasks, tmp_path, monkeypatch, capsys):
     folder, out = save_tiny_folder(tmp_path / "model", positions=256), tmp_path / "out"
     options = f"pretrained={folder},max_new_tokens=8,steps=4,draws=4"
     command = ["--model_args", options, "--tasks", "tiny_ask,tiny_choose", "--include_path", str(tasks)]
-    command += ["--device", "cpu", "--batch_size", "4", "--limit", "3", "--output_path", str(out)]
+    command += ["--batch_size", "4", "--limit", "3", "--output_path", str(out)]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
     main()
     (written,) = out.rglob("results_*.json")

@@ -5,8 +5,8 @@ for fast ones. With `trust_remote_code` transformers expects the authors' code i
 """
 
 import json
-import pickle
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,19 +17,22 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from dream_lightning.adapters import (
-    LoraParams,
     adapter_state,
-    add_lora,
+    add_trained_lora,
     base_hash,
     check_base,
-    load_adapter_state,
+    is_peft_folder,
     merge_lora,
+    model_names,
+    read_peft_folder,
+    read_peft_weights,
     save_peft_folder,
 )
 from dream_lightning.atomic import atomic_write
-from dream_lightning.errors import UserError
-from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
-from dream_lightning.model.loading import local_folder, weight_files
+from dream_lightning.errors import UserError, reading
+from dream_lightning.model import DreamConfig, DreamModel, check_tokenizer, load_tokenizer
+from dream_lightning.model.loading import check_finite, local_folder, weight_files
+from dream_lightning.training.checkpointing import reading_checkpoint, refuse_weights
 from dream_lightning.training.sharded_checkpoint import read_sharded
 
 AUTHORS_CODE = ("configuration_dream.py", "modeling_dream.py", "generation_utils.py", "tokenization_dream.py")
@@ -51,6 +54,9 @@ def export_model(
         max_shard_size: of one file; the default gives the official four files for the 7B.
     """
     _check_plain(model)
+    if tokenizer is not None:
+        fast = tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else load_tokenizer(tokenizer)
+        check_tokenizer(fast, model.config)
     with new_folder(folder, size=sum(t.nbytes for t in model.state_dict().values())) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -70,17 +76,20 @@ def export_checkpoint(
     """Write the official folder of the weights in a Lightning checkpoint of `DreamModule`.
 
     Args as in `export_model`, and:
-        ckpt_path: a file, which is memory-mapped, or the folder of a sharded checkpoint.
-        pretrained: the model that training started from, for the tokenizer; a checkpoint of adapters names it.
+        ckpt_path: a file, which is memory-mapped, the folder of a sharded checkpoint, or one of adapters from PEFT.
+        pretrained: the model that training started from; by default as the checkpoint says.
+        tokenizer: by default that of `pretrained`, otherwise of the training; a warning says if none is known.
         dtype: element type to write: as stored, or rounded to bfloat16 like the official weights.
     """
-    checkpoint = _read_checkpoint(Path(ckpt_path))
-    if pretrained is None and "base" in checkpoint:
-        pretrained = checkpoint["base"]["name"]
-    model = _model(checkpoint, pretrained)
+    model, source = model_from_checkpoint(ckpt_path, pretrained=pretrained)
     if dtype != "keep":
         model.to(getattr(torch, dtype))
-    return export_model(model, folder, tokenizer=tokenizer or pretrained, max_shard_size=max_shard_size)
+    if (tokenizer := tokenizer or source) is None:
+        warnings.warn(
+            f"{ckpt_path} does not say what its tokenizer is: none is written; name it in tokenizer or pretrained",
+            stacklevel=2,
+        )
+    return export_model(model, folder, tokenizer=tokenizer, max_shard_size=max_shard_size)
 
 
 def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str | Path | None = None) -> Path:
@@ -95,33 +104,44 @@ def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str
     if "lora" not in checkpoint:
         raise UserError(f"{ckpt_path} holds no adapters: export the official folder")
     state = adapter_state(_state(checkpoint))
+    base = checkpoint["base"] | ({"name": str(pretrained)} if pretrained else {})
     with new_folder(folder, size=sum(tensor.nbytes for tensor in state.values())) as partial:
-        base_name = str(pretrained or checkpoint["base"]["name"])
-        save_peft_folder(partial, state, LoraParams(**checkpoint["lora"]), base_name)
+        save_peft_folder(partial, state, checkpoint["lora"], base)
     return Path(folder)
 
 
-def model_from_checkpoint(ckpt_path: str | Path, *, pretrained: str | Path | None = None) -> DreamModel:
-    """The network of a Lightning checkpoint, on the CPU, with adapters merged.
+def model_from_checkpoint(
+    ckpt_path: str | Path, *, pretrained: str | Path | None = None
+) -> tuple[DreamModel, str | Path | None]:
+    """The network of a Lightning checkpoint or PEFT folder, on the CPU, with adapters merged; and its tokenizer.
+
+    The tokenizer is a folder, a hub id or `bytes`: `pretrained`, or what training used; None if it is not known.
 
     Raises:
         UserError: not a complete checkpoint; more than tensors and plain values; another base.
     """
-    return _model(_read_checkpoint(Path(ckpt_path)), pretrained)
+    checkpoint = _read_checkpoint(Path(ckpt_path))
+    base = pretrained or checkpoint.get("base", {}).get("name")
+    if "lora" in checkpoint and base is None:
+        raise UserError(f"{ckpt_path} does not name the base of its adapters: set pretrained to it")
+    with reading(ckpt_path, "a checkpoint of a DreamModule", "use an earlier one"):
+        model = _merged(checkpoint, base) if "lora" in checkpoint else _whole(checkpoint)
+    return model, pretrained or checkpoint.get("tokenizer") or base
 
 
-def base_of(ckpt_path: str | Path) -> str | None:
-    """The folder or hub id of the base of a checkpoint of adapters, otherwise None."""
-    return _read_checkpoint(Path(ckpt_path)).get("base", {}).get("name")
+def base_of(path: str | Path) -> str | None:
+    """The folder or hub id of what a checkpoint or a folder of adapters was trained from; None if it does not say."""
+    path = Path(path).expanduser()
+    if not path.is_file() and not is_peft_folder(path):
+        return None
+    checkpoint = _read_checkpoint(path)
+    return checkpoint.get("base", {}).get("name") or checkpoint.get("settings", {}).get("model.pretrained")
 
 
-def _model(checkpoint: dict[str, Any], pretrained: str | Path | None) -> DreamModel:
-    state = _state(checkpoint)
-    if "lora" in checkpoint:
-        return _merged(checkpoint, state, pretrained or checkpoint["base"]["name"])
+def _whole(checkpoint: dict[str, Any]) -> DreamModel:
     with torch.device("meta"):
         model = DreamModel(DreamConfig.from_dict(checkpoint["dream_config"]))
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(_state(checkpoint), assign=True)
     return model
 
 
@@ -192,26 +212,31 @@ def _check_plain(model: DreamModel) -> None:
     types = {tensor.dtype for tensor in state.values()}
     if len(types) > 1 or not next(iter(types)).is_floating_point:
         raise UserError(f"the model holds {types}, wanted one floating-point type: call model.to(torch.bfloat16)")
+    for name, tensor in state.items():
+        check_finite(name, tensor, "the model")
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a Lightning checkpoint holds, and a PEFT folder as one."""
+    if is_peft_folder(path):
+        adapters = read_peft_folder(path if path.is_dir() else path.parent)
+        state = {f"model.{name}": tensor for name, tensor in model_names(read_peft_weights(adapters)).items()}
+        return {"state_dict": state, "lora": adapters.config, "base": adapters.base}
+    refuse_weights(path)
     if path.is_dir():
         return read_sharded(path)
-    try:
+    with reading_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["state_dict"].keys(), checkpoint["dream_config"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a complete checkpoint of a DreamModule: {str(error)[:500]}") from error
     return checkpoint
 
 
-def _merged(checkpoint: dict[str, Any], state: dict[str, torch.Tensor], pretrained: str) -> DreamModel:
+def _merged(checkpoint: dict[str, Any], pretrained: str | Path) -> DreamModel:
     """The unquantized base with the adapters merged into its weights."""
     folder = local_folder(pretrained)
     check_base(checkpoint["base"], {"name": pretrained, "hash": base_hash(weight_files(folder))})
     model = DreamModel.from_pretrained(folder)
-    add_lora(model, LoraParams(**checkpoint["lora"]))
-    load_adapter_state(model, adapter_state(state))
+    add_trained_lora(model, checkpoint["lora"], adapter_state(_state(checkpoint)))
     merge_lora(model)
     return model
 

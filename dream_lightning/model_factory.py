@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.adapters import LoraParams, Quantize, add_lora, base_hash, load_quantized
+from dream_lightning.adapters import LoraParams, Quantize, add_lora, base_hash, check_base, load_quantized
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
@@ -22,6 +22,8 @@ def check_kind(
     pretrained: str | None, *, lora: LoraParams | None, quantize: Quantize | None, float8_products: bool
 ) -> None:
     """Raise UserError for options that exclude each other."""
+    if not isinstance(lora, LoraParams | None):
+        raise UserError(f"lora is {lora!r:.200}, wanted LoraParams, such as LoraParams(rank=16)")
     if quantize is not None and not lora:
         raise UserError(f"quantize is {quantize}, but quantized weights do not train: set model.lora too")
     if float8_products and lora:
@@ -80,8 +82,11 @@ def adapt(
     model: DreamModel, lora: LoraParams, *, pretrained: str, seed: int, device: torch.device | None = None
 ) -> dict[str, str]:
     """Add adapters; returns name and content hash of their base. `device` as in `add_lora`."""
+    base = {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
+    if lora.adapter is not None:
+        check_base(lora.folder.base, base)
     add_lora(model, lora, generator=torch.Generator().manual_seed(seed), device=device)
-    return {"name": pretrained, "hash": base_hash(weight_files(local_folder(pretrained)))}
+    return base
 
 
 def _has_kernels() -> bool:

@@ -111,7 +111,7 @@ class DreamModule(L.LightningModule):
         check_cart_p(cart_p)
         check_focal(focal_alpha, focal_gamma)
         self.pretrained, self.new_model = pretrained, new_model
-        self.tokenizer = load_tokenizer(tokenizer or pretrained)
+        self.tokenizer_name, self.tokenizer = tokenizer or pretrained, load_tokenizer(tokenizer or pretrained)
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
         self.weights_dtype, self.float8_products = getattr(torch, dtype), float8_products
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers

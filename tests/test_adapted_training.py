@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from material import addition_rows, fit_on, output_of, save_tiny_folder, write_jsonl
 
-from dream_lightning import DreamModel, DreamModule, load_tokenizer
+from dream_lightning import DreamModel, DreamModule, load_tokenizer, model_factory
 from dream_lightning.adapters import LoraParams
-from dream_lightning.export import export_checkpoint
+from dream_lightning.export import export_adapter, export_checkpoint
+from dream_lightning.training.checkpointing import SafeCheckpointIO
+from dream_lightning.viewer.commands import open_model
 
 KINDS = [None, "float8", *(pytest.param(k, marks=pytest.mark.filterwarnings("ignore")) for k in ("nf4", "nf4_float8"))]
 
@@ -114,10 +116,46 @@ def test_export_merges_into_the_bfloat16_base(base, trained, tmp_path):
     assert (theirs - ours).abs().max() < 0.05 * (untrained - ours).abs().max()
 
 
+def test_a_peft_folder_is_trained_on_asked_and_exported(base, trained, sums, tmp_path):
+    """Ours: its layers, ranks and weights, on its own base only; a checkpoint from there is complete without it."""
+    model, checkpoint = trained
+    folder = export_adapter(checkpoint, tmp_path / "peft")
+    start = DreamModule(base, dtype="bfloat16", lora=LoraParams(adapter=str(folder)))
+    start.configure_model()
+    before = {n: p.clone() for n, p in start.named_parameters() if p.requires_grad}
+    assert before.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if p.requires_grad)
+    fit_on(sums, start, max_steps=2).save_checkpoint(tmp_path / "further.ckpt")
+    assert not any(torch.equal(before[n], p) for n, p in start.named_parameters() if p.requires_grad)
+    further = export_checkpoint(tmp_path / "further.ckpt", tmp_path / "further")
+    again = export_checkpoint(export_adapter(tmp_path / "further.ckpt", tmp_path / "further-peft"), tmp_path / "again")
+    merged, _ = open_model(str(tmp_path / "further-peft"), device="cpu")
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    one, *same = (m(ids).logits for m in (DreamModel.from_pretrained(f) for f in (further, again)))
+    assert torch.equal(merged(ids).logits, one) and torch.equal(same[0], one)
+    other = save_tiny_folder(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"belong to .*other has other weights"):
+        model_factory.adapt(merged, LoraParams(adapter=str(folder)), pretrained=other, seed=0)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    with pytest.raises(ValueError, match="does not name the base of its adapters: set pretrained"):
+        export_checkpoint(folder, tmp_path / "out")
+
+
+def test_weights_named_as_a_checkpoint_are_refused_with_their_option(base, trained, sums, tmp_path):
+    peft, whole = export_adapter(trained[1], tmp_path / "peft"), export_checkpoint(trained[1], tmp_path / "whole")
+    options = {peft: f"model.lora.adapter to {peft}", whole: f"model.pretrained to {whole}"}
+    for folder, option in options.items():
+        for path in (folder, next(folder.glob("*.safetensors"))):
+            with pytest.raises(ValueError, match=f"not a checkpoint of a run: set {option}"):
+                fit_on(sums, module(base), max_steps=4, ckpt_path=path, plugins=[SafeCheckpointIO()])
+
+
 def test_what_cannot_work_is_refused(base, sums):
     for quantize in ("nf4", "nf4_float8"):
         with pytest.raises(ValueError, match=f"quantize is {quantize}, but quantized weights do not train"):
             DreamModule(base, quantize=quantize)
+    with pytest.raises(ValueError, match=r"lora is {'rank': 4}, wanted LoraParams"):
+        DreamModule(base, lora={"rank": 4})
     with pytest.raises(ValueError, match="bf16-mixed"):
         fit_on(sums, module(base), precision="bf16-true", max_steps=1)
 

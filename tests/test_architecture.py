@@ -37,7 +37,10 @@ BELOW = {
         *("errors", "batch", "atomic", "data", "diffusion", "model", "sampling", "tasks", "answering", "predict"),
         *("export", "viewer"),
     },
-    "viewer": {*("errors", "batch", "data", "model", "sampling", "tasks", "model_factory", "export"), "diffusion"},
+    "viewer": {
+        *("errors", "batch", "adapters", "data", "model", "sampling", "tasks", "model_factory", "export"),
+        "diffusion",
+    },
     "cli": {
         *(
             "errors",

@@ -17,7 +17,7 @@ from dream_lightning import DreamModule, S1KDataModule
 from dream_lightning import export as module
 from dream_lightning.adapters import LoraParams, add_lora, merge_lora
 from dream_lightning.atomic import PARTIAL
-from dream_lightning.export import AUTHORS_CODE, export_checkpoint, export_model, model_from_checkpoint
+from dream_lightning.export import AUTHORS_CODE, export_checkpoint, export_model, model_from_checkpoint, save_tokenizer
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
 from dream_lightning.training.optimizer import AdamW8bit
 
@@ -108,7 +108,11 @@ def test_tokenizer_files_equal_the_official_ones(model, shared, tmp_path):
         (source / file.name).symlink_to(file)
     for name in AUTHORS_CODE:
         (source / name).write_text(f"# {name}\n")
-    written = export_model(model, tmp_path / "out", tokenizer=source)
+    with pytest.raises(ValueError, match=r"151667 tokens .* the model 320"):  # of another vocabulary
+        export_model(model, tmp_path / "out", tokenizer=source)
+    written = tmp_path / "out"
+    written.mkdir()
+    save_tokenizer(source, written)
     for name in ("vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         assert json.loads((written / name).read_text()) == json.loads((official / name).read_text()), name
     for name in ("merges.txt", *AUTHORS_CODE):
@@ -139,15 +143,33 @@ def test_bfloat16_is_rounded_once(scratch_checkpoint, tmp_path):
     assert json.loads((written / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_full_fine_tuning_takes_the_tokenizer_from_pretrained(model, sums, tmp_path):
+def test_full_fine_tuning_takes_the_tokenizer_from_its_base(model, sums, tmp_path):
     pytest.importorskip("bitsandbytes")
     base = export_model(model, tmp_path / "base", tokenizer="bytes")
     training = DreamModule(str(base), dtype="bfloat16", optimizer=partial(AdamW8bit, lr=1e-2), warmup_fraction=0)
     weights = fit(training, sums, tmp_path / "last.ckpt")
     assert not torch.equal(weights["lm_head.weight"], model.lm_head.weight)
-    export_checkpoint(tmp_path / "last.ckpt", tmp_path / "out", pretrained=base)
+    export_checkpoint(tmp_path / "last.ckpt", tmp_path / "out")
     assert_same(stored(tmp_path / "out"), weights)
     assert len(load_tokenizer(tmp_path / "out")) == 263
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"no tokenizer: .*base"):
+        export_checkpoint(tmp_path / "last.ckpt", tmp_path / "again")
+    export_checkpoint(tmp_path / "last.ckpt", tmp_path / "again", pretrained=tmp_path / "moved")
+
+
+def test_an_export_without_a_tokenizer_warns(model, tmp_path):
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state, "dream_config": model.config.to_dict()}, tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"does not say what its tokenizer is: .* name it in tokenizer"):
+        export_checkpoint(tmp_path / "last.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_weights_with_nan_are_refused(model, tmp_path):
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"model.norm.weight in the model holds NaN"):
+        export_model(model, tmp_path / "out")
 
 
 def test_merged_adapters_are_exported_and_unmerged_ones_refused(model, tmp_path):
@@ -170,8 +192,13 @@ def test_broken_checkpoints_are_refused(scratch_checkpoint, tmp_path):
     torn.write_bytes(path.read_bytes()[:-5000])
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
     torch.save({"state_dict": {}, "object": Path("x")}, tmp_path / "pickle.ckpt")
-    for name in ("torn", "other", "pickle", "absent"):
-        with pytest.raises(ValueError, match=f"{name}.ckpt is not a complete checkpoint"):
+    torch.save({"state_dict": {}, "dream_config": []}, tmp_path / "foreign.ckpt")
+    flipped = bytearray(path.read_bytes())
+    flipped[len(flipped) // 2] ^= 1  # of a weight: only its checksum shows it
+    (tmp_path / "flipped.ckpt").write_bytes(flipped)
+    (tmp_path / "text.ckpt").write_text("hello")
+    for name in ("torn", "other", "pickle", "absent", "foreign", "flipped", "text"):
+        with pytest.raises(ValueError, match=f"{name}.ckpt (is damaged or no checkpoint|cannot be read)"):
             model_from_checkpoint(tmp_path / f"{name}.ckpt")
     with pytest.raises(ValueError, match="no sharded checkpoint"):
         model_from_checkpoint(tmp_path)

@@ -6,11 +6,13 @@ from dream_lightning.adapters.lora import (
     LoraParams,
     adapter_state,
     add_lora,
+    add_trained_lora,
     load_adapter_state,
     merge_lora,
-    save_peft_folder,
+    model_names,
     trainable_summary,
 )
+from dream_lightning.adapters.peft_folder import is_peft_folder, read_peft_folder, read_peft_weights, save_peft_folder
 from dream_lightning.adapters.quantized_linear import Quantize, dequantized, load_quantized
 
 __all__ = [
@@ -18,12 +20,17 @@ __all__ = [
     "Quantize",
     "adapter_state",
     "add_lora",
+    "add_trained_lora",
     "base_hash",
     "check_base",
     "dequantized",
+    "is_peft_folder",
     "load_adapter_state",
     "load_quantized",
     "merge_lora",
+    "model_names",
+    "read_peft_folder",
+    "read_peft_weights",
     "save_peft_folder",
     "train_in_float8",
     "trainable_summary",

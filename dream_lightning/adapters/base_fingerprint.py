@@ -39,8 +39,11 @@ def base_hash(files: dict[str, Path]) -> str:
 
 
 def check_base(saved: dict[str, str], loaded: dict[str, str]) -> None:
-    """Raise UserError if adapters were trained on another base; of both `name` (folder or hub id) and `hash`."""
-    if saved["hash"] != loaded["hash"]:
+    """Raise UserError if adapters were trained on another base; of both `name` (folder or hub id) and `hash`.
+
+    Foreign adapters have no hash: nothing is compared.
+    """
+    if saved.get("hash", loaded["hash"]) != loaded["hash"]:
         raise UserError(
             f"these adapters belong to {saved['name']} (hash {saved['hash'][:12]}), but {loaded['name']} has other "
             f"weights (hash {loaded['hash'][:12]}): load the base that they were trained on"

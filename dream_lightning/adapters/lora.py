@@ -1,21 +1,27 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) around linear layers, in PEFT's file format."""
 
-import json
 import math
+import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from dream_lightning.errors import UserError
+from dream_lightning.adapters.peft_folder import (
+    PREFIX,
+    Adapter,
+    PeftFolder,
+    adapted_layers,
+    read_peft_folder,
+    read_peft_weights,
+)
+from dream_lightning.errors import UserError, check_range
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_PREFIX = "base_model.model."  # of names in PEFT's files
 
 
 @dataclass(frozen=True)
@@ -32,16 +38,45 @@ class LoraParams:
     """The change is multiplied by alpha / rank."""
     targets: list[Target] | Literal["all-linear"] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Kinds of layers, in every decoder layer; `all-linear` is all seven kinds. The head never gets one."""
+    adapter: str | None = None
+    """A folder or hub id of adapters that PEFT or `export --adapter true` saved, to start from. It sets the others."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise UserError(f"rank is {self.rank!r}, it must be an integer of at least 1, such as 16")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"alpha is {self.alpha}, it must be finite and above 0, such as twice the rank")
+        check_range("rank", self.rank, least=1, whole=True)
+        check_range("alpha", self.alpha, least=1e-6)
         known = get_args(Target)
-        listed = not isinstance(self.targets, str) and set() < set(self.targets) <= set(known)
+        listed = isinstance(self.targets, list | tuple | set) and set() < {*map(str, self.targets)} <= set(known)
         if not listed and self.targets != "all-linear":
             raise UserError(f"targets is {self.targets!r}: wanted all-linear, or a list of some of {', '.join(known)}")
+        if self.adapter is not None:
+            self._take_from_folder()
+
+    def _take_from_folder(self) -> None:
+        layers = self.folder.layers
+        kinds = {layer.rpartition(".")[2] for layer in layers}
+        if not kinds <= set(get_args(Target)):
+            raise UserError(f"{self.adapter} adapts {', '.join(sorted(kinds))}, wanted some of {get_args(Target)}")
+        found = {"rank": max(a.rank for a in layers.values()), "alpha": self.folder.config["lora_alpha"]}
+        default = {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj"]}
+        ours = {"rank": self.rank, "alpha": self.alpha, "targets": self.target_names}
+        for name, value in (found | {"targets": sorted(kinds)}).items():
+            if ours[name] not in (default[name], value):
+                warnings.warn(
+                    f"lora.{name} is {ours[name]}, but {value} in {self.adapter}: that is taken", stacklevel=3
+                )
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def folder(self) -> PeftFolder:
+        """What `adapter` says."""
+        return read_peft_folder(self.adapter)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """PEFT's fields that say what the adapters are; checkpoints hold them."""
+        if self.adapter is not None:
+            return self.folder.config
+        return {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.target_names}
 
     @property
     def target_names(self) -> list[str]:
@@ -52,19 +87,25 @@ class LoraLinear(nn.Module):
     """A frozen linear layer, plain or quantized, with a float32 adapter that changes nothing at first."""
 
     def __init__(
-        self, base_layer: nn.Linear, params: LoraParams, generator: torch.Generator | None, device: torch.device
+        self, base_layer: nn.Linear, adapter: Adapter, generator: torch.Generator | None, device: torch.device
     ) -> None:
         super().__init__()
-        self.base_layer, self.scale = base_layer, params.alpha / params.rank
+        self.base_layer, self.scale = base_layer, adapter.scale
         options = {"bias": False, "device": device, "dtype": torch.float32}
-        self.lora_A = skip_init(nn.Linear, base_layer.in_features, params.rank, **options)
-        self.lora_B = skip_init(nn.Linear, params.rank, base_layer.out_features, **options)
+        self.lora_A = skip_init(nn.Linear, base_layer.in_features, adapter.rank, **options)
+        self.lora_B = skip_init(nn.Linear, adapter.rank, base_layer.out_features, **options)
         nn.init.zeros_(self.lora_B.weight)
         a = torch.empty(self.lora_A.weight.shape, device="cpu")  # the same random numbers for every device
         self.lora_A.weight.data.copy_(nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
+        self.lora_bias = None
+        if adapter.has_bias:
+            self.base_layer.bias = None
+            self.lora_bias = nn.Parameter(torch.zeros(base_layer.out_features, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base_layer(x)  # [..., out]
+        if self.lora_bias is not None:
+            out = out + self.lora_bias.to(out.dtype)
         low = F.linear(x, self.lora_A.weight.to(x.dtype))  # [..., rank]
         return out + F.linear(low, (self.lora_B.weight * self.scale).to(low.dtype)).to(out.dtype)
 
@@ -88,20 +129,55 @@ def add_lora(
     Raises:
         UserError: the model has adapters already, or lacks a target.
     """
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
-        raise UserError("the model already has adapters: merge_lora them first, or load the base again")
-    layers = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in params.target_names}
+    if params.adapter is not None:
+        add_trained_lora(model, params.config, read_peft_weights(params.folder), device=device)
+        return
+    layers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in params.target_names]
     if absent := set(params.target_names) - {name.rpartition(".")[2] for name in layers}:
         raise UserError(f"{type(model).__name__} has no {', '.join(sorted(absent))}: take them out of targets")
+    _add(model, dict.fromkeys(layers, Adapter(params.rank, params.alpha / params.rank)), generator, device)
+
+
+def add_trained_lora(
+    model: nn.Module, config: dict[str, Any], state: dict[str, Tensor], *, device: torch.device | None = None
+) -> None:
+    """Add the adapters of a checkpoint or PEFT folder, as `add_lora`.
+
+    Args:
+        config: PEFT's fields, as in `LoraParams.config`.
+        state: as `adapter_state` gives it.
+    """
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    _add(model, adapted_layers(config, shapes, "the adapters"), None, device)
+    load_adapter_state(model, state)
+
+
+def _add(
+    model: nn.Module,
+    layers: dict[str, Adapter],
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> None:
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise UserError("the model already has adapters: merge_lora them first, or load the base again")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if absent := sorted(layers.keys() - linears.keys()):
+        raise UserError(f"the adapters are of another model: {type(model).__name__} has no {', '.join(absent[:4])}")
     model.requires_grad_(False)
-    for name, linear in layers.items():
-        adapted = LoraLinear(linear, params, generator, device or linear.weight.device)
-        model.set_submodule(name, adapted.train(linear.training))
+    for name, adapter in layers.items():
+        adapted = LoraLinear(linears[name], adapter, generator, device or linears[name].weight.device)
+        model.set_submodule(name, adapted.train(linears[name].training))
 
 
 def adapter_state(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The adapters in a model's state dict, under the names of PEFT's files (`base_model.model.….lora_A.weight`)."""
-    return {f"{_PREFIX}{name}": state_dict[name].detach() for name in sorted(state_dict) if ".lora_" in name}
+    names = {name: f"{PREFIX}{name.replace('.lora_bias', '.base_layer.bias')}" for name in sorted(state_dict)}
+    return {peft: state_dict[name].detach() for name, peft in names.items() if ".lora_" in name}
+
+
+def model_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `adapter_state`: tensors under the names of the model's state dict."""
+    return {n.removeprefix(PREFIX).replace(".base_layer.bias", ".lora_bias"): t for n, t in state.items()}
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -117,26 +193,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
             f"{len(wrong)} tensors do not fit the model's adapters, such as {wrong[0]}: got {got.get(wrong[0])}, "
             f"wanted {wanted.get(wrong[0])}. Use the rank and targets of their training"
         )
-    model.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}, strict=False)
-
-
-def save_peft_folder(folder: str | Path, state: dict[str, Tensor], params: LoraParams, base_name: str) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads.
-
-    `state` is that of `adapter_state`, `base_name` a folder or hub id. `export.export_adapter` writes atomically.
-    """
-    config = {
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "lora_alpha": params.alpha,
-        "peft_type": "LORA",
-        "r": params.rank,
-        "target_modules": params.target_names,
-    }
-    Path(folder).mkdir(exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    model.load_state_dict(model_names(state), strict=False)
 
 
 @torch.no_grad()
@@ -154,6 +211,8 @@ def merge_lora(model: nn.Module) -> None:
     for name, layer in layers.items():
         weight = layer.base_layer.weight
         weight.copy_(weight.float() + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight))
+        if layer.lora_bias is not None:
+            layer.base_layer.bias = nn.Parameter(layer.lora_bias.to(weight.dtype), requires_grad=False)
         model.set_submodule(name, layer.base_layer)
 
 

@@ -67,8 +67,7 @@ def compare(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def _base(opened: dict) -> str:
-    path = Path(opened["model"]).expanduser()
-    base = opened["pretrained"] or (base_of(path) if path.is_file() else None)
+    base = opened["pretrained"] or base_of(opened["model"])
     if base is None:
         raise UserError(f"with_base: {opened['model']} does not say what it was trained from: set --pretrained")
     return base

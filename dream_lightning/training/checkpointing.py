@@ -5,7 +5,6 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from dream_lightning.adapters import LoraParams, check_base
+from dream_lightning.adapters import check_base, is_peft_folder
 from dream_lightning.atomic import atomic_write
 from dream_lightning.errors import UserError, reading
 
@@ -55,12 +54,22 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not _is_local_file_protocol(path):
             return super().load_checkpoint(path, *args, **kwargs)
+        refuse_weights(Path(path))
         if Path(path).is_dir():
             raise UserError(f"{path} is a folder, a sharded checkpoint: set trainer.strategy=fsdp2, or export it")
         if not Path(path).exists():
             raise UserError(f"{path} does not exist: set ckpt_path to a checkpoint of this run, or to `last`")
         with reading_checkpoint(path):
             return super().load_checkpoint(path, *args, **kwargs)
+
+
+def refuse_weights(path: Path) -> None:
+    """Raise UserError for adapters and models without the state of a run, with the option that loads them."""
+    folder = path if path.is_dir() else path.parent
+    if is_peft_folder(path):
+        raise UserError(f"{path} holds adapters, not a checkpoint of a run: set model.lora.adapter to {folder}")
+    if path.suffix == ".safetensors" or (path / "config.json").is_file():
+        raise UserError(f"{path} holds a model, not a checkpoint of a run: set model.pretrained to {folder}")
 
 
 @contextmanager
@@ -102,11 +111,12 @@ def describe_run(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
     checkpoint["accumulate_grad_batches"] = module.trainer.accumulate_grad_batches
     checkpoint["optimizer"] = next((type(optimizer).__name__ for optimizer in module.trainer.optimizers), None)
     checkpoint["settings"], checkpoint["logged_step"] = _settings(module), module.logged_step
+    checkpoint["tokenizer"] = module.tokenizer_name
     if module.lora is not None:
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
-        checkpoint["lora"], checkpoint["base"] = asdict(module.lora), module.base
+        checkpoint["lora"], checkpoint["base"] = module.lora.config, module.base
 
 
 def check_checkpoint(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
@@ -129,8 +139,8 @@ def check_checkpoint(checkpoint: dict[str, Any], module: L.LightningModule) -> N
             f"the checkpoint's adapters are {adapters} and model.lora is {lora}: use the configuration of its run"
         )
     check_base(checkpoint["base"], module.base)
-    if len({(p.rank, p.alpha, *p.target_names) for p in (lora, LoraParams(**adapters))}) > 1:
-        raise UserError(f"the checkpoint's adapters are {adapters}, model.lora is {asdict(lora)}")
+    if adapters != lora.config:
+        raise UserError(f"the checkpoint's adapters are {adapters}, model.lora is {lora.config}")
     if (trained_on := checkpoint["base"]["quantize"]) != (now := module.base["quantize"]):
         warnings.warn(
             f"the adapters were trained with model.quantize {trained_on}, now it is {now}: answers change a little",

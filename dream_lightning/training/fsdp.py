@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dream_lightning.errors import UserError, check_range
 from dream_lightning.model import DreamModel
 from dream_lightning.model.loading import check_finite
-from dream_lightning.training.checkpointing import check_checkpoint
+from dream_lightning.training.checkpointing import check_checkpoint, refuse_weights
 from dream_lightning.training.sharded_checkpoint import read_into, read_rest, write
 
 
@@ -72,6 +72,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load the folder's weights and optimizer states and return the rest. Always `weights_only`."""
         path = Path(self.broadcast(str(checkpoint_path)))
+        refuse_weights(path)
         if path.is_file():
             raise UserError(
                 f"{path} is not a sharded checkpoint, as trainer.strategy fsdp2 needs: use the strategy that saved it, "

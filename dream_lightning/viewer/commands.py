@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dream_lightning.adapters import is_peft_folder
 from dream_lightning.batch import Example, Message
 from dream_lightning.data import read_examples, tokenize
 from dream_lightning.data.prompt_format import encode_prompt
@@ -18,7 +19,7 @@ from dream_lightning.data.report import report
 from dream_lightning.data.tokenization import encode
 from dream_lightning.diffusion import corrupt
 from dream_lightning.errors import UserError, check_range, visible
-from dream_lightning.export import AUTHORS_CODE, base_of, export_adapter, export_checkpoint, model_from_checkpoint
+from dream_lightning.export import AUTHORS_CODE, export_adapter, export_checkpoint, model_from_checkpoint
 from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.viewer.conversation import Conversation
@@ -32,9 +33,9 @@ def open_model(
     """The network in eval mode, bfloat16 on a GPU and in its stored dtype on a CPU, and its tokenizer.
 
     Args:
-        model: folder in the official format, hub id, or checkpoint (.ckpt) of training.
+        model: folder in the official format, hub id, checkpoint (.ckpt) of training, or folder of adapters from PEFT.
         tokenizer: folder, hub id or `bytes`. Default: the model's own.
-        pretrained: what the training of a checkpoint started from; a checkpoint of adapters knows it.
+        pretrained: what the training of a checkpoint or of adapters started from; by default as it says.
         device: cpu, cuda, cuda:1, …; auto uses a GPU if there is one.
 
     Raises:
@@ -43,14 +44,13 @@ def open_model(
     path = Path(model).expanduser()
     if path.suffix == ".ckpt" and not path.exists():
         raise UserError(f"{path} does not exist: name a checkpoint, a folder in the official format or a hub id")
-    if path.is_file():
-        network = model_from_checkpoint(path, pretrained=pretrained)
-        pretrained = pretrained or base_of(path)
-        if (tokenizer or pretrained) is None:
-            raise UserError(f"{path} holds no tokenizer: set tokenizer, or pretrained to what training started from")
+    if path.suffix == ".ckpt" or path.is_file() or is_peft_folder(path):
+        network, source = model_from_checkpoint(path, pretrained=pretrained)
     else:
-        network = DreamModel.from_pretrained(model)
-    tokenizer = load_tokenizer(tokenizer or pretrained or model)
+        network, source = DreamModel.from_pretrained(model), pretrained or model
+    if (tokenizer or source) is None:
+        raise UserError(f"{path} holds no tokenizer: set tokenizer, or pretrained to what training started from")
+    tokenizer = load_tokenizer(tokenizer or source)
     check_tokenizer(tokenizer, network.config)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,7 +138,9 @@ def show(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def export(parser: ArgumentParser, arguments: list[str]) -> None:
     """Write a checkpoint as a folder in the official format, or its adapters as a PEFT folder."""
-    parser.add_argument("--checkpoint", type=str, required=True, help="a file, or the folder of a sharded run")
+    parser.add_argument(
+        "--checkpoint", type=str, required=True, help="a file, the folder of a sharded run, or adapters of PEFT"
+    )
     parser.add_argument("--folder", type=str, required=True, help="to write; new or empty")
     parser.add_argument("--pretrained", type=str | None, default=None, help="what training started from")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="folder, hub id or bytes; of pretrained")

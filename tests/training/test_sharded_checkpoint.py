@@ -24,7 +24,7 @@ pytestmark = pytest.mark.xdist_group("sharded_checkpoint")  # one launch of proc
 SIZES = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 33, "num_hidden_layers": 2}
 IDS = {"mask_token_id": 90, "pad_token_id": 91, "bos_token_id": 91, "eos_token_id": 91}
 CONFIG = DreamConfig(**SIZES, **IDS, num_attention_heads=6, num_key_value_heads=2)
-LORA = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}
+LORA = LoraParams(rank=4, alpha=8.0, targets=["q_proj", "v_proj"])
 
 # One of two processes, gloo: shards every tensor of every checkpoint by rows and saves it.
 SAVE = """
@@ -53,7 +53,7 @@ def random_dream() -> DreamModel:
 
 def adapted() -> DreamModel:
     model = random_dream()
-    add_lora(model, LoraParams(**LORA))
+    add_lora(model, LORA)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -72,7 +72,7 @@ def saved(tmp_path_factory):
     torch.save(common | {"state_dict": full}, folder / "full.pt")
     trained = {f"model.{n}": p.detach() for n, p in adapted().named_parameters() if p.requires_grad}
     base = {"name": str(folder / "base"), "hash": base_hash(weight_files(folder / "base"))}
-    torch.save(common | {"state_dict": trained, "lora": LORA, "base": base}, folder / "adapters.pt")
+    torch.save(common | {"state_dict": trained, "lora": LORA.config, "base": base}, folder / "adapters.pt")
     commands = [[sys.executable, "-c", SAVE, str(folder), str(rank)] for rank in (0, 1)]
     processes = [subprocess.Popen(c, env=os.environ | {"OMP_NUM_THREADS": "1"}) for c in commands]
     assert [process.wait(120) for process in processes] == [0, 0]

@@ -320,7 +320,7 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = _for_users(error)
+        message = for_users(error)
         is_news = _is_news(message or str(error), launcher)
         if os.environ.get(TRACEBACK) == "1" or message is None:
             raise
@@ -349,8 +349,8 @@ def _is_news(message: str, launcher: int) -> bool:
     return message not in said and not (message == DIED and said)
 
 
-def _for_users(error: BaseException) -> str | None:
-    """The innermost message for users in the chain of causes: the parser wraps what classes raise."""
+def for_users(error: BaseException) -> str | None:
+    """The message for users in the chain of causes: the parser wraps what classes raise."""
     if isinstance(error, OSError) and disk_refuses(error):
         return f"{error}: make room, or set trainer.logger.init_args.save_dir and data.cache_dir to another disk"
     chain = [error]
@@ -360,7 +360,7 @@ def _for_users(error: BaseException) -> str | None:
         port = os.environ.get("MASTER_PORT")
         return f"port {port} is in use by another program: set MASTER_PORT to a free one, or unset it"
     for kind, modules in _TOLD.items():
-        for e in reversed(chain):
+        for e in chain if kind is UserError else reversed(chain):  # a UserError names the file in which another arose
             if isinstance(e, kind):
                 *_, (frame, _) = traceback.walk_tb(e.__traceback__)
                 if frame.f_globals["__name__"].startswith(modules):

@@ -22,6 +22,8 @@ def reading(path: str | Path, wanted: str, remedy: str = "download or copy it ag
         UserError: the file cannot be read, or is not what `wanted` says, such as "a JSON object".
     """
     try:
+        if (file := Path(path)).exists() and not (file.is_file() or file.is_dir()):  # to open it could wait forever
+            raise UserError(f"{path} is a pipe or device, wanted {wanted}: write its content to a file")
         yield
     except (UserError, MemoryError):
         raise

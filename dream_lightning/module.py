@@ -105,7 +105,8 @@ class DreamModule(L.LightningModule):
         if tokenizer is None and pretrained is None:
             raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
         check_range("warmup_fraction", warmup_fraction, least=0, most=1)
-        check_range("gradient_checkpointing", int(gradient_checkpointing), least=0, whole=True)
+        if not isinstance(gradient_checkpointing, bool):
+            check_range("gradient_checkpointing", gradient_checkpointing, least=0, whole=True)
         check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
         model_factory.check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
         check_cart_p(cart_p)

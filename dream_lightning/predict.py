@@ -140,7 +140,7 @@ class PredictionFile:
                 try:
                     if line.endswith(b"\n"):
                         lines.setdefault(json.loads(line)["number"], line)
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(f"{file} has a line that is no prediction ({line!r:.160}). {REMEDY}") from error
         return lines
 

@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dream_lightning.batch import LossTerms
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, check_range
 
 Normalizer = Literal["maskable", "masked", "micro_batch"]
 
 
 def check_focal(alpha: float, gamma: float) -> None:
     """Raise UserError for a focal reweighting out of its range."""
+    check_range("focal_alpha", alpha)
+    check_range("focal_gamma", gamma)
     if alpha <= 0 or gamma < 0:
         raise UserError(f"focal_alpha is {alpha} and focal_gamma {gamma}: wanted above 0, and at least 0 (0 is none)")
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, check_range
 
 Weighting = Literal["original", "linear", "cart", "none"]
 
@@ -70,6 +70,7 @@ def cart_weights(context: Tensor, *, p: float, document_ids: Tensor | None = Non
 
 def check_cart_p(p: float) -> None:
     """Raise UserError for a p outside (0, 1]."""
+    check_range("cart_p", p)
     if not 0 < p <= 1:
         raise UserError(f"cart_p is {p}, wanted a probability in (0, 1]: the authors train with 0.1")
 

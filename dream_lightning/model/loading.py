@@ -25,8 +25,9 @@ def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOIN
     Raises UserError if it is neither a folder nor a reachable hub id, or has no config.json and `files` includes it.
     """
     path = Path(path_or_hub_id).expanduser()
-    if path.is_file():
-        raise UserError(f"{path} is a file: name the folder that holds it")
+    if path.exists() and not path.is_dir():
+        kind = "file" if path.is_file() else "pipe or device"
+        raise UserError(f"{path} is a {kind}: name the folder that holds it")
     if not path.is_dir():
         try:
             path = Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=list(files)))

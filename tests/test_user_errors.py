@@ -1,9 +1,12 @@
 import json
 import math
+import os
 
 import pytest
 
+from dream_lightning import DreamModel
 from dream_lightning.errors import UserError, check_range, reading
+from dream_lightning.export import model_from_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,11 @@ def test_a_number_out_of_range_is_refused_by_name(value):
 def test_what_is_no_number_is_refused_by_name(value, whole):
     with pytest.raises(UserError, match=f"^steps is .*, wanted a {'whole' if whole else 'finite'} number at least 1$"):
         check_range("steps", value, least=1, whole=whole)
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe or device, wanted a checkpoint"):
+        model_from_checkpoint(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe or device: name the folder"):
+        DreamModel.from_pretrained(tmp_path / "pipe")

@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +237,13 @@ def _with_thinking(item: Item, tokenizer: PreTrainedTokenizerBase) -> Item:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("dream_lightning", "torch", "lightning", "transformers", "math-verify")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    versions = {"python": platform.python_version()}
+    for name in ("dream_lightning", "torch", "lightning", "transformers", "math-verify"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # such as a checkout on PYTHONPATH
+            versions[name] = "not installed"
+    return versions
 
 
 def _device_name() -> str:

@@ -5,6 +5,7 @@ for fast ones. With `trust_remote_code` transformers expects the authors' code i
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ def export_model(
         max_shard_size: of one file; the default gives the official four files for the 7B.
     """
     _check_plain(model)
+    if not re.fullmatch(r"[1-9]\d{0,8}[KMGT]B", max_shard_size):
+        raise UserError(f"max_shard_size is {max_shard_size}, wanted a size such as 5GB or 500MB")
     if tokenizer is not None:
         fast = tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else load_tokenizer(tokenizer)
         check_tokenizer(fast, model.config)

@@ -240,4 +240,7 @@ def test_incomplete_models_are_refused(model, tmp_path):
         export_model(model, tmp_path / "out")
     with torch.device("meta"), pytest.raises(ValueError, match="meta device"):
         export_model(DreamModel(model.config), tmp_path / "out")
+    for size in ("abc", "0GB", "-1GB"):
+        with pytest.raises(ValueError, match=f"max_shard_size is {size}, wanted"):
+            export_model(model.float(), tmp_path / "out", max_shard_size=size)
     assert not list(tmp_path.iterdir())

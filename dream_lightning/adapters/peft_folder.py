@@ -73,14 +73,15 @@ def read_peft_folder(folder_or_hub_id: str | Path) -> PeftFolder:
         if not file.is_file():
             raise UserError(f"{path} has no {file.name}, wanted a folder that PEFT saved, with {CONFIG} and {WEIGHTS}")
     with reading(path / CONFIG, "PEFT's JSON object"):
-        fields = {name: value for name, value in json.loads((path / CONFIG).read_text("utf-8")).items() if value}
+        fields = json.loads((path / CONFIG).read_text("utf-8")).items()
+        fields = {name: value for name, value in fields if value or name in ("r", "lora_alpha")}
         if (kind := fields.get("peft_type")) != "LORA":
             raise UserError(f"{path / CONFIG}: peft_type is {kind}, wanted LORA")
         odd = sorted(fields.keys() - _READ.keys() - set(_WITHOUT_EFFECT))
         if (start := fields.get("init_lora_weights", True)) not in (True, "gaussian", "orthogonal"):
             odd.append(f"init_lora_weights {start}, which changes the base")
-        if fields.get("bias") == "all":
-            odd.append("bias all")
+        if (bias := fields.get("bias", "none")) not in ("none", "lora_only"):
+            odd.append(f"bias {bias}")
         if odd:
             raise UserError(f"{path / CONFIG} has {', '.join(odd)}: not supported, as it makes another network")
         config = {name: _READ[name] for name in ("r", "lora_alpha")}
@@ -92,6 +93,8 @@ def read_peft_folder(folder_or_hub_id: str | Path) -> PeftFolder:
         base_hash = (file.metadata() or {}).get("base_hash")
     with reading(path / CONFIG, "PEFT's JSON object"):
         layers = adapted_layers(config, shapes, path)
+    if config.pop("exclude_modules", None):  # PEFT 0.13 does not know it
+        config["target_modules"] = sorted(layers)
     base = {"name": fields.get("base_model_name_or_path"), "hash": base_hash}
     return PeftFolder(path, config, layers, {name: text for name, text in base.items() if text})
 
@@ -119,8 +122,10 @@ def adapted_layers(config: dict[str, Any], shapes: dict[str, Sequence[int]], whe
             continue
         rank = _matching(config["rank_pattern"], layer, config["r"])
         alpha = _matching(config["alpha_pattern"], layer, config["lora_alpha"])
-        check_range(f"{where}: r of {layer}", rank, least=1, whole=True)
-        check_range(f"{where}: lora_alpha of {layer}", alpha)
+        for field, value, limits in (("r", rank, {"least": 1, "whole": True}), ("lora_alpha", alpha, {})):
+            if value is None:
+                raise UserError(f"{where}: {field} of {layer} is null, wanted a number")
+            check_range(f"{where}: {field} of {layer}", value, **limits)
         if rank != shape[0]:
             raise UserError(f"{where}: {name} has rank {shape[0]}, {CONFIG} says {rank}: copy both files again")
         if not _targeted(config["target_modules"], layer):

@@ -41,6 +41,12 @@ def open_model(
     Raises:
         UserError: the file does not exist or is no checkpoint; no tokenizer; the tokenizer does not fit the model.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion: torch without CUDA
+        raise UserError(f"device is {device} ({str(error).splitlines()[0]}): set cpu, cuda, cuda:1, …") from error
     path = Path(model).expanduser()
     if path.suffix == ".ckpt" and not path.exists():
         raise UserError(f"{path} does not exist: name a checkpoint, a folder in the official format or a hub id")
@@ -52,8 +58,6 @@ def open_model(
         raise UserError(f"{path} holds no tokenizer: set tokenizer, or pretrained to what training started from")
     tokenizer = load_tokenizer(tokenizer or source)
     check_tokenizer(tokenizer, network.config)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return network.to(device, torch.bfloat16 if device.startswith("cuda") else None).eval(), tokenizer
 
 

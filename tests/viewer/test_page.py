@@ -134,6 +134,12 @@ def test_wrong_checkpoints_are_refused(tmp_path, name, message):
         open_model(str(tmp_path / name), tokenizer="bytes")
 
 
+def test_an_unknown_device_is_refused_before_anything_loads():
+    for device in ("gpu", "cuda:99", "cuda:x"):
+        with pytest.raises(ValueError, match=f"device is {device} .*: set cpu"):
+            open_model("missing", device=device)
+
+
 def test_a_checkpoint_of_adapters_knows_its_base(model, tmp_path):
     """The tokenizer and the weights come from the base, the adapters are added."""
     export_model(model, tmp_path / "base", tokenizer="bytes")

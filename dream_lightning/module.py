@@ -126,7 +126,7 @@ class DreamModule(L.LightningModule):
         self._resumed: dict[str, Any] = {}  # of the checkpoint that training resumes from
         self._saved_step: int | None = None  # at which the weights were logged, outside of training
         self._accumulates_in_place = False
-        self.totals: StepAccumulator | None = None  # while a Trainer trains it
+        self.totals: StepAccumulator | None = None  # of the last training
         self.val_nll, self.val_answers = MeanLoss(), AnswerScores()
 
     def setup(self, stage: str) -> None:
@@ -284,7 +284,7 @@ class DreamModule(L.LightningModule):
         self._accumulates_in_place = model_factory.accumulate_in_place(self.model, enable)
 
     def on_train_end(self) -> None:
-        self.totals, self._saved_step = None, logged_step(self.trainer)
+        self._saved_step = logged_step(self.trainer)
         model_factory.accumulate_in_place(self.model, False)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:

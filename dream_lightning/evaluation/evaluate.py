@@ -101,6 +101,10 @@ class _Answerer(L.LightningModule):
     def max_prompt_length(self) -> int:
         return self.model.config.max_position_embeddings - self.sampling.max_new_tokens
 
+    def cpu(self) -> "_Answerer":
+        """Keep the device: Lightning moves a module to the host after every run, which invalidates CUDA graphs."""
+        return self
+
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Answers:
         return answer_questions(self.model, self.tokenizer, batch, self.sampling)
 

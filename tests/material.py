@@ -20,6 +20,7 @@ from dream_lightning import DreamConfig, DreamModel, DreamModule, S1KDataModule,
 from dream_lightning.adapters import LoraParams, add_lora
 from dream_lightning.export import save_tokenizer
 from dream_lightning.model_factory import random_model
+from dream_lightning.training.fsdp import local
 
 SHARED = Path(os.environ.get("DREAM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 # Of a Dream that trains in milliseconds.
@@ -64,7 +65,7 @@ def short_trainer(folder, *callbacks, **options) -> L.Trainer:
 
 
 class Recorder(L.Callback):
-    """Keeps the loss, the gradient and its norm of every optimizer step of a run."""
+    """Keeps the loss, the gradient (its shard) and its norm of every optimizer step of a run."""
 
     def __init__(self):
         self.losses, self.gradients, self.norms = [], [], []
@@ -73,7 +74,7 @@ class Recorder(L.Callback):
         if trainer.global_step > len(self.losses) + self.first:  # not in the middle of accumulation
             self.losses.append(trainer.callback_metrics["train/loss"].item())
             self.norms.append(trainer.callback_metrics["train/gradient_norm"].item())
-            gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+            gradients = [local(p.grad).flatten() for p in pl_module.parameters() if p.grad is not None]
             self.gradients.append(torch.cat(gradients))
 
     def on_train_start(self, trainer, pl_module):

@@ -22,7 +22,7 @@ from dream_lightning.evaluation.card import Item, breakdown, scores
 from dream_lightning.evaluation.pages import card_page, model_card
 from dream_lightning.model import DreamModel
 from dream_lightning.predict import PredictionWriter
-from dream_lightning.sampling import SamplingParams
+from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks.registry import TASKS, load_task
 
 
@@ -102,7 +102,8 @@ class _Answerer(L.LightningModule):
         return self.model.config.max_position_embeddings - self.sampling.max_new_tokens
 
     def cpu(self) -> "_Answerer":
-        """Keep the device: Lightning moves a module to the host after every run, which invalidates CUDA graphs."""
+        """Keep the device: Lightning moves a module to the host after every run. It also frees what CUDA graphs use."""
+        release_compiled(self.model)
         return self
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Answers:

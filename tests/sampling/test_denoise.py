@@ -222,6 +222,21 @@ def test_an_average_above_the_masks_of_a_row_overwrites_the_row_with_masks_as_th
         assert lost.sum() == 1 and (end.x[row][lost] == MASK).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "averaged"),
+    [({}, True), ({"temperature": 0.01}, False), ({"alg_temp": 1.0}, False), ({"forbid_mask": True}, False)],
+    ids=str,
+)
+def test_only_without_noise_a_row_counts_the_masks_of_the_others(deep, prompts, options, averaged):
+    """Two rows, of which one predicts masks only: the other one's count is its own, unless it follows the authors."""
+    ids = prompts(2)
+    params = SamplingParams(max_new_tokens=8, steps=2, **options)
+    together = denoised(deep.config, ids, params, [3, MASK])
+    alone = denoised(deep.config, ids[:1], params, [3])
+    same = torch.equal(together.x[0], alone.x[0]) and torch.equal(together.filled_at[0], alone.filled_at[0])
+    assert same != averaged
+
+
 @pytest.mark.parametrize("first", [0, 2, 3])
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {}, {"threshold": 0.9}], ids=str)
 def test_logits_that_are_not_finite_are_reported_with_their_step(deep, prompts, options, first):

@@ -177,16 +177,11 @@ def evaluate(
             runs.append([extra | _with_thinking(json.loads(line), tokenizer) for line in path.open(encoding="utf-8")])
         settings = json.loads(path.with_name(f"{path.name}.settings.json").read_text("utf-8"))
         card["model"] |= {"weights": settings["weights"], "tokenizer": settings["tokenizer"]}
-        card["tasks"][task] = {"source": found[task].source, "task": found[task].task, "records": settings["records"]}
-        card["tasks"][task] |= scores(runs, max_new_tokens=sampling.max_new_tokens)
+        about = {"source": found[task].source, "task": found[task].task, "records": settings["records"]}
+        timing["tasks"][task] = _timing(runs)
+        card["tasks"][task] = about | scores(runs, max_new_tokens=sampling.max_new_tokens)
         card["tasks"][task]["groups"] = breakdown(runs, examples)
-        answered = [item for run in runs for item in run]
-        seconds, tokens = sum(i.pop("seconds") for i in answered), sum(i["tokens"] for i in answered)
-        timing["tasks"][task] = {
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / max(seconds, 1e-9), 2),
-        }
-        items += answered
+        items += [item for run in runs for item in run]
     if trainer.is_global_zero:
         write_run(out, card, items, timing)
     return card
@@ -232,6 +227,13 @@ def _answer(answerer, examples, source, path, batch_size, devices, prompting) ->
         torch.cuda.empty_cache()
         batch_size //= 2
         print(f"out of memory: continuing with batch_size {batch_size}; answers are kept")
+
+
+def _timing(runs: Sequence[Sequence[Item]]) -> dict[str, float]:
+    """Removes the seconds of the items, which differ from run to run, and sums them."""
+    answered = [item for run in runs for item in run]
+    seconds, tokens = sum(item.pop("seconds") for item in answered), sum(item["tokens"] for item in answered)
+    return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 2)}
 
 
 def _with_thinking(item: Item, tokenizer: PreTrainedTokenizerBase) -> Item:

@@ -150,13 +150,7 @@ def evaluate(
     Raises:
         UserError: an unknown benchmark, an option out of range, or `out` holds answers with other settings.
     """
-    for option, value in (("samples", samples), ("questions", questions), ("batch_size", batch_size)):
-        check_range(option, value, least=1)
-    check_range("few_shot", few_shot, least=0)
-    if samples > 1 and not sampling.noisy:
-        raise UserError(f"samples is {samples} and sampling has no noise: set sampling.temperature, such as 0.2")
-    if not tasks:
-        raise UserError(f"tasks is empty, wanted names such as {', '.join(BENCHMARKS)}, or files of questions")
+    _check(tasks, sampling, few_shot=few_shot, samples=samples, questions=questions, batch_size=batch_size)
     found = dict(benchmark(task, sources or {}) for task in tasks)
     asked = {task: questions_of(b, count=questions, few_shot=few_shot) for task, b in found.items()}
     out, answerer = Path(out).expanduser(), _Answerer(model.eval(), tokenizer, name)
@@ -185,6 +179,17 @@ def evaluate(
     if trainer.is_global_zero:
         write_run(out, card, items, timing)
     return card
+
+
+def _check(tasks: Sequence[str], sampling: SamplingParams, **options: int | None) -> None:
+    for option, value in options.items():
+        check_range(option, value, least=0 if option == "few_shot" else 1, whole=True)
+    if options["samples"] > 1 and not sampling.noisy:
+        raise UserError(
+            f"samples is {options['samples']} and sampling has no noise: set sampling.temperature, such as 0.2"
+        )
+    if not tasks:
+        raise UserError(f"tasks is empty, wanted names such as {', '.join(BENCHMARKS)}, or files of questions")
 
 
 def write_run(out: Path, card: dict[str, Any], items: Sequence[Item], timing: dict[str, Any]) -> None:

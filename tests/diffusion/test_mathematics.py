@@ -1,6 +1,7 @@
 """Properties of corruption, weights, losses, the head and the shift."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -155,3 +156,12 @@ def test_the_shift():
     assert rows[:, 0].tolist() == [0, 0, 2, 1]
     full = align(torch.arange(4).view(1, 4, 1))
     assert full.flatten().tolist() == [0, 0, 1, 2]
+
+
+def test_focal_alpha_and_the_micro_batch_normalizer_by_hand():
+    nll, weight = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 3.0])
+    total = sum(0.25 * (1 - math.exp(-n)) ** 2 * n * w for n, w in ((0.5, 1.0), (2.0, 3.0)))
+    terms = reduce_nll(nll, weight, normalizer="micro_batch", focal_alpha=0.25, focal_gamma=2.0)
+    assert (terms.sum.item(), terms.count.item()) == (pytest.approx(total / 2), 1)
+    empty = reduce_nll(nll[:0], weight[:0], normalizer="micro_batch")
+    assert (empty.sum.item(), empty.count.item()) == (0, 1)

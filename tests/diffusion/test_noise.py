@@ -50,6 +50,12 @@ def test_stratified_t_covers_every_window():
         assert gaps.max() < 2.1 / 16
 
 
+def test_negative_epochs_share_an_offset_of_their_own():
+    ids, epoch = torch.arange(9), lambda number: torch.full((9,), number)
+    t = [stratified_t(0, epoch(number), ids) for number in (-2, -1, 0)]
+    assert torch.equal(t[0], t[1]) and not torch.equal(t[1], t[2])
+
+
 def test_t_is_uniform_over_epochs():
     """Over the epochs the t of any one sample is uniform."""
     epochs = torch.arange(4000)

@@ -1,13 +1,14 @@
 """Filters, draws and confidences."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.sampling import SamplingParams
-from dream_lightning.sampling.token_sampling import choose_tokens, draw, token_probabilities
+from dream_lightning.sampling.token_sampling import choose_tokens, constrain, draw, token_probabilities
 
 A = [0.1, 0.5, 0.4]
 TIES = torch.tensor([3.0, 1.0, 2.0, 2.0]).softmax(-1).tolist()
@@ -61,3 +62,9 @@ def test_draws_reach_both_ends_of_the_vocabulary_and_no_improbable_token():
     assert draw(probs, torch.tensor([0.0, 0.5, 1 - 2.0**-24])).tolist() == [7, 100_000, 100_000]
     flat = torch.full((2, 152_064), 1 / 152_064)
     assert draw(flat, torch.tensor([0.0, 1 - 2.0**-24])).tolist() == [0, 152_063]
+
+
+def test_eos_is_allowed_from_the_position_after_the_minimum_on():
+    canvas, columns = SimpleNamespace(prompt_length=4, eos_token_id=1, mask_token_id=2), torch.tensor([4, 5, 6])
+    logits = constrain(torch.zeros(3, 3), columns, canvas, SamplingParams(min_new_tokens=2))
+    assert logits.isinf().tolist() == [[False, True, False], [False, True, False], [False, False, False]]

@@ -7,7 +7,7 @@ import torch
 
 from dream_lightning.sampling import SamplingParams, denoising_steps
 from dream_lightning.sampling.cached_forward import CachedForward, locate
-from dream_lightning.sampling.canvas import prepare
+from dream_lightning.sampling.canvas import ORDER, TOKEN, Canvas, prepare
 from dream_lightning.sampling.denoise import reverse_process
 from dream_lightning.sampling.unmasking import rule_of
 
@@ -107,6 +107,13 @@ def test_noise_is_a_function_of_seed_and_sample(deep, prompts, run):
     out = run(deep, ids, sample_ids=torch.tensor([0, 1, 2, 1]), **NOISY).sequences
     assert torch.equal(out[1], out[3]) and len({tuple(row.tolist()) for row in out}) == 3
     assert not torch.equal(run(deep, ids, seed=1, **NOISY).sequences, run(deep, ids, **NOISY).sequences)
+
+
+def test_tokens_and_their_order_have_noise_of_their_own(deep, prompts, run, monkeypatch):
+    asked, uniforms = [], Canvas.uniforms
+    monkeypatch.setattr(Canvas, "uniforms", lambda *a: (asked.append(a[2:]), uniforms(*a))[1])
+    run(deep, prompts(1), steps=2, **NOISY)
+    assert asked == [(0, TOKEN), (0, ORDER), (1, TOKEN), (1, ORDER)]
 
 
 NOISY_DEFAULT, BLOCKS, STOP = {"temperature": 1.0, "steps": 4}, {"block_length": 8}, {"stop_at_eos": True}
@@ -235,6 +242,14 @@ def test_only_without_noise_a_row_counts_the_masks_of_the_others(deep, prompts, 
     alone = denoised(deep.config, ids[:1], params, [3])
     same = torch.equal(together.x[0], alone.x[0]) and torch.equal(together.filled_at[0], alone.filled_at[0])
     assert same != averaged
+
+
+def test_a_row_that_is_infilled_counts_its_own_masks(deep, prompts, run):
+    ids = prompts(2, length=20)
+    ids[0, 2:6] = ids[1, 2:18] = MASK
+    options = {"infill": True, "max_new_tokens": 0, "steps": 4, "forbid_mask": False}
+    together, alone = run(deep, ids, **options), run(deep, ids[:1], **options)
+    assert torch.equal(together.history[:, 0], alone.history[:, 0])
 
 
 @pytest.mark.parametrize("first", [0, 2, 3])

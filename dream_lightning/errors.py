@@ -22,7 +22,8 @@ def reading(path: str | Path, wanted: str, remedy: str = "download or copy it ag
         UserError: the file cannot be read, or is not what `wanted` says, such as "a JSON object".
     """
     try:
-        if (file := Path(path)).exists() and not (file.is_file() or file.is_dir()):  # to open it could wait forever
+        # To open a pipe could wait forever. A string names a row or a source, and rows are many.
+        if isinstance(path, Path) and path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is a pipe or device, wanted {wanted}: write its content to a file")
         yield
     except (UserError, MemoryError):

@@ -70,7 +70,7 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
     does not exist, is broken or has no rows.
     """
     path = Path(source)
-    with reading(source, "a file, a folder or the name of a hub data set", "correct the name"):
+    with reading(str(source), "a file, a folder or the name of a hub data set", "correct the name"):
         path = path.expanduser()
         is_folder, exists = path.is_dir(), path.exists()
     if source == "bundled":

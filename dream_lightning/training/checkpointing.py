@@ -79,7 +79,7 @@ def reading_checkpoint(path: str | Path) -> Iterator[None]:
     Raises:
         UserError: it is incomplete, damaged, no checkpoint, or holds more than tensors and plain values.
     """
-    with reading(path, "a checkpoint", "use an earlier one"):
+    with reading(Path(path), "a checkpoint", "use an earlier one"):
         with zipfile.ZipFile(path) as file:
             if (damaged := file.testzip()) is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")

@@ -69,5 +69,8 @@ def without_overlap(examples: list[Example], other: list[Example]) -> tuple[list
 
 def question_key(example: Example) -> str:
     """Equal for copies of a question: words, digits and operators of the user messages, without case and spacing."""
-    text = "\n".join(message["content"] for message in example.prompt if message["role"] == "user")
+    return text_key("\n".join(message["content"] for message in example.prompt if message["role"] == "user"))
+
+
+def text_key(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+|[-+*/^=<>]", text.casefold())) or "".join(text.split())

@@ -3,15 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from dream_lightning.batch import Example, Message
+from dream_lightning.batch import Example
 from dream_lightning.data import read_examples
-from dream_lightning.data.splits import question_key
+from dream_lightning.data.splits import text_key
 from dream_lightning.errors import check_range
 
 
@@ -73,25 +72,22 @@ def _matches(training: Iterable[Example], questions: Sequence[Example], n: int) 
     numbers_of_key: dict[str, list[int]] = {}
     numbers_of_gram: dict[tuple[str, ...], list[int]] = {}
     for number, example in enumerate(questions):
-        numbers_of_key.setdefault(_key(example, example.prompt[-1]), []).append(number)
+        numbers_of_key.setdefault(text_key(example.prompt[-1]["content"]), []).append(number)
         words = _words(example.prompt[-1]["content"])
         for gram in {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}:
             numbers_of_gram.setdefault(gram, []).append(number)
     begins = {gram[:2] for gram in numbers_of_gram}  # most places are none: comparing two words is five times faster
     for example in training:
         for message in example.prompt:
-            for number in numbers_of_key.get(_key(example, message), ()) if message["role"] == "user" else ():
-                yield number, example, "exact"
+            if message["role"] == "user":
+                for number in numbers_of_key.get(text_key(message["content"]), ()):
+                    yield number, example, "exact"
         for text in (*(m["content"] for m in example.prompt), f"{example.thinking or ''} {example.answer}"):
             words = _words(text)
             for i, begin in enumerate(pairwise(words)):
                 if begin in begins:
                     for number in numbers_of_gram.get(tuple(words[i : i + n]), ()):
                         yield number, example, "ngram"
-
-
-def _key(example: Example, message: Message) -> str:
-    return question_key(replace(example, prompt=(message,)))
 
 
 def _words(text: str) -> list[str]:

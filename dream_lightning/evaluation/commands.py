@@ -1,4 +1,4 @@
-"""The commands `evaluate` and `compare`."""
+"""The commands `evaluate`, `evaluate-grid` and `compare`."""
 
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from dream_lightning.evaluation.evaluate import evaluate as evaluate_model
 from dream_lightning.evaluation.grid import evaluate_grid as answer_grid
 from dream_lightning.export import base_of
 from dream_lightning.model import load_tokenizer
-from dream_lightning.viewer.commands import open_model
+from dream_lightning.viewer.commands import open_model, parse
+
+_GIVEN = {"model", "tokenizer", "tasks", "name"}  # arguments of `evaluate_model` that are no options
 
 
 def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -21,11 +23,7 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--tasks", type=str | list[str], required=True, help="benchmarks or files: gsm8k,math500")
     parser.add_argument("--show_prompts", type=int, default=0, help="print so many prompts of each benchmark and end")
     parser.add_argument("--with_base", type=bool, default=False, help="evaluate what was fine-tuned too, and compare")
-    opening = parser.add_function_arguments(open_model, as_positional=False)
-    skip = {"model", "tokenizer", "tasks", "name"}
-    asking = parser.add_function_arguments(evaluate_model, as_positional=False, skip=skip)
-    options = parser.instantiate(parser.parse_args(arguments))
-    opened, asked = ({name: options[name] for name in names} for names in (opening, asking))
+    options, opened, asked = parse(parser, arguments, open_model, evaluate_model, skip=_GIVEN)
     tasks = options.tasks.split(",") if isinstance(options.tasks, str) else options.tasks
     tasks = [task.strip() for task in tasks if task.strip()]
     if options.show_prompts:
@@ -45,18 +43,14 @@ def evaluate_grid(parser: ArgumentParser, arguments: list[str]) -> None:
     """Answer one benchmark with every combination of sampling options: accuracy against speed."""
     parser.add_argument("--task", type=str, required=True, help="a benchmark or file")
     parser.add_argument("--grid", type=dict[str, list], required=True, help="'{steps: [64, 128], alg: [entropy]}'")
-    opening = parser.add_function_arguments(open_model, as_positional=False)
-    skip = {"model", "tokenizer", "tasks", "name"}
-    asking = parser.add_function_arguments(evaluate_model, as_positional=False, skip=skip)
-    parser.set_defaults({"out": "grid"})
-    options = parser.instantiate(parser.parse_args(arguments))
-    model, tokenizer = open_model(**{name: options[name] for name in opening})
-    asked = {name: options[name] for name in asking}
-    grid = answer_grid(model, tokenizer, options.task, name=options.model, grid=options.grid, **asked)
+    parser.add_argument("--out", type=str, default="grid", help="the folder to write")
+    options, opened, asked = parse(parser, arguments, open_model, evaluate_model, skip=_GIVEN | {"out"})
+    model, tokenizer = open_model(**opened)
+    grid = answer_grid(model, tokenizer, options.task, name=options.model, grid=options.grid, out=options.out, **asked)
     for row in grid["rows"]:
         speed = f"{row['tokens_per_forward']:.2f} tokens/forward   {row['tokens_per_second']:,.0f} tokens/s"
         print(f"{row['sampling']:40} {percent(row['accuracy'], row['interval'])}   {speed}")
-    print(f"AUP {grid['aup']:.1f}   page: {(Path(asked['out']) / 'grid.html').resolve()}")
+    print(f"AUP {grid['aup']:.1f}   page: {(Path(options.out) / 'grid.html').resolve()}")
 
 
 def compare(parser: ArgumentParser, arguments: list[str]) -> None:

@@ -1,6 +1,6 @@
 """The commands of `dream-lightning` that load a model or data to look at them, or to export it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -61,12 +61,17 @@ def open_model(
     return network.to(device, torch.bfloat16 if device.startswith("cuda") else None).eval(), tokenizer
 
 
-def _parse(parser: ArgumentParser, arguments: list[str], *functions: Callable[..., Any]) -> list[Any]:
-    """The parsed options, then those that are the keyword arguments of each function."""
-    names = []
-    for function in functions:
-        skip = {"example", "tokenizer"} if function is encode else set()
-        names.append(parser.add_function_arguments(function, as_positional=False, skip=skip))
+_GIVEN = {"example", "tokenizer"}  # arguments of `encode` that are no options
+
+
+def parse(
+    parser: ArgumentParser, arguments: list[str], *functions: Callable[..., Any], skip: Set[str] = frozenset()
+) -> list[Any]:
+    """The parsed options, then those that are the keyword arguments of each function; of the last without `skip`."""
+    names = [
+        parser.add_function_arguments(f, as_positional=False, skip=set(skip) if f is functions[-1] else set())
+        for f in functions
+    ]
     options = parser.instantiate(parser.parse_args(arguments))
     return [options, *({name: options[name] for name in group} for group in names)]
 
@@ -75,7 +80,7 @@ def _parse_sampling(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, 
     """The parsed options, and the model and the tokenizer that they name."""
     parser.add_argument("--system_prompt", type=str | None, default=None, help="replaces the one of the chat template")
     parser.add_argument("--params", type=SamplingParams, default=SamplingParams(forbid_mask=True), help="sampling")
-    options, opened = _parse(parser, arguments, open_model)
+    options, opened = parse(parser, arguments, open_model)
     if options.device != "auto":
         try:
             torch.zeros(1, device=options.device).tolist()
@@ -111,7 +116,7 @@ def show_denoising(parser: ArgumentParser, arguments: list[str]) -> None:
 def data_report(parser: ArgumentParser, arguments: list[str]) -> None:
     """Lengths of a data set in tokens, and what a length limit does to it."""
     parser.add_argument("--tokenizer", type=str, required=True, help="folder or hub id, or bytes")
-    options, reading, encoding = _parse(parser, arguments, read_examples, encode)
+    options, reading, encoding = parse(parser, arguments, read_examples, encode, skip=_GIVEN)
     documents = tokenize(read_examples(**reading), load_tokenizer(options.tokenizer), **encoding)
     print(report(documents, max_length=options.max_length, overflow=options.overflow))
 
@@ -122,7 +127,7 @@ def show(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--row", type=int, default=1, help="number of the record, from 1")
     parser.add_argument("--t", type=float, default=0.5, help="probability of a mask in the response, 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of the mask")
-    options, reading, encoding = _parse(parser, arguments, read_examples, encode)
+    options, reading, encoding = parse(parser, arguments, read_examples, encode, skip=_GIVEN)
     check_range("t", options.t, least=0, most=1)
     check_range("seed", options.seed, least=0)
     examples, row, tokenizer = read_examples(**reading), options.row, load_tokenizer(options.tokenizer)

@@ -33,9 +33,9 @@ _SAMPLING = {field.name for field in fields(SamplingParams)}
 class DreamLM(TemplateLM):
     """The LM of lm_eval that answers with a Dream.
 
-    `loglikelihood` is the lower bound −`nll_bounds`. `is_greedy` says whether the model, with the continuation masked,
-    fills it in as it is, the most
-    probable token of all at each step. Prompts that do not fit are cut on the left with a warning.
+    `loglikelihood` is the lower bound −`nll_bounds`. `is_greedy` says whether the model fills in the masked
+    continuation as it is, at each step the most probable token of all. Prompts that do not fit are cut on the left with
+    a warning.
 
     Args:
         pretrained: folder, hub id or checkpoint; or a DreamModel, with its tokenizer.

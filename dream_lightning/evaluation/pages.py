@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dream_lightning.evaluation.card import Item, percent
 
@@ -190,18 +193,14 @@ def _answer(item: Item) -> str:
     return f"<pre>{escape(item['prediction'])}</pre><p>Extracted: {escape(str(item['answer']))}</p>"
 
 
-def _figure(height: float):
-    from matplotlib.figure import Figure  # half a second that other commands do not spend
-
+def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
-    from matplotlib import rc_context
-
+def _svg(figure: Figure) -> str:
     file = io.StringIO()
     with rc_context({"svg.hashsalt": "dream_lightning", "svg.fonttype": "none"}):  # the same bytes for the same card
         figure.savefig(file, format="svg", metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""Atomic writes: a file or a folder appears under its name complete, or not at all."""
+"""Atomic writes: a file or a folder appears under its name complete, or not at all; and who may write where."""
 
 import errno
 import fcntl
@@ -46,6 +46,13 @@ def atomic_write(path: str | Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         raise
     finally:
         remove(partial)
+
+
+def write_texts(folder: Path, files: dict[str, str]) -> None:
+    """Write text files, name → content, one after the other, each atomically."""
+    for name, text in files.items():
+        with atomic_write(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def replace(partial: Path, path: Path) -> None:

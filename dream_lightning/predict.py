@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.distributed.tensor import DTensor
 
-from dream_lightning.atomic import PARTIAL, atomic_write, lock, on_rank_zero
+from dream_lightning.atomic import PARTIAL, atomic_write, lock, on_rank_zero, write_texts
 from dream_lightning.batch import Answers, PromptBatch
 from dream_lightning.errors import UserError, reading
 
@@ -76,8 +76,8 @@ class PredictionFile:
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Save what the answers depend on. Comes before the first answer."""
-        with atomic_write(self._settings) as partial:
-            partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        write_texts(self._settings.parent, {self._settings.name: text})
 
     def append(self, rank: int, answers: dict[int, dict[str, Any]]) -> None:
         """Append answers, keyed by the number of the question, to the rank's part."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dream_lightning.atomic import atomic_write
+from dream_lightning.atomic import write_texts
 from dream_lightning.errors import UserError, reading
 from dream_lightning.evaluation.card import Item, check_same_questions
 from dream_lightning.evaluation.pages import comparison_page
@@ -59,9 +59,7 @@ def compare(a: str | Path, b: str | Path, *, out: str | Path = "comparison", see
     out = Path(out).expanduser()
     files = {"comparison.html": comparison_page(result, flips)}
     files["comparison.json"] = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    for file, text in files.items():
-        with atomic_write(out / file) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write_texts(out, files)
     return result
 
 

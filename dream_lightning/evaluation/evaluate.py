@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.answering import answer_questions
-from dream_lightning.atomic import atomic_write
+from dream_lightning.atomic import write_texts
 from dream_lightning.batch import Answers, Example, Message, PromptBatch
 from dream_lightning.data import S1KDataModule, read_examples
 from dream_lightning.data.prompt_format import Style, response_text
@@ -166,7 +166,7 @@ def evaluate(
         for sample in range(samples):
             answerer.sampling = replace(sampling, seed=sampling.seed + sample)
             path = out / task / f"sample-{sample}.jsonl"
-            trainer = _answer(answerer, examples, found[task].source, path, batch_size, devices, prompting)
+            trainer, batch_size = _answer(answerer, examples, found[task].source, path, batch_size, devices, prompting)
             extra = {"task": task, "sample": sample}
             runs.append([extra | _with_thinking(json.loads(line), tokenizer) for line in path.open(encoding="utf-8")])
         settings = json.loads(path.with_name(f"{path.name}.settings.json").read_text("utf-8"))
@@ -203,13 +203,11 @@ def write_run(out: Path, card: dict[str, Any], items: Sequence[Item], timing: di
         "card.html": card_page(card, items, timing),
         "card.json": json.dumps(card, indent=2, ensure_ascii=False) + "\n",  # last: its presence says that all is there
     }
-    for file, text in files.items():
-        with atomic_write(out / file) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write_texts(out, files)
 
 
-def _answer(answerer, examples, source, path, batch_size, devices, prompting) -> L.Trainer:
-    """One file of predictions; resumes, and halves the batch where memory does not suffice."""
+def _answer(answerer, examples, source, path, batch_size, devices, prompting) -> tuple[L.Trainer, int]:
+    """One file of predictions; resumes. Returns the batch size, halved where memory does not suffice."""
     while True:
         data = S1KDataModule(source, tokenizer=answerer.tokenizer, batch_size=batch_size, **prompting)
         data.ask(examples, source)
@@ -223,7 +221,7 @@ def _answer(answerer, examples, source, path, batch_size, devices, prompting) ->
         )
         try:
             trainer.predict(answerer, data, return_predictions=False)
-            return trainer
+            return trainer, batch_size
         except torch.OutOfMemoryError as error:
             if batch_size == 1 or devices > 1:
                 raise UserError(

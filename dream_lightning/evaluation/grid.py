@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.atomic import atomic_write
+from dream_lightning.atomic import write_texts
 from dream_lightning.errors import UserError
 from dream_lightning.evaluation.evaluate import evaluate
 from dream_lightning.evaluation.pages import grid_page
@@ -79,7 +79,5 @@ def evaluate_grid(
     result = {"model": name, "task": task, "device": timing["device"], "rows": rows}
     result["aup"] = aup([(row["tokens_per_forward"], row["accuracy"]) for row in rows])
     files = {"grid.html": grid_page(result), "grid.json": json.dumps(result, indent=2, ensure_ascii=False) + "\n"}
-    for file, text in files.items():
-        with atomic_write(out / file) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write_texts(out, files)
     return result

@@ -104,6 +104,9 @@ def test_a_batch_that_does_not_fit_is_halved(run, monkeypatch, capsys):
     assert small == whole["tasks"]["parities"], {k: (v, small[k]) for k, v in whole["tasks"]["parities"].items()}
     assert sizes[:2] == [8, 4] and max(sizes[2:]) == 2
     assert "out of memory: continuing with batch_size 2" in capsys.readouterr().out
+    sizes.clear()
+    run("twice", batch_size=8, samples=2)
+    assert sizes.count(8) == 1  # the second sample begins with what fits
 
 
 def test_several_answers_give_pass_at_k_and_an_interval_over_questions(run, tmp_path):

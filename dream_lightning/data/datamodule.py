@@ -19,7 +19,7 @@ from dream_lightning.data.epoch_order import KeyRow, ResumableLoader, RowSampler
 from dream_lightning.data.packing import collate, collate_prompts, collate_with_cutoff, pack
 from dream_lightning.data.prompt_format import Style, encode_prompt, longer_than, response_text
 from dream_lightning.data.schemas import read_examples
-from dream_lightning.data.splits import split, warn_of_overlap
+from dream_lightning.data.splits import keep_examples, split, warn_of_overlap
 from dream_lightning.data.tokenization import Overflow, check_encoding
 from dream_lightning.errors import UserError, check_range
 from dream_lightning.tasks import load_task, task_of
@@ -48,6 +48,7 @@ class S1KDataModule(L.LightningDataModule):
             your own, see docs/evaluation.md; None is math. A record's own `task` column takes precedence if it names a
             task.
         filters: column → values that a record must have one of, such as {cot_type: [math]}.
+        training_filters: the same for the training set alone: validation stays comparable between runs.
         first_n: only the first records of the training set.
         style: `chat` uses the tokenizer's template; `plain` is "Question: … Let's think step by step. …".
         system_prompt: replaces the record's or the template's.
@@ -58,6 +59,8 @@ class S1KDataModule(L.LightningDataModule):
         extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}; also of the eos token.
         batch_size: rows of a micro-batch on each process; questions of a batch in generation.
         packing: put several whole documents into a row.
+        short_first: train on short documents first in every epoch, a curriculum, instead of shuffling them. Packed rows
+            go by their longest document.
         batch_cutoff: the authors' collation: truncate or fill all responses of a micro-batch to one drawn length.
         validation_draws: how often each validation document is noised, at evenly spread t, for a steadier `val/nll`.
         validation_questions: how many validation questions are answered and scored at every validation.
@@ -84,6 +87,7 @@ class S1KDataModule(L.LightningDataModule):
         reference_column: str | None = None,
         task: str | None = None,
         filters: dict[str, list[str]] | None = None,
+        training_filters: dict[str, list[str]] | None = None,
         first_n: int | None = None,
         style: Style = "chat",
         system_prompt: str | None = None,
@@ -94,6 +98,7 @@ class S1KDataModule(L.LightningDataModule):
         extra_weight: dict[str, float] | None = None,
         batch_size: int = 1,
         packing: bool = False,
+        short_first: bool = False,
         batch_cutoff: bool = False,
         validation_draws: int = 1,
         validation_questions: int = 32,
@@ -113,6 +118,7 @@ class S1KDataModule(L.LightningDataModule):
         self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
         self.validation_fraction, self.first_n = validation_fraction, first_n
+        self.training_filters, self.short_first = training_filters, short_first
         self.reading = {"subset": subset, "schema": schema, "filters": filters, "reference_column": reference_column}
         self.reading |= {"prompt_column": prompt_column, "response_column": response_column}
         self.reading["task"] = None if task is None else load_task(task)
@@ -140,10 +146,12 @@ class S1KDataModule(L.LightningDataModule):
         training = read_examples(self.source, split="train", **self.reading)
         if self.validation_source is None:
             training, validation = split(training, validation_fraction=self.validation_fraction, seed=self.seed)
-            return training[: self.first_n], validation
-        validation = read_examples(self.validation_source, split="validation", **self.reading)
-        warn_of_overlap(training[: self.first_n], validation)
-        return training[: self.first_n], validation
+        else:
+            validation = read_examples(self.validation_source, split="validation", **self.reading)
+        training = keep_examples(training, self.training_filters or {})[: self.first_n]
+        if self.validation_source is not None:
+            warn_of_overlap(training, validation)
+        return training, validation
 
     def tokenized(self, examples: Sequence[Example], name: str = "") -> TokenizedSet:
         """Documents of the examples, cached; a `name` prints a summary."""
@@ -240,7 +248,11 @@ class S1KDataModule(L.LightningDataModule):
         return ResumableLoader(
             KeyedItems(self.train_set),
             batch_size=self.batch_size,
-            sampler=self._sampler(self._rows(self.train_set), shuffle=True, seed=self.seed),
+            sampler=self._sampler(
+                self._rows(self.train_set),
+                seed=self.seed,
+                lengths=self.train_set.lengths.tolist() if self.short_first else None,
+            ),
             collate_fn=partial(collation, pad_token_id=self.tokenizer.pad_token_id),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -22,7 +22,8 @@ class RowSampler(DistributedSampler):
     The order is a function of (seed, epoch). Micro-batch j of rank r among W takes rows (j·W + r)·b … of it, so an
     optimizer step has the same rows for any number of micro-batches and ranks. If the last rows cannot be distributed
     evenly, the remaining ranks get copies that are not counted, so that all ranks make the same number of forwards.
-    `rows` has the documents of every row, `repeats` the uses of each row in an unshuffled pass.
+    `rows` has the documents of every row, `repeats` the uses of each row in an unshuffled pass. With the documents'
+    `lengths`, an epoch goes from short to long documents instead of being shuffled; rows go by their first document.
 
     It subclasses DistributedSampler so that Lightning does not replace it.
     """
@@ -35,12 +36,13 @@ class RowSampler(DistributedSampler):
         seed: int = 0,
         shuffle: bool = True,
         repeats: int = 1,
+        lengths: Sequence[int] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.rows = [tuple(row) for row in rows]
         self.batch_size, self.seed, self.shuffle, self.repeats = batch_size, seed, shuffle, repeats
-        self.rank, self.num_replicas = rank, world_size
+        self.lengths, self.rank, self.num_replicas = lengths, rank, world_size
         self.block = batch_size * world_size  # rows of one micro-batch over all ranks
         self.epoch = 0  # Lightning calls `set_epoch`
         self.start_row = 0  # of the epoch, over all ranks: where this pass begins
@@ -69,11 +71,16 @@ class RowSampler(DistributedSampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         # The order of documents is a permutation of documents, not of rows: packing does not change their noise.
         order = torch.randperm(sum(map(len, self.rows)), generator=generator).tolist()
-        # Consecutive rows spread t of their first, longest documents evenly: the row with the j-th smallest t goes
-        # where the j-th smallest t of 0, 1, 2, … is.
-        by_t = sorted(self.rows, key=lambda row: _t(order[row[0]]))
-        positions = sorted(range(len(self.rows)), key=_t)
-        ordered = [row for _, row in sorted(zip(positions, by_t, strict=True))]
+        if self.lengths is not None:  # documents of one length keep the shuffled order
+            by_length = sorted(range(len(order)), key=lambda document: (self.lengths[document], order[document]))
+            order = sorted(range(len(order)), key=by_length.__getitem__)  # the inverse permutation
+            ordered = sorted(self.rows, key=lambda row: order[row[0]])
+        else:
+            # Consecutive rows spread t of their first, longest documents evenly: the row with the j-th smallest t goes
+            # where the j-th smallest t of 0, 1, 2, … is.
+            by_t = sorted(self.rows, key=lambda row: _t(order[row[0]]))
+            positions = sorted(range(len(self.rows)), key=_t)
+            ordered = [row for _, row in sorted(zip(positions, by_t, strict=True))]
         return [tuple(SampleKey(self.epoch, order[document], document) for document in row) for row in ordered]
 
 

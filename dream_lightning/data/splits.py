@@ -23,6 +23,12 @@ def keep_rows(rows: list[Row], filters: dict[str, list[str]]) -> list[Row]:
     return rows
 
 
+def keep_examples(examples: list[Example], filters: dict[str, list[str]]) -> list[Example]:
+    """`keep_rows` of the examples' records."""
+    rows = [Row(example.record, example.origin.rpartition(",")[0], n) for n, example in enumerate(examples, 1)]
+    return [examples[row.number - 1] for row in keep_rows(rows, filters)]
+
+
 def split(
     examples: list[Example], *, validation_fraction: float = 0.1, seed: int = 0
 ) -> tuple[list[Example], list[Example]]:

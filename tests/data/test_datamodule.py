@@ -113,3 +113,20 @@ def test_special_tokens_in_responses_and_weights_without_effect_are_named(tmp_pa
     assert re.findall(r"extra_weight: '(.*?)' is in no response", warned) == ["</thnik>"]
     harmless = str(write_jsonl(tmp_path / "harmless.jsonl", rows()))
     assert told(tiny_data(harmless, tmp_path, **options))[1] == []
+
+
+def test_training_filters_leave_the_validation_set(tmp_path, told):
+    source = write_jsonl(tmp_path / "rows.jsonl", [row | {"kind": "ab"[n % 2]} for n, row in enumerate(rows(20))])
+
+    def parts(**options):
+        return [[e.id for e in part] for part in tiny_data(source, tmp_path, **options).read()]
+
+    (training, validation), (fewer, same) = parts(), parts(training_filters={"kind": ["b"]}, first_n=5)
+    assert same == validation
+    assert fewer == [id_ for id_ in training if int(id_.split("-")[1]) % 2 == 0][:5]
+    with pytest.raises(UserError, match=r"no row has kind in \['c'\]; values found: a, b"):
+        parts(training_filters={"kind": ["c"]})
+    data = tiny_data(source, tmp_path, short_first=True)
+    told(data)
+    order = [data.train_set.lengths[key.index] for (key,) in data.train_dataloader().sampler]
+    assert order == sorted(order)

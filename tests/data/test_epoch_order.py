@@ -60,6 +60,17 @@ def test_consecutive_packed_rows_have_evenly_spread_t():
         assert gaps.max() < 0.4 and gaps.mean() < 0.25  # independent t: 0.8 and 0.34
 
 
+def test_short_documents_first_is_a_curriculum_of_documents_in_any_packing():
+    lengths = [10 - n // 2 for n in range(10)]
+    epochs = [keys(rows=[[i] for i in range(10)], lengths=lengths, epoch=epoch) for epoch in range(2)]
+    assert all([lengths[row[0].index] for row in rows] == sorted(lengths) for rows in epochs)
+    assert epochs[0] != epochs[1]  # equal lengths are shuffled
+    assert [row[0].order for row in epochs[0]] == list(range(10))
+    packed = keys(lengths=lengths)
+    assert {d.index: d.order for row in packed for d in row} == {d.index: d.order for (d,) in epochs[0]}
+    assert [row[0].order for row in packed] == sorted(row[0].order for row in packed)
+
+
 def test_validation_keys_are_fixed_and_spread():
     once, twice = keys(shuffle=False), keys(shuffle=False, repeats=2, epoch=3)
     assert [d.index for row in once for d in row] == list(range(10))
@@ -94,9 +105,9 @@ def read(source, epoch, count=None):
     return [batch for batch, _ in zip(source, range(count or len(source)), strict=False)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_resumes_where_it_was_saved(workers):
-    whole, stopped, resumed = (loader(workers) for _ in range(3))
+@pytest.mark.parametrize(("workers", "options"), [(0, {}), (2, {}), (0, {"lengths": [n % 5 for n in range(23)]})])
+def test_a_loader_resumes_where_it_was_saved(workers, options):
+    whole, stopped, resumed = (loader(workers, **options) for _ in range(3))
     epochs = [read(whole, epoch) for epoch in range(2)]
     iterator = iter(stopped)
     assert [next(iterator) for _ in range(3)] == epochs[0][:3]

@@ -29,20 +29,25 @@ def answer_questions(
 ) -> Answers:
     """Generate, decode each response up to its first eos, and grade it by its example's task.
 
+    A row without a prompt, a question that is too long, gets an empty answer, which is wrong if it is scored.
+
     Args:
         model: a DreamModel or its CompiledDenoiser.
         with_history: keep the states of denoising.
     """
     start = time.perf_counter()
     options = {"return_history": with_history, "sample_ids": batch.sample_ids, "run_every_step": run_every_step}
-    out = diffusion_generate(model, batch.input_ids, batch.attention_mask, params=params, **options)
+    asked = batch.attention_mask.any(1)  # [B]
+    real = batch.attention_mask.clone()
+    real[:, -1] = True  # a row needs a token
+    out = diffusion_generate(model, batch.input_ids, real, params=params, **options)
     prompt_length = batch.input_ids.shape[1]
     rows = out.sequences[:, prompt_length:].tolist()
     seconds = (time.perf_counter() - start) / len(rows)
     predictions = []
-    filled, forwards = (out.filled_at >= 0).sum(1).tolist(), out.forwards.tolist()
+    filled, forwards = ((out.filled_at >= 0).sum(1) * asked).tolist(), (out.forwards * asked).tolist()
     for b, (example, ids) in enumerate(zip(batch.examples, rows, strict=True)):
-        ids = _up_to_eos(ids, tokenizer)
+        ids = _up_to_eos(ids, tokenizer) if asked[b] else []
         text = tokenizer.decode(ids, skip_special_tokens=True)
         predictions.append(
             Prediction(
@@ -54,6 +59,7 @@ def answer_questions(
                 seconds=round(seconds, 4),
                 forwards=forwards[b],
                 filled=filled[b],
+                too_long=not bool(asked[b]),
                 **vars(grade_response(text, example)),
             )
         )

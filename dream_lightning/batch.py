@@ -155,7 +155,7 @@ class PromptBatch:
     """Left-padded prompts to answer."""
 
     input_ids: Tensor  # [B, P] int64
-    attention_mask: Tensor  # [B, P] bool, False = padding
+    attention_mask: Tensor  # [B, P] bool, False = padding; a row of padding is a question that is too long to answer
     sample_ids: Tensor  # [B] int64, keys of the sampling noise
     counted: Tensor  # [B] bool, False for the copies that pad the last batch to the number of ranks
     examples: list[Example]
@@ -192,6 +192,7 @@ class Prediction:
     seconds: float  # of the batch, divided by its rows
     forwards: int = 0  # model forwards that unmasked at least one token of this response
     filled: int = 0  # positions that were unmasked, eos included
+    too_long: bool = False  # the question leaves no room for an answer: none was generated
 
 
 @dataclass

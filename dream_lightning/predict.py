@@ -231,6 +231,7 @@ class PredictionWriter(L.Callback):
         score += (
             f", {unscored} not scored" if 0 < (unscored := len(predictions) - len(verdicts)) < len(predictions) else ""
         )
+        score += f", {too_long} too long" if (too_long := sum(p["too_long"] for p in predictions)) else ""
         unparsed = sum(p["answer"] is None for p in predictions)
         print(f"{len(predictions)} questions, {unparsed} without an answer; {score}: {self.path.resolve()}")
 

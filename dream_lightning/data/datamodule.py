@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -64,6 +64,8 @@ class S1KDataModule(L.LightningDataModule):
         batch_cutoff: the authors' collation: truncate or fill all responses of a micro-batch to one drawn length.
         validation_draws: how often each validation document is noised, at evenly spread t, for a steadier `val/nll`.
         validation_questions: how many validation questions are answered and scored at every validation.
+        too_long: questions that leave the model no room for an answer: `error` names them before the model is loaded;
+            `skip` gives them an empty answer, marked `too_long` and wrong if it is scored.
         num_workers: processes that prepare batches.
         cache_dir: where tokenized sets are kept.
         seed: of the split and of the order in an epoch.
@@ -102,6 +104,7 @@ class S1KDataModule(L.LightningDataModule):
         batch_cutoff: bool = False,
         validation_draws: int = 1,
         validation_questions: int = 32,
+        too_long: Literal["error", "skip"] = "error",
         num_workers: int = 0,
         cache_dir: str = "~/.cache/dream_lightning",
         seed: int = 0,
@@ -128,7 +131,7 @@ class S1KDataModule(L.LightningDataModule):
         check_encoding(**self.encoding)
         self.batch_size, self.packing, self.batch_cutoff = batch_size, packing, batch_cutoff
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
-        self.num_workers = num_workers
+        self.num_workers, self.too_long = num_workers, too_long
         self.train_set: TokenizedSet | None = None
         self.validation_set: TokenizedSet | None = None
         self.questions: list[Example] = []
@@ -186,7 +189,8 @@ class S1KDataModule(L.LightningDataModule):
     def _ask(self, examples: list[Example], summary: str, asked: list[Example] | None = None) -> None:
         """Set the questions, by default all, and say how many of the examples can be scored.
 
-        Raises UserError if a prompt leaves the model no room for an answer, before the model is loaded.
+        A prompt that leaves the model no room for an answer becomes empty, or raises UserError, before the model is
+        loaded.
         """
         scored = len(_scored(examples))
         rank_zero_info(f"{summary}; {scored:,} of {len(examples):,} rows can be scored")
@@ -198,14 +202,18 @@ class S1KDataModule(L.LightningDataModule):
         for example in self.questions:
             length = longer_than(room, "".join(m["content"] for m in example.prompt), self.tokenizer)
             ids = [] if length else encode_prompt(example, self.tokenizer, **self.prompting)
-            self._prompts.append(ids)
             if room is not None and (length := length or len(ids)) > room:
                 too_long.append(f"{example.origin} ({length:,} tokens)")
+                ids = []
+            self._prompts.append(ids)
         if too_long:
-            raise UserError(
+            problem = (
                 f"{len(too_long)} of {len(self.questions)} questions are longer than the {room:,} tokens that the "
-                f"model's positions leave next to max_new_tokens: {', '.join(too_long[:5])}; shorten or delete them"
+                f"model's positions leave next to max_new_tokens: {', '.join(too_long[:5])}"
             )
+            if self.too_long == "error":
+                raise UserError(f"{problem}; shorten or delete them, or set too_long to skip (data.too_long)")
+            rank_zero_warn(f"{problem}; they get an empty answer")
 
     def _check_responses(self, examples: list[Example]) -> None:
         """Warn about special tokens that are spelled out, and about extra weights without effect."""

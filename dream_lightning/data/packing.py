@@ -92,7 +92,7 @@ def collate_prompts(
     """One question a row with the ids of its prompt, padded on the left to the longest."""
     keys, items = zip(*(row[0] for row in rows), strict=True)
     examples, prompts = zip(*items, strict=True)
-    length = max(map(len, prompts))
+    length = max(1, *map(len, prompts))  # prompts of questions that are too long are empty
     padding = [length - len(ids) for ids in prompts]
     return PromptBatch(
         input_ids=torch.tensor([[pad_token_id] * n + ids for n, ids in zip(padding, prompts, strict=True)]),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -124,6 +124,7 @@ def evaluate(
     few_shot: int = 0,
     style: Style = "chat",
     system_prompt: str | None = None,
+    too_long: Literal["error", "skip"] = "error",
     batch_size: int = 16,
     devices: int = 1,
 ) -> dict[str, Any]:
@@ -144,6 +145,7 @@ def evaluate(
         few_shot: answered examples of the training split before each question.
         style: of the prompt.
         system_prompt: replaces that of the chat template.
+        too_long: questions that leave no room for an answer: `error` names them, `skip` counts them as wrong.
         batch_size: questions answered at once; halved, with a message, when a GPU's memory does not suffice.
         devices: GPUs or processes to share the questions.
 
@@ -154,7 +156,7 @@ def evaluate(
     found = dict(benchmark(task, sources or {}) for task in tasks)
     asked = {task: questions_of(b, count=questions, few_shot=few_shot) for task, b in found.items()}
     out, answerer = Path(out).expanduser(), _Answerer(model.eval(), tokenizer, name)
-    prompting = {"style": style, "system_prompt": system_prompt}
+    prompting = {"style": style, "system_prompt": system_prompt, "too_long": too_long}
     card: dict[str, Any] = {"model": {"name": name, "parameters": sum(p.numel() for p in model.parameters())}}
     card["settings"] = {**prompting, "few_shot": few_shot, "batch_size": batch_size, "sampling": asdict(sampling)}
     card |= {"versions": _versions(), "tasks": {}}

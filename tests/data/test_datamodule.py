@@ -1,5 +1,6 @@
 """What S1KDataModule says and refuses before a model is loaded."""
 
+import json
 import logging
 import math
 import random
@@ -11,6 +12,8 @@ from material import SIZES, quiet_trainer, tiny_data, tiny_module, write_jsonl
 
 from dream_lightning import S1KDataModule, SamplingParams, load_tokenizer
 from dream_lightning.errors import UserError
+from dream_lightning.evaluation.evaluate import evaluate
+from dream_lightning.predict import PredictionWriter
 
 BYTES = load_tokenizer("bytes")
 
@@ -71,8 +74,8 @@ def test_questions_without_a_reference_are_not_scored_and_counted(tmp_path, told
 
 def test_the_number_of_scored_answers_is_logged(sums, tmp_path):
     trainer = quiet_trainer(limit_val_batches=1, default_root_dir=tmp_path)
-    for stage, evaluate in (("val", trainer.validate), ("test", trainer.test)):
-        evaluate(tiny_module(), tiny_data(sums, tmp_path), verbose=False)
+    for stage, score in (("val", trainer.validate), ("test", trainer.test)):
+        score(tiny_module(), tiny_data(sums, tmp_path), verbose=False)
         assert trainer.callback_metrics[f"{stage}/scored"] == 3
 
 
@@ -89,6 +92,31 @@ def test_a_question_that_is_too_long_is_named_before_the_model_is_built(tmp_path
     with pytest.raises(UserError, match=message):
         getattr(quiet_trainer(), command)(module, data)
     assert module.model is None
+
+
+def test_a_question_that_is_too_long_gets_an_empty_answer_by_option(tmp_path):
+    source = str(
+        write_jsonl(tmp_path / "rows.jsonl", [*rows(3, question="1" * 1000), {"question": "2" * 1000, "response": "x"}])
+    )
+    module = tiny_module(new_model=SIZES | {"max_position_embeddings": 256})
+    data = tiny_data(source, tmp_path, validation_source=source, predict_source=source, batch_size=2, too_long="skip")
+    trainer = quiet_trainer(callbacks=[PredictionWriter(str(tmp_path / "p.jsonl"))], default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match=r"2 of 4 questions are longer .* row 3 \(1,019 tokens\), .* empty answer"):
+        trainer.predict(module, data, return_predictions=False)
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").open()]
+    assert [line["too_long"] for line in lines] == [False, False, True, True]
+    assert [(line["prediction"], line["correct"], line["forwards"]) for line in lines[2:]] == [
+        ("", False, 0),
+        ("", None, 0),
+    ]
+    assert all(line["forwards"] for line in lines[:2])
+    trainer.validate(module, data, verbose=False)
+    assert trainer.callback_metrics["val/scored"] == 3 and trainer.callback_metrics["val/unparsed"] >= 0.33
+    out = {"name": "tiny", "sampling": module.sampling, "batch_size": 4, "out": tmp_path / "card"}
+    card = evaluate(module.model, module.tokenizer, [source], **out, too_long="skip")
+    assert (card["tasks"]["rows"]["scored"], card["settings"]["too_long"]) == (3, "skip")
+    with pytest.raises(UserError, match="or set too_long to skip"):
+        evaluate(module.model, module.tokenizer, [source], **out | {"out": tmp_path / "other"})
 
 
 def test_rows_in_training_and_validation_are_counted(tmp_path, told):

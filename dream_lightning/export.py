@@ -31,7 +31,7 @@ from dream_lightning.adapters import (
 )
 from dream_lightning.atomic import atomic_write
 from dream_lightning.errors import UserError, reading
-from dream_lightning.model import DreamConfig, DreamModel, check_tokenizer, load_tokenizer
+from dream_lightning.model import DreamConfig, DreamModel, check_same_vocabulary, check_tokenizer, load_tokenizer
 from dream_lightning.model.loading import check_finite, local_folder, weight_files
 from dream_lightning.training.checkpointing import reading_checkpoint, refuse_weights
 from dream_lightning.training.sharded_checkpoint import read_sharded
@@ -83,10 +83,15 @@ def export_checkpoint(
         pretrained: the model that training started from; by default as the checkpoint says.
         tokenizer: by default that of `pretrained`, otherwise of the training; a warning says if none is known.
         dtype: element type to write: as stored, or rounded to bfloat16 like the official weights.
+
+    Raises:
+        UserError: `tokenizer` has another vocabulary than that of the training; as `export_model`.
     """
     model, source = model_from_checkpoint(ckpt_path, pretrained=pretrained)
     if dtype != "keep":
         model.to(getattr(torch, dtype))
+    if tokenizer is not None and source is not None:
+        check_same_vocabulary(tokenizer, source)
     if (tokenizer := tokenizer or source) is None:
         warnings.warn(
             f"{ckpt_path} does not say what its tokenizer is: none is written; name it in tokenizer or pretrained",

@@ -143,6 +143,24 @@ def test_bfloat16_is_rounded_once(scratch_checkpoint, tmp_path):
     assert json.loads((written / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_a_tokenizer_with_other_ids_than_that_of_the_training_is_refused(model, tmp_path):
+    path, folder = tmp_path / "x.ckpt", tmp_path / "other"
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    checkpoint = {"state_dict": state, "dream_config": model.config.to_dict(), "tokenizer": "bytes"}
+    torch.save(checkpoint, path)
+    folder.mkdir()
+    save_tokenizer("bytes", folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"other has 2 tokens with other ids than bytes, .* such as 'a': leave"):
+        export_checkpoint(path, tmp_path / "out", tokenizer=folder)
+    torch.save(checkpoint | {"tokenizer": str(tmp_path / "gone")}, path)
+    with pytest.warns(UserWarning, match="not compared with that of the training: no tokenizer: .*gone"):
+        export_checkpoint(path, tmp_path / "out", tokenizer=folder)
+
+
 def test_full_fine_tuning_takes_the_tokenizer_from_its_base(model, sums, tmp_path):
     pytest.importorskip("bitsandbytes")
     base = export_model(model, tmp_path / "base", tokenizer="bytes")

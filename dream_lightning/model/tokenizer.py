@@ -6,6 +6,7 @@ One difference, in decoding only: `skip_special_tokens` also skips `<|im_start|>
 """
 
 import json
+import warnings
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,23 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DreamConfig) -> 
             f"the tokenizer has {len(tokenizer)} tokens and mask token {mask}, eos {eos}, the model "
             f"{config.vocab_size}, {config.mask_token_id} and {config.eos_token_id}: set model.tokenizer to the "
             "model's own folder or hub id"
+        )
+
+
+def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase | str | Path, trained_with: str | Path) -> None:
+    """Raise UserError if a token has another id than in the tokenizer of the training; warn if that is not here."""
+    given = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+    try:
+        known = load_tokenizer(trained_with)
+    except UserError as error:
+        warnings.warn(f"the tokenizer is not compared with that of the training: {error}", stacklevel=3)
+        return
+    pairs = given.get_vocab().items() ^ known.get_vocab().items()
+    if different := sorted({token for token, _ in pairs}):
+        raise UserError(
+            f"the tokenizer {tokenizer if isinstance(tokenizer, str | Path) else 'given'} has {len(different)} tokens "
+            f"with other ids than {trained_with}, the one of the training, such as {different[0]!r:.80}: leave "
+            "tokenizer out, or name the one of the training"
         )
 
 

@@ -250,13 +250,13 @@ def test_logits_of_one_chunk():
     assert logits_bytes(s, backward=False) == 2 * 4 * logits and logits_bytes(s, backward=True) == 3 * 4 * logits
 
 
-MEDIUM = DreamConfig(vocab_size=4000, hidden_size=128, intermediate_size=512, num_hidden_layers=6, **SIZES, **TOKENS)
-STEP = Setting(MEDIUM, rows=2, length=512, optimizer=partial(AdamW, foreach=False))  # as on the CPU
+MEDIUM = DreamConfig(vocab_size=2000, hidden_size=64, intermediate_size=256, num_hidden_layers=4, **SIZES, **TOKENS)
+STEP = Setting(MEDIUM, rows=2, length=256, optimizer=partial(AdamW, foreach=False))  # as on the CPU
 LORA = {"dtype": torch.bfloat16, "lora": LoraParams(targets="all-linear")}
 CHANGES = {
     "full": {},
     "kept": {"checkpointed": False},
-    "half": {"checkpointed": 3},
+    "half": {"checkpointed": 2},
     "accumulated": {"accumulation": 2},
     "float32": {"mixed": False},
     "bfloat16": {"dtype": torch.bfloat16},

@@ -1,10 +1,10 @@
-"""`kill_runs.py kills FOLDER KILLS SEED`: train until the run was killed KILLS times, then to its end.
+"""`kills(FOLDER, KILLS, SEED)`: train until the run was killed KILLS times, then to its end.
 
 This run is in FOLDER/killed, and one without kills in FOLDER/whole. Prints a line of JSON for each kill: its moment,
 how the attempt ended, what it left incomplete and the step it left saved; then one with the exit statuses of both runs.
 The kills do not depend on the speed of the machine.
 
-`kill_runs.py ranks FOLDER PORT PORT`: two processes as torchrun starts them, SIGTERM to the second; resumed. Prints
+`ranks(FOLDER, PORT, PORT)`: two processes as torchrun starts them, SIGTERM to the second; resumed. Prints
 the exit statuses of both attempts, each with a port of its own.
 """
 
@@ -14,7 +14,6 @@ import random
 import re
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -122,11 +121,3 @@ def ranks(folder: Path, first_port: str, second_port: str) -> None:
     # Before every micro-batch Lightning would ask whether a process was told to stop, which synchronizes with the GPU.
     _TrainingEpochLoop._broadcast_sigterm_tensor = None
     print(json.dumps([statuses(folder, first_port, Terminated()), statuses(folder, second_port)]))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] == "kills":
-        kills(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
-    else:
-        ranks(Path(sys.argv[2]), *sys.argv[3:])

@@ -1,11 +1,16 @@
 """Launches of processes: a port for their group, and forks, which load the imports once."""
 
+import multiprocessing
 import os
+import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch.distributed import TCPStore
 
 HOST = "127.0.0.1"
@@ -48,3 +53,42 @@ def fork(work: Callable[[], None], log: Path) -> int:
 def end(pid: int) -> int:
     """The exit status of a process, minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _begin(work: Callable, arguments: tuple, environment: dict[str, str], output: str) -> None:
+    os.setsid()
+    log = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= environment
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # workers of a DataLoader would each import torch again
+    work(*arguments)
+
+
+class Program:
+    """`work(*arguments)` in a process of its own, a fork of a server that has the imports and has computed nothing.
+
+    It leads a session, which ends with it. Its variables are those of the server and `environment`.
+    """
+
+    _context = multiprocessing.get_context("forkserver")
+    _context.set_forkserver_preload(["material"])
+
+    def __init__(self, work: Callable, *arguments: object, **environment: str) -> None:
+        with tempfile.NamedTemporaryFile(delete=False) as file:
+            self._output = Path(file.name)
+        self._process = self._context.Process(target=_begin, args=(work, arguments, environment, file.name))
+        self._process.start()
+
+    def end(self, status: int = 0) -> str:
+        """What it printed, once it has ended with this exit status."""
+        try:
+            self._process.join()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        printed = self._output.read_text()
+        self._output.unlink()
+        assert self._process.exitcode == status, printed[-6000:]
+        return printed

@@ -1,13 +1,12 @@
 """LoRA and QLoRA through Lightning: what trains, what is saved, what comes back."""
 
 import faulthandler
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import addition_rows, fit_on, output_of, save_tiny_folder, write_jsonl
+from material import addition_rows, fit_on, save_tiny_folder, write_jsonl
+from meeting import Program
 
 from dream_lightning import DreamModel, DreamModule, load_tokenizer, model_factory
 from dream_lightning.adapters import LoraParams
@@ -63,7 +62,13 @@ def test_between_processes_ddp_sends_only_what_trains(base, tmp_path):
     here needs no Python, ends the process and shows where every thread stood.
     """
     pytest.importorskip("bitsandbytes")
-    output_of(Path(__file__), base, tmp_path, "none", "float8", "nf4")
+    Program(backward_under_ddp, base, tmp_path).end()
+
+
+def backward_under_ddp(base, folder):
+    faulthandler.dump_traceback_later(280, exit=True)  # standing still is a failure that shows where
+    for kind in ("none", "float8", "nf4"):
+        one_backward_under_ddp(base, folder / kind, kind)
 
 
 def one_backward_under_ddp(base, meeting, quantize):
@@ -158,10 +163,3 @@ def test_what_cannot_work_is_refused(base, sums):
         DreamModule(base, lora={"rank": 4})
     with pytest.raises(ValueError, match="bf16-mixed"):
         fit_on(sums, module(base), precision="bf16-true", max_steps=1)
-
-
-if __name__ == "__main__":
-    faulthandler.dump_traceback_later(280, exit=True)  # standing still is a failure that shows where
-    torch.set_num_threads(1)
-    for kind in sys.argv[3:]:
-        one_backward_under_ddp(sys.argv[1], Path(sys.argv[2]) / kind, kind)

@@ -1,6 +1,6 @@
 """Two processes equal one: DDP and FSDP2 over gloo on the CPU, full and LoRA, in float32.
 
-This file is also the program that starts the processes, forks of it, which train all cases of a launch.
+A program starts the processes, forks of it, which train all cases of a launch.
 """
 
 import os
@@ -13,8 +13,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from material import Recorder, addition_rows, output_of, quiet_trainer, tiny_data, write_jsonl
-from meeting import MeetingPoint, end, fork
+from material import Recorder, addition_rows, quiet_trainer, tiny_data, write_jsonl
+from meeting import MeetingPoint, Program, end, fork
 from torch.distributed.checkpoint import FileSystemReader
 
 from dream_lightning import DreamConfig, DreamModel, DreamModule, SamplingParams, load_tokenizer
@@ -153,7 +153,6 @@ def start(launch: str, rank: int, port: str, folder: Path) -> int:
 
 def main(folder: Path, ports: list[str]) -> None:
     """All launches in turn; exits with the log of a process that failed."""
-    torch.set_num_threads(1)
     for (launch, processes), port in zip(LAUNCHES.items(), ports, strict=True):
         pids = [start(launch, rank, port, folder) for rank in range(processes)]
         for rank, pid in enumerate(pids):
@@ -175,7 +174,7 @@ def runs(tmp_path_factory):
     tokenizer.save_pretrained(folder / "base")
     meetings = [MeetingPoint() for _ in LAUNCHES]
     ports = [meeting.environment["MASTER_PORT"] for meeting in meetings]
-    output_of(Path(__file__), folder, *ports, **meetings[0].environment)
+    Program(main, folder, ports, **meetings[0].environment).end()
 
     def seen(name):
         return torch.load(folder / f"{name}.pt", weights_only=True)
@@ -257,7 +256,3 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32(runs, kind):
     assert mixed["losses"] != exact["losses"]
     assert mixed["losses"] == pytest.approx(exact["losses"], rel=1e-2)
     assert {w.dtype for w in mixed["weights"].values()} == {torch.float32}
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

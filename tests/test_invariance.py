@@ -5,7 +5,6 @@ cut of a group is the reference of the others. All cells with two ranks (gloo) r
 Every objective on packed rows is compared with the same documents in rows of their own, to 1e-6.
 """
 
-import multiprocessing
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from material import Recorder, addition_rows, short_trainer, tiny_data, tiny_module, write_jsonl
-from meeting import MeetingPoint
+from meeting import MeetingPoint, Program
 
 pytestmark = pytest.mark.xdist_group("invariance")  # one launch of processes
 TOLERANCE = 1e-5
@@ -130,8 +129,6 @@ def compute(folder: Path, objective: str, group: str, cut: Cut) -> tuple[list[fl
 
 def rank_main(rank: int, folder: Path, meeting: dict[str, str]) -> None:
     """One of the two processes: every cell with two ranks, as torchrun would start it."""
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # data workers would each import torch again
     os.environ |= meeting | {"TORCHELASTIC_RUN_ID": "invariance", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
     results = {str(cell): compute(folder, *cell) for cell in CELLS if cell[2].ranks == 2}
@@ -149,7 +146,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     meeting = MeetingPoint()
-    torch.multiprocessing.spawn(rank_main, args=(folder, meeting.environment), nprocs=2)
+    for rank in [Program(rank_main, rank, folder, meeting.environment) for rank in (0, 1)]:
+        rank.end()
     return torch.load(folder / "two ranks.pt", weights_only=True)
 
 

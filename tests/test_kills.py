@@ -2,19 +2,18 @@
 
 import json
 import signal
-from pathlib import Path
 
+import kill_runs
 import torch
-from material import logged, output_of
-from meeting import MeetingPoint
+from material import logged
+from meeting import MeetingPoint, Program
 
-KILL_RUNS = Path(__file__).with_name("kill_runs.py")
 KILLS = 20
 
 
 def test_twenty_kills_change_nothing(tmp_path):
     runs = ("whole", "killed")
-    *kills, last = map(json.loads, output_of(KILL_RUNS, "kills", tmp_path, str(KILLS), "0").splitlines())
+    *kills, last = map(json.loads, Program(kill_runs.kills, tmp_path, KILLS, 0).end().splitlines())
     assert last == {"whole": 0, "killed": 0}, [(tmp_path / n / "checkpoints.log").read_text()[-3000:] for n in runs]
     ends = {"before a change": -signal.SIGKILL, "in a save": -signal.SIGXFSZ}
     assert len(kills) == KILLS and all(kill["exit"] == ends[kill["moment"]] for kill in kills)
@@ -41,7 +40,7 @@ def test_all_ranks_stop_after_the_same_step(tmp_path):
     points = MeetingPoint(), MeetingPoint()
     ports = [point.environment["MASTER_PORT"] for point in points]
     folder = tmp_path / "checkpoints"
-    output = output_of(KILL_RUNS, "ranks", folder, *ports, **points[0].environment)
+    output = Program(kill_runs.ranks, folder, *ports, **points[0].environment).end()
     log = (tmp_path / "checkpoints.log").read_text()
     assert json.loads(output) == [[143, 143], [0, 0]], log[-3000:]
     assert log.count("SIGTERM: stopping after this optimizer step") == 1

@@ -1,44 +1,36 @@
 """From options to a network, and the kernels as an option."""
 
 import pkgutil
-import subprocess
 import sys
 
 import pytest
 import torch
+from material import short_trainer, tiny_data, tiny_module
+from meeting import Program
 from torch._inductor import async_compile
 
-from dream_lightning import load_tokenizer
+from dream_lightning import SamplingParams, diffusion_generate, load_tokenizer
 from dream_lightning.model import attention
 from dream_lightning.model_factory import install_kernels, random_model, start_compilers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-WITHOUT_KERNELS = """
-import sys, torch, lightning as L
-sys.modules["dream_lightning.kernels"] = None  # any import of it raises ImportError
-from dream_lightning import DreamModule, S1KDataModule, SamplingParams, diffusion_generate
-
-torch.cuda.is_available = lambda: True  # the question is asked, and the folder is missing
-model = DreamModule(new_model={sizes}, tokenizer="bytes")
-model.configure_model()
-torch.cuda.is_available = lambda: False
-data = S1KDataModule("bundled", tokenizer=model.tokenizer, first_n=16, validation_source="bundled", cache_dir={cache!r})
-trainer = L.Trainer(
-    accelerator="cpu", max_steps=2, limit_val_batches=0, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, default_root_dir={cache!r},
-)
-trainer.fit(model, data)
-out = diffusion_generate(model.model, torch.zeros(1, 5).long(), params=SamplingParams(max_new_tokens=4, steps=4))
-assert out.sequences.shape == (1, 9)
-assert not [name for name in sys.modules if name.startswith("dream_lightning.kernels.")]
-"""
+def train_and_sample(folder):
+    sys.modules["dream_lightning.kernels"] = None  # any import of it raises ImportError
+    torch.cuda.is_available = lambda: True  # the question is asked, and the folder is missing
+    model = tiny_module()
+    model.configure_model()
+    torch.cuda.is_available = lambda: False
+    data = tiny_data("bundled", folder, first_n=16, validation_source="bundled")
+    short_trainer(folder, max_steps=2).fit(model, data)
+    out = diffusion_generate(model.model, torch.zeros(1, 5).long(), params=SamplingParams(max_new_tokens=4, steps=4))
+    assert out.sequences.shape == (1, 9)
+    assert not [name for name in sys.modules if name.startswith("dream_lightning.kernels.")]
 
 
 def test_training_and_sampling_need_no_kernels(tmp_path):
-    code = WITHOUT_KERNELS.format(sizes=SIZES, cache=str(tmp_path))
-    subprocess.run([sys.executable, "-c", code], check=True)
+    Program(train_and_sample, tmp_path).end()
 
 
 @pytest.mark.parametrize("cuda", [True, False])

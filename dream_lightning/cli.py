@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +31,7 @@ from dream_lightning.data import S1KDataModule
 from dream_lightning.errors import UserError, check_range, reading, visible
 from dream_lightning.evaluation import commands as evaluation
 from dream_lightning.evaluation.contamination import contamination_report
+from dream_lightning.experiments import commands as experiments
 from dream_lightning.memory import out_of_memory, report, setting_from
 from dream_lightning.module import DreamModule
 from dream_lightning.sampling import SamplingParams
@@ -115,7 +116,7 @@ class _Trainer(L.Trainer):
 class DreamCLI(LightningCLI):
     """One of `TRAINER_COMMANDS`; configs are merged into `defaults/base.yaml`."""
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, **options: Any) -> None:
         extra = {"validate": ["evaluate"], "test": ["evaluate"], "predict": ["predict"]}.get(command, [])
         files = [str(DEFAULTS / f"{name}.yaml") for name in ("base", *extra)]
         self.command = command
@@ -127,6 +128,7 @@ class DreamCLI(LightningCLI):
                 parser_class=_Parser,
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={command: {"default_config_files": files}, "prog": "dream-lightning"},
+                **options,
             )
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory(setting_from(self.config[command]), error)) from error
@@ -270,6 +272,42 @@ def check_config(path: Path) -> None:
     check_yaml(text, str(path), path.resolve().parent)
 
 
+class _FitOptions(DreamCLI):
+    """The parser of `fit`'s options; builds and runs nothing."""
+
+    def __init__(self, words: list[str]) -> None:
+        super().__init__("fit", args=["fit", *words])
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    instantiate_classes = before_instantiate_classes
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def checker() -> Callable[[str, list[str]], None]:
+    """A function that exits with a message if an option of `fit` or `evaluate` is wrong, and runs nothing."""
+    made: list[_FitOptions] = []  # building the parser takes a second
+
+    def check(command: str, words: list[str]) -> None:
+        words = [f"--config={config_path(w.partition('=')[2])}" if w.startswith("--config=") else w for w in words]
+        if command == "evaluate":
+            evaluation.parse_evaluate(_Parser(prog="dream-lightning evaluate"), words)
+        elif made:
+            made[0].parser.parse_args(["fit", *words])
+        else:
+            made.append(_FitOptions(words))
+
+    return check
+
+
+def sweep(parser: LightningArgumentParser, arguments: list[str]) -> None:
+    """Train variants of a config: a list, a grid or a search with Optuna. Resumes."""
+    experiments.sweep(parser, arguments, checker())
+
+
 TRAINER_COMMANDS = {
     "fit": "Train, or resume with --ckpt_path last.",
     "validate": "Likelihood and scored answers of a checkpoint.",
@@ -279,9 +317,21 @@ TRAINER_COMMANDS = {
 }
 _FUNCTIONS = (
     *(evaluation.evaluate, evaluation.compare, evaluation.evaluate_grid, contamination_report),
+    *(sweep, experiments.report),
     *(commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export, configs),
 )
 COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
+
+
+def find_configs(words: list[str]) -> None:
+    """Replace the names of shipped configs among a command's words by their files, and check the files."""
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if option == "--config" or (i and words[i - 1] in ("-c", "--config")):
+            value = value and config_path(value)
+            words[i] = f"{option}{equals}{value}"
+        if value.endswith((".yaml", ".yml")) and Path(value).is_file():  # also of a section, as --data=FILE
+            check_config(Path(value))
 
 
 def run(arguments: list[str]) -> None:
@@ -297,15 +347,11 @@ def run(arguments: list[str]) -> None:
             print(f"  {name:16} {summary}")
     elif command in COMMANDS:
         function = COMMANDS[command]
+        if command == "sweep":
+            find_configs(rest)
         function(_Parser(prog=f"dream-lightning {command}", description=function.__doc__), rest)
     elif command in TRAINER_COMMANDS:
-        for i, word in enumerate(rest):
-            option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-            if option == "--config" or (i and rest[i - 1] in ("-c", "--config")):
-                value = value and config_path(value)
-                rest[i] = f"{option}{equals}{value}"
-            if value.endswith((".yaml", ".yml")) and Path(value).is_file():  # also of a section, as --data=FILE
-                check_config(Path(value))
+        find_configs(rest)
         sys.argv[1:] = [command, *rest]  # Lightning starts the other processes with it
         DreamCLI(command)
     else:

@@ -41,6 +41,7 @@ BELOW = {
         *("errors", "batch", "adapters", "data", "model", "sampling", "tasks", "model_factory", "export"),
         "diffusion",
     },
+    "experiments": {"errors", "atomic", "evaluation"},
     "cli": {
         *(
             "errors",
@@ -57,6 +58,7 @@ BELOW = {
             "memory",
             "viewer",
             "evaluation",
+            "experiments",
         )
     },
     "__main__": {"cli"},

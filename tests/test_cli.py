@@ -76,7 +76,7 @@ def cached_parsers():
         yield
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("experiments/")])
 @pytest.mark.parametrize("subcommand", ["fit", "predict"])
 def test_every_shipped_config_parses_by_its_name(command, cached_parsers, subcommand, name):
     options = yaml.safe_load(shipped_configs()[name].read_text())

@@ -1,6 +1,7 @@
 """The commands `evaluate`, `evaluate-grid` and `compare`."""
 
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -20,10 +21,7 @@ _GIVEN = {"model", "tokenizer", "tasks", "name"}  # arguments of `evaluate_model
 
 def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
     """Answer benchmarks and write a card with scores, intervals and texts."""
-    parser.add_argument("--tasks", type=str | list[str], required=True, help="benchmarks or files: gsm8k,math500")
-    parser.add_argument("--show_prompts", type=int, default=0, help="print so many prompts of each benchmark and end")
-    parser.add_argument("--with_base", type=bool, default=False, help="evaluate what was fine-tuned too, and compare")
-    options, opened, asked = parse(parser, arguments, open_model, evaluate_model, skip=_GIVEN)
+    options, opened, asked = parse_evaluate(parser, arguments)
     tasks = options.tasks.split(",") if isinstance(options.tasks, str) else options.tasks
     tasks = [task.strip() for task in tasks if task.strip()]
     if options.show_prompts:
@@ -37,6 +35,14 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
         del model
     if base:
         _print_comparison(compare_runs(out / "base", out / "tuned", out=out), out)
+
+
+def parse_evaluate(parser: ArgumentParser, arguments: list[str]) -> list[Any]:
+    """All options of `evaluate`, those of `open_model`, and those of `evaluate_model`."""
+    parser.add_argument("--tasks", type=str | list[str], required=True, help="benchmarks or files: gsm8k,math500")
+    parser.add_argument("--show_prompts", type=int, default=0, help="print so many prompts of each benchmark and end")
+    parser.add_argument("--with_base", type=bool, default=False, help="evaluate what was fine-tuned too, and compare")
+    return parse(parser, arguments, open_model, evaluate_model, skip=_GIVEN)
 
 
 def evaluate_grid(parser: ArgumentParser, arguments: list[str]) -> None:

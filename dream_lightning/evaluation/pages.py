@@ -47,7 +47,7 @@ def card_page(card: dict[str, Any], items: Sequence[Item], timing: dict[str, Any
         [name, s["scored"], *(_shown(s, *key) for key in _SCORES.values()), timing["tasks"][name]["tokens_per_second"]]
         for name, s in tasks.items()
     ]
-    blocks.append(_table(head, rows))
+    blocks.append(table(head, rows))
     sampled = [
         [name, key, percent(value)]
         for name, s in tasks.items()
@@ -55,20 +55,20 @@ def card_page(card: dict[str, Any], items: Sequence[Item], timing: dict[str, Any
         if key.startswith(("pass@", "maj@"))
     ]
     if sampled:
-        blocks.append("<h2>Several answers to a question</h2>" + _table(["benchmark", "score", "value"], sampled))
+        blocks.append("<h2>Several answers to a question</h2>" + table(["benchmark", "score", "value"], sampled))
     scored = {name: s for name, s in tasks.items() if "accuracy" in s}
     if scored:
         points = [(name, s["accuracy"], *s["interval"]) for name, s in scored.items()]
-        blocks.append("<h2>Accuracy</h2>" + _intervals(points, _ACCURACY))
+        blocks.append("<h2>Accuracy</h2>" + intervals(points, _ACCURACY))
     blocks.append("<h2>Length of answers</h2>" + _lengths(items))
     for name, s in scored.items():
         for column, groups in s["groups"].items():
             points = [(f"{value} ({g['scored']})", g["accuracy"], *g["interval"]) for value, g in groups.items()]
-            blocks.append(f"<h2>{escape(name)} by {escape(column)}</h2>" + _intervals(points, _ACCURACY))
+            blocks.append(f"<h2>{escape(name)} by {escape(column)}</h2>" + intervals(points, _ACCURACY))
     blocks.append("<h2>Answers</h2>" + _texts(items))
     settings = {key: card[key] for key in ("model", "settings", "versions")} | {"device": timing["device"]}
     blocks.append(f"<h2>Settings</h2><pre>{escape(json.dumps(settings, indent=2, ensure_ascii=False))}</pre>")
-    return _page(f"Evaluation of {card['model']['name']}", blocks)
+    return page(f"Evaluation of {card['model']['name']}", blocks)
 
 
 def comparison_page(comparison: dict[str, Any], flips: Iterable[tuple[Item, Item]]) -> str:
@@ -84,17 +84,17 @@ def comparison_page(comparison: dict[str, Any], flips: Iterable[tuple[Item, Item
         for name, s in comparison["tasks"].items()
     ]
     points = [(name, s["difference"], *s["interval"]) for name, s in comparison["tasks"].items()]
-    blocks = [f"<p>A: {escape(a)}<br>B: {escape(b)}</p>", _table(head, rows)]
-    blocks.append(_intervals(points, "accuracy of B − A, 95 % interval", zero=True))
+    blocks = [f"<p>A: {escape(a)}<br>B: {escape(b)}</p>", table(head, rows)]
+    blocks.append(intervals(points, "accuracy of B − A, 95 % interval", zero=True))
     blocks.append("<h2>Questions whose verdict changed</h2>")
     for n, (one, other) in enumerate(flips):
         if n == _MOST_TEXTS:
             blocks.append(f"<p class=note>The first {_MOST_TEXTS}; comparison.json names all.</p>")
             break
         better = "only B is right" if other["correct"] else "only A is right"
-        texts = "".join(f"<div>{who}: {_answer(item)}</div>" for who, item in (("A", one), ("B", other)))
-        blocks.append(_folded(f"{one['task']} · {one['id']} · {better}", one, f"<div class=two>{texts}</div>"))
-    return _page("Comparison", blocks)
+        texts = "".join(f"<div>{who}: {answer_block(item)}</div>" for who, item in (("A", one), ("B", other)))
+        blocks.append(folded(f"{one['task']} · {one['id']} · {better}", one, f"<div class=two>{texts}</div>"))
+    return page("Comparison", blocks)
 
 
 def grid_page(grid: dict[str, Any]) -> str:
@@ -108,9 +108,9 @@ def grid_page(grid: dict[str, Any]) -> str:
         for number, row in enumerate(grid["rows"], 1)
     ]
     about = f"{grid['task']} · {grid['device']} · area under accuracy × tokens per forward (AUP): {grid['aup']:.1f}"
-    blocks = [f"<p>{escape(about)}</p>", _table(head, rows)]
+    blocks = [f"<p>{escape(about)}</p>", table(head, rows)]
     for key, label in (("tokens_per_forward", "tokens per forward"), ("tokens_per_second", "tokens/s")):
-        figure, axes = _figure(3.5)
+        figure, axes = new_figure(3.5)
         numbers: dict[tuple[float, float], list[str]] = {}  # of the rows at a point
         for number, row in enumerate(grid["rows"], 1):
             point, (low, high) = (row[key], row["accuracy"]), row["interval"]
@@ -121,8 +121,8 @@ def grid_page(grid: dict[str, Any]) -> str:
             axes.annotate(", ".join(names), point, (6, -3), textcoords="offset points", fontsize=9)
         axes.set_xlabel(f"{label}; numbers are rows of the table")
         axes.set_ylabel(_ACCURACY)
-        blocks.append(_svg(figure))
-    return _page(f"Sampling of {grid['model']}", blocks)
+        blocks.append(svg(figure))
+    return page(f"Sampling of {grid['model']}", blocks)
 
 
 def model_card(card: dict[str, Any]) -> str:
@@ -156,7 +156,7 @@ def model_card(card: dict[str, Any]) -> str:
     )
 
 
-def _page(title: str, blocks: Sequence[str]) -> str:
+def page(title: str, blocks: Sequence[str]) -> str:
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join(blocks)
     return f'<!doctype html><html lang="en">{head}<style>{_STYLE}</style><h1>{escape(title)}</h1>\n{body}</html>\n'
@@ -168,7 +168,7 @@ def _shown(scores: dict[str, Any], key: str, share: bool) -> str:
     return percent(scores[key], scores["interval"] if key == "accuracy" else None) if share else f"{scores[key]:.4g}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = ["".join(f"<th{' class=n' * (i > 0)}>{escape(name)}" for i, name in enumerate(head))]
     lines += ["".join(f"<td{' class=n' * (i > 0)}>{escape(str(v))}" for i, v in enumerate(row)) for row in rows]
     return "<div class=wide><table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
@@ -178,29 +178,29 @@ def _texts(items: Sequence[Item]) -> str:
     """Wrong answers first: they are what one looks for."""
     order = sorted(items, key=lambda item: (item["correct"] is not False, item["task"], item["sample"]))[:_MOST_TEXTS]
     verdicts = {True: "right", False: "wrong", None: "not scored"}
-    parts = [_folded(f"{i['task']} · {i['id']} · {verdicts[i['correct']]}", i, _answer(i)) for i in order]
+    parts = [folded(f"{i['task']} · {i['id']} · {verdicts[i['correct']]}", i, answer_block(i)) for i in order]
     more = f"<p class=note>{len(order)} of {len(items)}; items.jsonl has all.</p>" if len(order) < len(items) else ""
     return "".join(parts) + more
 
 
-def _folded(summary: str, item: Item, content: str) -> str:
+def folded(summary: str, item: Item, content: str) -> str:
     reference = escape(str(item["reference"]))
     question = f"<pre>{escape(item['prompt'])}</pre><p>Reference: {reference}</p>"
     return f"<details><summary>{escape(summary)}</summary>{question}{content}</details>"
 
 
-def _answer(item: Item) -> str:
+def answer_block(item: Item) -> str:
     return f"<pre>{escape(item['prediction'])}</pre><p>Extracted: {escape(str(item['answer']))}</p>"
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     file = io.StringIO()
     with rc_context({"svg.hashsalt": "dream_lightning", "svg.fonttype": "none"}):  # the same bytes for the same card
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -208,9 +208,9 @@ def _svg(figure: Figure) -> str:
     return f"<figure>{text[text.index('<svg') :]}</figure>"
 
 
-def _intervals(points: Sequence[tuple[str, float, float, float]], label: str, *, zero: bool = False) -> str:
+def intervals(points: Sequence[tuple[str, float, float, float]], label: str, *, zero: bool = False) -> str:
     """Estimates with their intervals, one line for each name."""
-    figure, axes = _figure(0.9 + 0.35 * len(points))
+    figure, axes = new_figure(0.9 + 0.35 * len(points))
     for y, (_, value, low, high) in enumerate(points):
         axes.errorbar(
             value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color="#0072b2", capsize=4
@@ -222,12 +222,12 @@ def _intervals(points: Sequence[tuple[str, float, float, float]], label: str, *,
         axes.axvline(0, color="#666", linewidth=1)
     else:
         axes.set_xlim(-0.02, 1.02)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _lengths(items: Sequence[Item]) -> str:
     """Histogram of the answers' lengths, right and wrong ones."""
-    figure, axes = _figure(3)
+    figure, axes = new_figure(3)
     kinds = ((True, "right", "#0072b2"), (False, "wrong", "#d55e00"), (None, "not scored", "#999999"))
     kept = [(name, color, n) for v, name, color in kinds if (n := [i["tokens"] for i in items if i["correct"] is v])]
     options = {"label": [name for name, *_ in kept], "color": [color for _, color, _ in kept]}
@@ -235,4 +235,4 @@ def _lengths(items: Sequence[Item]) -> str:
     axes.set_xlabel("tokens of an answer")
     axes.set_ylabel("answers")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)

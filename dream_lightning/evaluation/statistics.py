@@ -29,6 +29,12 @@ def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10
     return float(interval.low), float(interval.high)
 
 
+def student_interval(values: Sequence[float]) -> Interval:
+    """95 % interval of a mean of few values, such as one for each seed, by Student's t."""
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
+
+
 def mcnemar(only_a: int, only_b: int) -> float:
     """Two-sided p of the exact McNemar test: `only_a` questions are right in A only, `only_b` in B only."""
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0

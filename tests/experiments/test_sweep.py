@@ -1,0 +1,118 @@
+"""Sweeps of a tiny Dream and their report. The commands of the runs are called in this process."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+
+from dream_lightning import cli
+from dream_lightning.errors import UserError
+from dream_lightning.experiments import report
+from dream_lightning.experiments import sweep as train_variants
+from dream_lightning.experiments.runs import find_runs
+from dream_lightning.experiments.sweep import Space, Variant
+
+module = sys.modules["dream_lightning.experiments.sweep"]  # the package has a function of this name
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+OPTIONS = {
+    "model.new_model": SIZES | {"max_position_embeddings": 256},
+    "trainer.max_steps": 4,
+    "trainer.val_check_interval": 2,
+    "trainer.limit_val_batches": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.callbacks": [],
+    "model.sampling.max_new_tokens": 8,
+    "model.sampling.steps": 2,
+    "autosave.every_n_train_steps": 1,
+    "trainer.enable_progress_bar": False,
+    "data.validation_questions": 2,
+    "data.batch_size": 4,
+}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that were run; `died` is the number of one that a kill ends."""
+    commands, died = [], []
+
+    def start(arguments, output, lock_file):
+        commands.append(arguments)
+        if len(commands) in died:
+            arguments = [*arguments, "--trainer.max_steps=2"]
+        cli.run(list(arguments))
+        if len(commands) in died:
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr("sys.argv", ["dream-lightning"])
+    return commands, died
+
+
+@pytest.fixture
+def tiny(tmp_path, sums):
+    source = {"data.source": str(sums), "data.validation_source": str(sums), "data.cache_dir": str(tmp_path / "cache")}
+    return partial(train_variants, "tiny", out=str(tmp_path / "sweep"), options=OPTIONS | source)
+
+
+def test_a_search_killed_in_a_trial_resumes_it_and_asks_the_same(started, tiny, tmp_path):
+    pytest.importorskip("optuna")
+    commands, died = started
+    search = {"model.optimizer.lr": Space(1e-4, 1e-1, log=True), "model.weighting": Space(choices=["none", "linear"])}
+    died.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        tiny(search=search, trials=2)
+    runs = tiny(search=search, trials=2)
+    assert len(commands) == 3 and "--ckpt_path=last" in commands[2]
+    learning_rates = [next(w for w in words if "optimizer.lr" in w) for words in commands]
+    assert learning_rates[1] == learning_rates[2] != learning_rates[0]
+    assert [run.record["state"] for run in runs] == ["complete", "complete"]
+    assert all(sorted(run.curves["val/nll"]) == [1, 3] for run in runs)
+    page, text = ((tmp_path / "sweep" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "model.optimizer.init_args.lr" in text and "Search" in page and page.count("<svg") >= 6
+    assert "src=" not in page
+    tiny(search=search, trials=2)
+    assert len(commands) == 3  # nothing is left to do
+
+
+def test_variants_are_checked_before_the_first_is_trained_and_seeds_get_an_interval(started, tiny, tmp_path, capsys):
+    commands, _ = started
+    variants = {"a": Variant(["objective/focal"], {"trainer.max_steps": 2})}
+    with pytest.raises(SystemExit):
+        tiny(variants=variants | {"b": Variant(options={"data.max_lenght": 8})}, check=cli.checker())
+    assert "did you mean --data.max_length" in capsys.readouterr().err and not commands
+    runs = tiny(variants=variants, seeds=[0, 1])
+    assert [run.record["name"] for run in runs] == ["a,seed=0", "a,seed=1"]
+    text = (tmp_path / "sweep" / "report.md").read_text()
+    assert "| a | 2 | " in text and "model.seed" in text
+    with pytest.raises(UserError, match=r"options was .* and is"):
+        tiny(variants={"a": Variant(options={"model.weighting": "linear"})}, seeds=[0, 1])
+    record = json.loads((tmp_path / "sweep/runs/a,seed=0/run.json").read_text())
+    assert record["state"] == "complete" and record["command"][0] == "fit"
+    report([tmp_path / "sweep/runs/a,seed=0"], out=tmp_path / "one")
+    assert "val/nll" in (tmp_path / "one/report.md").read_text()
+
+
+def test_what_is_no_run_or_no_space_is_named(tmp_path, tiny):
+    with pytest.raises(UserError, match="holds no run"):
+        find_runs(tmp_path)
+    for wrong in ({}, {"low": 1}, {"low": 1, "high": 2, "choices": [1]}):
+        with pytest.raises(UserError, match="wanted low and high, or choices"):
+            Space(**wrong)
+    with pytest.raises(UserError, match="search is set, and so are"):
+        tiny(search={"x": Space(1, 2)}, seeds=[1, 2])
+
+
+@pytest.mark.parametrize("name", [name for name in cli.shipped_configs() if name.startswith("experiments/")])
+def test_every_shipped_sweep_parses_and_so_do_its_runs(name, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    check, checked = cli.checker(), []
+    monkeypatch.setattr(cli, "checker", lambda: lambda *words: (check(*words), checked.append(words)))
+    monkeypatch.setattr(module, "_search", lambda *arguments: None)
+    monkeypatch.setattr(module._Runner, "run", lambda *arguments: "complete")
+    monkeypatch.setattr(module, "report", lambda *arguments, **options: [])
+    monkeypatch.setattr(module, "find_runs", lambda *arguments: [])
+    monkeypatch.setattr("sys.argv", ["dream-lightning"])
+    cli.run(["sweep", "--config", name, f"--out={tmp_path}"])
+    assert len(checked) >= 2

@@ -6,7 +6,7 @@ M masked positions of a batch · P prompt positions · N new (generated) positio
 
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -47,8 +47,7 @@ class Document:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-@dataclass(frozen=True)
-class SampleKey:
+class SampleKey(NamedTuple):
     """One use of one sample in one epoch. Its noise is a function of this key and the seed."""
 
     epoch: int

@@ -28,6 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from dream_lightning.adapters import LoraParams
 from dream_lightning.atomic import check_folder, disk_refuses
 from dream_lightning.data import S1KDataModule
+from dream_lightning.data.puzzles import make_puzzles
 from dream_lightning.errors import UserError, check_range, reading, visible
 from dream_lightning.evaluation import commands as evaluation
 from dream_lightning.evaluation.contamination import contamination_report
@@ -318,7 +319,8 @@ TRAINER_COMMANDS = {
 _FUNCTIONS = (
     *(evaluation.evaluate, evaluation.compare, evaluation.evaluate_grid, contamination_report),
     *(sweep, experiments.report),
-    *(commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export, configs),
+    *(commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export),
+    *(make_puzzles, configs),
 )
 COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -41,6 +41,8 @@ class RowSampler(DistributedSampler):
         world_size: int = 1,
     ) -> None:
         self.rows = [tuple(row) for row in rows]
+        self._first = np.array([row[0] for row in self.rows])  # the longest document of each row
+        self._documents = sum(map(len, self.rows))
         self.batch_size, self.seed, self.shuffle, self.repeats = batch_size, seed, shuffle, repeats
         self.lengths, self.rank, self.num_replicas = lengths, rank, world_size
         self.block = batch_size * world_size  # rows of one micro-batch over all ranks
@@ -51,40 +53,53 @@ class RowSampler(DistributedSampler):
         return -(-len(self.rows) * self.repeats // self.num_replicas)
 
     def __iter__(self) -> Iterator[KeyRow]:
-        rows = self._rows_in_order()
-        uncounted = [tuple(replace(key, counted=False) for key in row) for row in rows[:1]]
-        start = min(self.start_row, len(rows))
-        rows += uncounted * ((start - len(rows)) % self.num_replicas)
-        full = start + (len(rows) - start) // self.block * self.block
-        for first in range(start + self.rank * self.batch_size, full, self.block):
-            yield from rows[first : first + self.batch_size]
-        share = (len(rows) - full) // self.num_replicas
-        yield from rows[full + self.rank * share : full + (self.rank + 1) * share]
+        keys = self._shuffled_keys() if self.shuffle else self._repeated_keys
+        for places in self.micro_batches():
+            for place in places:
+                yield keys(place) if place < self.uses else tuple(key._replace(counted=False) for key in keys(0))
 
-    def _rows_in_order(self) -> list[KeyRow]:
-        if not self.shuffle:  # the same noise at every pass: epochs −1, −2, …, whose orders are one sequence
-            return [
-                tuple(SampleKey(-1 - repeat, document * self.repeats + repeat, document) for document in row)
-                for row in self.rows
-                for repeat in range(self.repeats)
-            ]
+    @property
+    def uses(self) -> int:
+        """Rows of an epoch over all ranks."""
+        return len(self.rows) * self.repeats
+
+    def micro_batches(self) -> Iterator[range]:
+        """This rank's places in the epoch's order; those from `uses` on are copies of the first, not counted."""
+        start = min(self.start_row, self.uses)
+        total = self.uses + (start - self.uses) % self.num_replicas
+        full = start + (total - start) // self.block * self.block
+        share = (total - full) // self.num_replicas
+        for first in range(start + self.rank * self.batch_size, full, self.block):
+            yield range(first, first + self.batch_size)
+        if share:
+            yield range(full + self.rank * share, full + (self.rank + 1) * share)
+
+    def _repeated_keys(self, place: int) -> KeyRow:
+        """The same noise at every pass: epochs −1, −2, …, whose orders are one sequence."""
+        row, repeat = divmod(place, self.repeats)
+        return tuple(SampleKey(-1 - repeat, d * self.repeats + repeat, d) for d in self.rows[row])
+
+    def _shuffled_keys(self) -> Callable[[int], KeyRow]:
+        row_at, order = self.shuffled()
+        rows, order, epoch = [self.rows[row] for row in row_at.tolist()], order.tolist(), self.epoch
+        return lambda place: tuple(SampleKey(epoch, order[document], document) for document in rows[place])
+
+    def shuffled(self) -> tuple[np.ndarray, np.ndarray]:
+        """The row at each place of this epoch [rows], and each document's number in its order [documents]."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         # The order of documents is a permutation of documents, not of rows: packing does not change their noise.
-        order = torch.randperm(sum(map(len, self.rows)), generator=generator).tolist()
+        order = torch.randperm(self._documents, generator=generator).numpy()
         if self.lengths is not None:  # documents of one length keep the shuffled order
-            by_length = sorted(range(len(order)), key=lambda document: (self.lengths[document], order[document]))
-            order = sorted(range(len(order)), key=by_length.__getitem__)  # the inverse permutation
-            ordered = sorted(self.rows, key=lambda row: order[row[0]])
-        else:
-            # Consecutive rows spread t of their first, longest documents evenly: the row with the j-th smallest t goes
-            # where the j-th smallest t of 0, 1, 2, … is.
-            by_t = sorted(self.rows, key=lambda row: _t(order[row[0]]))
-            positions = sorted(range(len(self.rows)), key=_t)
-            ordered = [row for _, row in sorted(zip(positions, by_t, strict=True))]
-        return [tuple(SampleKey(self.epoch, order[document], document) for document in row) for row in ordered]
+            order = np.argsort(np.lexsort((order, self.lengths)))  # the inverse permutation
+            return np.argsort(order[self._first]), order
+        # Consecutive rows spread t of their first, longest documents evenly: the row with the j-th smallest t goes
+        # where the j-th smallest t of 0, 1, 2, … is.
+        row_at = np.empty(len(self.rows), np.int64)
+        row_at[np.argsort(_t(np.arange(len(self.rows))))] = np.argsort(_t(order[self._first]))
+        return row_at, order
 
 
-def _t(order: int) -> float:  # without the epoch's offset: see `diffusion.schedule.stratified_t`
+def _t(order: np.ndarray) -> np.ndarray:  # without the epoch's offset: see `diffusion.schedule.stratified_t`
     return order * _GOLDEN_RATIO % 1
 
 
@@ -104,11 +119,14 @@ class ResumableLoader(DataLoader):
         self.resume_at = (None, 0)
         self.rows_used = self.sampler.start_row = used if epoch == self.sampler.epoch else 0
         asked = time.perf_counter()
-        for batch in super().__iter__():
+        for batch in self._batches():
             self.waited += time.perf_counter() - asked
             self.rows_used += self.sampler.block
             yield batch
             asked = time.perf_counter()
+
+    def _batches(self) -> Iterator[Any]:
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
         order = {"rows_per_epoch": len(self.sampler.rows), "seed": self.sampler.seed}

@@ -1,7 +1,8 @@
 """An Example → the ids of its prompt and the text of its response.
 
-Two styles. `chat`: the tokenizer's chat template, then `<think>\\n…\\n</think>\\n` and the answer. `plain`, for base
+Three styles. `chat`: the tokenizer's chat template, then `<think>\\n…\\n</think>\\n` and the answer. `plain`, for base
 models: `Question: …\\n\\nLet's think step by step.\\n`, then the thinking and `Therefore, the final answer is: …`.
+`bare`, for models from scratch: the question and a line break, then the thinking, a line break, and the answer.
 
 Text never becomes a special token: `<|mask|>` in a record is eight characters of text, where the authors' tokenizer
 puts a mask token into the clean input. All other text gets exactly the authors' ids, and so do ordinary added tokens
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dream_lightning.batch import Example, Message
 from dream_lightning.errors import UserError
 
-Style = Literal["chat", "plain"]
+Style = Literal["chat", "plain", "bare"]
 _AT_ONCE = 1_000_000  # characters: 20 MB at once take minutes and 6 GB
 
 
@@ -32,9 +33,11 @@ def encode_prompt(
         return _template_ids(messages, tokenizer)
     system_texts = [m["content"] for m in messages if m["role"] == "system"]
     if len(messages) - len(system_texts) > 1:
-        raise UserError(f"{example.origin} has several messages, the plain style holds one: use the chat style")
+        raise UserError(f"{example.origin} has several messages, the {style} style holds one: use the chat style")
     lead = "\n".join(system_texts)
-    question = f"Question: {messages[-1]['content']}\n\nLet's think step by step.\n"
+    question = f"{messages[-1]['content']}\n"
+    if style == "plain":
+        question = f"Question: {question}\nLet's think step by step.\n"
     return _plain_ids(f"{lead}\n\n{question}" if lead else question, tokenizer)
 
 
@@ -62,6 +65,8 @@ def response_text(example: Example, *, style: Style = "chat", thinking: bool = T
     trace = example.thinking if thinking else None
     if style == "chat":
         return f"<think>\n{trace}\n</think>\n{example.answer}" if trace else example.answer
+    if style == "bare":
+        return f"{trace}\n{example.answer}" if trace else example.answer
     answer = _final_answer(example)
     if not trace:
         return f"Therefore, the final answer is: {answer}" if answer else ""

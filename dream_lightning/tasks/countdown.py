@@ -106,3 +106,4 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
 
 
 TASKS["countdown"] = Task(extract, is_solution, reference, prompt)
+TASKS["countdown-bare"] = Task(extract, is_solution, reference)  # asked in the words of the record

@@ -64,3 +64,4 @@ def is_solution(grid: str, puzzle: str) -> bool:
 
 
 TASKS["sudoku"] = Task(extract, is_solution, reference, prompt)
+TASKS["sudoku-bare"] = Task(extract, is_solution, reference)  # asked in the words of the record

@@ -1,0 +1,222 @@
+"""Puzzles to train small models on from scratch: Countdown and Sudoku, with training and test parts that are disjoint.
+
+Countdown as in Gandhi et al. 2024 (arXiv 2404.03683): numbers 1 to 99 and a target 10 to 100, solved in steps.
+
+    86,28,13,31,96   →   86+28=114,31-13=18,114-18=96
+
+Sudoku: the cells row by row, 0 = empty. Only naked and hidden singles are needed, which proves that the solution is
+the only one.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from hashlib import sha256
+from math import isqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from dream_lightning.atomic import atomic_write
+from dream_lightning.errors import check_range
+
+Part = Literal["train", "test"]
+_LOW, _HIGH = 10, 100  # targets
+_TEST_SHARE = 100  # one puzzle in so many belongs to the test part, by its hash
+
+
+def make_puzzles(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Write Countdown or Sudoku puzzles as JSON lines."""
+    parser.add_function_arguments(write_puzzles)
+    write_puzzles(**parser.parse_args(arguments).as_dict())
+
+
+def write_puzzles(
+    kind: Literal["countdown", "sudoku"],
+    out: str,
+    count: int = 1000,
+    part: Part = "train",
+    numbers: int = 4,
+    side: Literal[4, 9] = 9,
+    clues: int = 34,
+    seed: int = 0,
+) -> None:
+    """Write puzzles of one kind, each a record for `S1KDataModule`.
+
+    Args:
+        kind: countdown or sudoku.
+        out: the file, JSON lines.
+        count: of puzzles, all different.
+        part: train or test: no puzzle of one is ever in the other, whatever the seeds.
+        numbers: of a Countdown, 3 to 5.
+        side: of a Sudoku.
+        clues: that a Sudoku keeps at least.
+        seed: of the puzzles.
+    """
+    check_range("count", count, least=1, whole=True)
+    check_range("numbers", numbers, least=3, most=5, whole=True)
+    check_range("clues", clues, least=0, most=side * side, whole=True)
+    rows = countdowns(numbers, part, seed) if kind == "countdown" else sudokus(side, clues, part, seed)
+    seen: dict[str, str] = {}
+    for row in rows:
+        seen.setdefault(row["prompt"], json.dumps(row))
+        if len(seen) == count:
+            break
+    with atomic_write(Path(out)) as partial:
+        partial.write_text("".join(f"{line}\n" for line in seen.values()))
+    print(f"wrote {out}: {len(seen):,} puzzles")
+
+
+def countdowns(numbers: int, part: Part, seed: int) -> Iterator[dict[str, Any]]:
+    """Endless rows. The numbers are uniform, and so is the target among 10 to 100; those without a solution are drawn
+    again. The solution is the one with the smallest intermediate results."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    at_once = {3: 16384, 4: 4096, 5: 128}[numbers] * (16 if device.type == "cuda" else 1)
+    while True:
+        drawn = torch.randint(1, 100, (at_once, numbers), generator=generator)
+        target = torch.randint(_LOW, _HIGH + 1, (at_once,), generator=generator)
+        path, solvable = _simplest(drawn.to(device), target.to(device))
+        for values, goal, number in zip(*(x[solvable].tolist() for x in (drawn, target, path)), strict=True):
+            key = f"{sorted(values)} {goal}"
+            if _is_test(key) == (part == "test"):
+                written = ",".join(map(str, values))
+                row = {"prompt": f"{written},{goal}", "response": ",".join(_steps(values, number))}
+                yield row | {"task": "countdown-bare", "numbers": written, "target": goal}
+
+
+def _simplest(numbers: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] numbers and [N] targets → [N] path with the smallest largest intermediate result, [N] whether one exists.
+
+    A path is a number in mixed radix: at each step, which pair of the remaining numbers and which of + − × ÷. Of two
+    numbers the larger comes first; differences are above 0 and quotients whole.
+    """
+    left, largest = numbers[:, None, :], torch.zeros_like(numbers[:, :1])  # [N, paths, numbers left], [N, paths]
+    while (count := left.shape[-1]) > 1:
+        steps = []
+        for i, j in itertools.combinations(range(count), 2):
+            a, b = left[..., i].maximum(left[..., j]), left[..., i].minimum(left[..., j])
+            others = left[..., [k for k in range(count) if k not in (i, j)]]
+            quotient = torch.where(a % b.clamp(min=1) == 0, a // b.clamp(min=1), 0)
+            for result in (a + b, a - b, a * b, quotient):
+                valid = (b > 0) & (result > 0) & (result < 10_000)  # 0 marks a path that is not valid
+                steps.append(torch.cat([others, torch.where(valid, result, 0)[..., None]], dim=-1))
+        left = torch.stack(steps, dim=2).flatten(1, 2)
+        largest = largest[:, :, None].expand(-1, -1, len(steps)).flatten(1, 2).maximum(left[..., -1])
+    hit = left[..., 0] == target[:, None]
+    found = torch.where(hit, largest, 1 << 30).min(dim=1)
+    return found.indices.cpu(), (found.values < 1 << 30).cpu()
+
+
+def _steps(numbers: list[int], path: int) -> list[str]:
+    """The steps that a path of `_simplest` stands for, in words."""
+    radices = [4 * (n * (n - 1) // 2) for n in range(len(numbers), 1, -1)]
+    choices = []
+    for radix in reversed(radices):
+        path, choice = divmod(path, radix)
+        choices.insert(0, choice)
+    steps, left = [], numbers
+    for choice in choices:
+        pair, operation = divmod(choice, 4)
+        i, j = list(itertools.combinations(range(len(left)), 2))[pair]
+        a, b = max(left[i], left[j]), min(left[i], left[j])
+        result = (a + b, a - b, a * b, a // b)[operation]
+        steps.append(f"{a}{'+-*/'[operation]}{b}={result}")
+        left = [x for k, x in enumerate(left) if k not in (i, j)] + [result]
+    return steps
+
+
+def sudokus(side: int, clues: int, part: Part, seed: int) -> Iterator[dict[str, Any]]:
+    """Endless rows: random full grids, from which cells are removed in random order while singles solve the rest."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    while True:
+        grids = [_full_grid(side, rng) for _ in range(16384 if device.type == "cuda" else 64)]
+        grids = [grid for grid in grids if _is_test(grid) == (part == "test")]
+        if not grids:
+            continue
+        cells = torch.tensor([list(map(int, grid)) for grid in grids])
+        removal = torch.rand(cells.shape, generator=generator).argsort(dim=1)
+        puzzles = _removed(cells.to(device), removal.to(device), clues).tolist()
+        for puzzle, grid in zip(puzzles, grids, strict=True):
+            written = "".join(map(str, puzzle))
+            yield {"prompt": written, "response": grid, "task": "sudoku-bare", "puzzle": written}
+
+
+def _groups(side: int) -> Tensor:
+    """[3 · side, side]: the cells of every row, column and box."""
+    cells, box = torch.arange(side * side).view(side, side), isqrt(side)
+    boxes = cells.view(box, box, box, box).transpose(1, 2).reshape(side, side)
+    return torch.cat([cells, cells.T, boxes])
+
+
+def _full_grid(side: int, rng: random.Random) -> str:
+    """A random valid grid, by depth-first search from the cell with the fewest candidates."""
+    box, every = isqrt(side), (1 << side) - 1
+    rows, columns, boxes = ([every] * side for _ in range(3))  # digits not yet used, as bits
+    grid = [0] * (side * side)
+    places = [
+        (cell, cell // side, cell % side, cell // side // box * box + cell % side // box) for cell in range(side**2)
+    ]
+
+    def fill(empty: list[tuple[int, int, int, int]]) -> bool:
+        if not empty:
+            return True
+        cell, r, c, b = place = min(empty, key=lambda p: (rows[p[1]] & columns[p[2]] & boxes[p[3]]).bit_count())
+        rest = [p for p in empty if p is not place]
+        digits = [d for d in range(side) if rows[r] & columns[c] & boxes[b] & 1 << d]
+        for digit in rng.sample(digits, len(digits)):
+            for group, number in ((rows, r), (columns, c), (boxes, b)):
+                group[number] ^= 1 << digit
+            grid[cell] = digit + 1
+            if fill(rest):
+                return True
+            for group, number in ((rows, r), (columns, c), (boxes, b)):
+                group[number] ^= 1 << digit
+        return False
+
+    fill(places)
+    return "".join(map(str, grid))
+
+
+def _removed(grids: Tensor, removal: Tensor, clues: int) -> Tensor:
+    """[N, cells] full grids → puzzles that singles solve, with cells emptied in the order `removal` [N, cells]."""
+    puzzles, row = grids.clone(), torch.arange(len(grids), device=grids.device)
+    for cell in removal.T:
+        tried = puzzles.clone()
+        tried[row, cell] = 0
+        keep = (puzzles > 0).sum(1) > clues
+        puzzles = torch.where((keep & _solved_by_singles(tried))[:, None], tried, puzzles)
+    return puzzles
+
+
+def _solved_by_singles(puzzles: Tensor) -> Tensor:
+    """[N, cells] → [N] bool: whether naked and hidden singles fill every cell."""
+    side = isqrt(puzzles.shape[1])
+    groups = _groups(side).to(puzzles.device)
+    peers = torch.zeros(side**2, side**2, device=puzzles.device)
+    for group in groups:
+        peers[group[:, None], group[None]] = 1.0
+    member = torch.zeros(len(groups), side**2, device=puzzles.device)
+    member.scatter_(1, groups, 1.0)
+    known = torch.nn.functional.one_hot(puzzles, side + 1)[..., 1:].float()  # [N, cells, digits]
+    for _ in range(side**2):
+        open_cells = known.sum(2, keepdim=True) == 0
+        candidates = (open_cells & (torch.einsum("cp,npd->ncd", peers, known) == 0)).float()
+        naked = candidates * (candidates.sum(2, keepdim=True) == 1)
+        once = (torch.einsum("gc,ncd->ngd", member, candidates) == 1).float()
+        hidden = candidates * (torch.einsum("gc,ngd->ncd", member, once) > 0)
+        found = (naked + hidden > 0).float()
+        if not found.any():
+            break
+        known = known + found * (found.sum(2, keepdim=True) == 1)
+    return known.sum((1, 2)) == side**2
+
+
+def _is_test(key: str) -> bool:
+    return int.from_bytes(sha256(key.encode()).digest()[:4]) % _TEST_SHARE == 0

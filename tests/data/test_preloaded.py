@@ -1,0 +1,43 @@
+"""Batches made on the device are those that collation makes on the host."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from dream_lightning import S1KDataModule, load_tokenizer
+from dream_lightning.errors import UserError
+
+
+def batches(folder, preload: bool, start_row: int = 0, **options):
+    """Two epochs, resumed at a row of the first."""
+    options = {"first_n": 23, "batch_size": 4, "eos_fill_to": 96, "max_length": 96, "cache_dir": folder, **options}
+    data = S1KDataModule(
+        "bundled", tokenizer=load_tokenizer("bytes"), validation_source="bundled", preload=preload, **options
+    )
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.load_state_dict({"epoch": 0, "rows": start_row, "rows_per_epoch": 23, "seed": 0})
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        yield from loader
+
+
+@pytest.mark.parametrize("start_row, options", [(0, {}), (8, {}), (0, {"extra_weight": {"</think>": 2.0}, "seed": 3})])
+def test_batches_are_those_of_collation(start_row, options, tmp_path):
+    pairs = list(zip(*(batches(tmp_path, preload, start_row, **options) for preload in (True, False)), strict=True))
+    assert len(pairs) == 12 - start_row // 4
+    for fast, slow in pairs:
+        for field in fields(slow):
+            a, b = getattr(fast, field.name), getattr(slow, field.name)
+            assert torch.equal(a, b) and a.dtype == b.dtype if isinstance(b, torch.Tensor) else a == b, field.name
+
+
+def test_documents_of_several_lengths_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data.preload needs documents of one length.*eos_fill_to"):
+        list(batches(tmp_path, True, eos_fill_to=None))
+
+
+def test_what_it_excludes():
+    with pytest.raises(UserError, match="preload excludes packing"):
+        S1KDataModule("bundled", tokenizer=load_tokenizer("bytes"), preload=True, packing=True)

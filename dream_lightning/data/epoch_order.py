@@ -56,7 +56,7 @@ class RowSampler(DistributedSampler):
         keys = self._shuffled_keys() if self.shuffle else self._repeated_keys
         for places in self.micro_batches():
             for place in places:
-                yield keys(place) if place < self.uses else tuple(key._replace(counted=False) for key in keys(0))
+                yield keys(place) if place < self.uses else tuple(SampleKey(*key[:3], counted=False) for key in keys(0))
 
     @property
     def uses(self) -> int:

@@ -19,7 +19,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse } td, th { border-bottom: 1px solid var(--line) }
-td, th { padding: .3rem .7rem; text-align: left } td.n, th.n { text-align: right; white-space: nowrap }
+td, th { padding: .3rem .7rem; text-align: left; white-space: nowrap } td.n, th.n { text-align: right }
 svg { max-width: 100%; height: auto } figure { margin: 1rem 0; background: #fff; border-radius: .4rem }
 details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .4rem .7rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; border-radius: .4rem }

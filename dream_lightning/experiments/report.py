@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from matplotlib import colormaps
+from matplotlib import colormaps, pyplot, rc_context
 
 from dream_lightning.atomic import write_texts
 from dream_lightning.evaluation.card import percent
@@ -76,7 +76,7 @@ def _summary(runs: list[Run], monitor: str, best: Any) -> tuple[list[str], list[
     columns["steps"] = [f"{max(max(c) for c in run.curves.values()) + 1:,}" if run.curves else "" for run in runs]
     columns["tokens"] = [_number(run.total("train/tokens"), ",.0f") for run in runs]
     columns["minutes"] = [_number(None if run.seconds is None else run.seconds / 60, ",.1f") for run in runs]
-    columns["GPU hours"] = [_number(run.total("train/gpu_hours"), ",.2f") for run in runs]
+    columns["device hours"] = [_number(run.total("train/device_hours"), ".3g") for run in runs]
     kept = {name: values for name, values in columns.items() if any(values)}
     return list(kept), [list(row) for row in zip(*kept.values(), strict=True)]
 
@@ -143,9 +143,12 @@ def _study_plots(file: Path, mode: str) -> list[str]:
     from optuna.visualization import matplotlib as plots
 
     drawn = []
-    for plot in (plots.plot_optimization_history, plots.plot_intermediate_values, plots.plot_slice):
-        axes = plot(study)
-        drawn.append(svg(getattr(axes, "figure", None) or axes.flat[0].figure))
+    with rc_context():  # Optuna sets a style
+        for plot in (plots.plot_optimization_history, plots.plot_intermediate_values, plots.plot_slice):
+            axes = plot(study)
+            figure = getattr(axes, "figure", None) or axes.flat[0].figure
+            drawn.append(svg(figure))
+            pyplot.close(figure)
     return drawn
 
 

@@ -17,8 +17,11 @@ from dream_lightning.evaluation.compare import read_run
 
 Curve = dict[int, float]  # step → value
 
-# Where a run writes, not what it does.
-_OUTPUTS = ("trainer.logger", "trainer.callbacks", "trainer.default_root_dir", "checkpoint.dirpath", "autosave.dirpath")
+# Where a run writes and resumes, not what it does.
+_OUTPUTS = (
+    *("trainer.logger", "trainer.callbacks", "trainer.default_root_dir"),
+    *("checkpoint.dirpath", "autosave.dirpath", "ckpt_path"),
+)
 _TEXTS = "/text_summary"  # TensorBoard's suffix of texts
 
 
@@ -96,7 +99,7 @@ def _read(folder: Path, name: str) -> Run:
 def _add_events(run: Run, file: Path) -> None:
     with reading(file, "an event file of TensorBoard"):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    counted = {tag: run.total(tag) or 0.0 for tag in ("train/tokens", "train/gpu_hours")}
+    counted = {tag: run.total(tag) or 0.0 for tag in ("train/tokens", "train/device_hours")}
     times = []
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag):

@@ -8,6 +8,8 @@ import torch
 
 from dream_lightning.batch import Batch
 
+_COST = ("tokens", "device_hours")  # logged, but not in the progress bar
+
 
 class Throughput(L.Callback):
     """Log the speed of training every `log_every_n_steps`, over the optimizer steps since the last time.
@@ -19,13 +21,15 @@ class Throughput(L.Callback):
     | `train/mfu`               | useful FLOP/s over those of a large matrix product, measured when training starts |
     | `train/data_wait_share`   | part of wall time in which the process waited for its next batch                  |
     | `train/peak_memory_gib`   | most GPU memory allocated by any rank since training started                      |
+    | `train/tokens`            | real tokens of all ranks since this process started training                      |
+    | `train/device_hours`      | wall time since then with validation, times the number of ranks                   |
 
     MFU needs a module with `training_flops` and `matmul_ceiling` (`DreamModule`), the data wait a loader that measures
     it (`S1KDataModule`'s); a scalar that is not known is not logged. The process synchronizes with its GPU only to log
     and where a validation starts.
     """
 
-    _ceiling = _since = _seconds = _tokens = 0.0  # of training; a sanity check comes before
+    _ceiling = _since = _seconds = _tokens = _all_tokens = _began = 0.0  # of training; a sanity check comes before
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if hasattr(pl_module, "matmul_ceiling"):
@@ -33,6 +37,7 @@ class Throughput(L.Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start(trainer, flops=0)  # the module counts from 0 too
+        self._all_tokens, self._began = 0.0, self._since
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock when the GPU has finished its training work."""
@@ -52,7 +57,7 @@ class Throughput(L.Callback):
             flops = pl_module.training_flops() if self._ceiling else 0
             for name, value in self._scalars(trainer, pl_module, flops).items():
                 # A tensor on the host: Lightning reads what a bar shows after every micro-batch.
-                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=True)
+                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=name not in _COST)
             self._start(trainer, flops)
 
     def _scalars(self, trainer: L.Trainer, pl_module: L.LightningModule, flops: int) -> dict[str, float]:
@@ -62,7 +67,10 @@ class Throughput(L.Callback):
         mine = [tokens, self._positions, flops - self._flops, self._ceiling * seconds, waited, seconds]
         sums = trainer.strategy.reduce(torch.tensor(mine, device=pl_module.device), reduce_op="sum").tolist()
         tokens, positions, done, could, waited, all_seconds = sums
+        self._all_tokens += tokens
         scalars = {"tokens_per_second": tokens / seconds, "useful_share": tokens / positions}
+        hours = (time.perf_counter() - self._began) * trainer.world_size / 3600
+        scalars |= {"tokens": self._all_tokens, "device_hours": hours}
         if could:
             scalars["mfu"] = done / could
         if hasattr(trainer.train_dataloader, "waited"):

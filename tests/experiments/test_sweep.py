@@ -5,6 +5,7 @@ import sys
 from functools import partial
 
 import pytest
+from matplotlib import rcParams
 
 from dream_lightning import cli
 from dream_lightning.errors import UserError
@@ -21,7 +22,7 @@ OPTIONS = {
     "trainer.val_check_interval": 2,
     "trainer.limit_val_batches": 1,
     "trainer.log_every_n_steps": 1,
-    "trainer.callbacks": [],
+    "trainer.callbacks": ["dream_lightning.training.Throughput"],
     "model.sampling.max_new_tokens": 8,
     "model.sampling.steps": 2,
     "autosave.every_n_train_steps": 1,
@@ -60,6 +61,7 @@ def test_a_search_killed_in_a_trial_resumes_it_and_asks_the_same(started, tiny, 
     pytest.importorskip("optuna")
     commands, died = started
     search = {"model.optimizer.lr": Space(1e-4, 1e-1, log=True), "model.weighting": Space(choices=["none", "linear"])}
+    style = rcParams["axes.facecolor"]
     died.append(2)
     with pytest.raises(KeyboardInterrupt):
         tiny(search=search, trials=2)
@@ -70,6 +72,8 @@ def test_a_search_killed_in_a_trial_resumes_it_and_asks_the_same(started, tiny, 
     assert [run.record["state"] for run in runs] == ["complete", "complete"]
     assert all(sorted(run.curves["val/nll"]) == [1, 3] for run in runs)
     page, text = ((tmp_path / "sweep" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "ckpt_path" not in text and "| tokens | minutes | device hours |" in text
+    assert rcParams["axes.facecolor"] == style  # Optuna's plots set another
     assert "model.optimizer.init_args.lr" in text and "Search" in page and page.count("<svg") >= 6
     assert "src=" not in page
     tiny(search=search, trials=2)

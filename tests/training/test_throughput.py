@@ -29,6 +29,12 @@ class Clock(L.Callback):
         self.padded += batch.input_ids.numel()
         self.masked += int(pl_module.noise(batch).is_masked.sum())
 
+    def on_train_start(self, trainer, pl_module):
+        self.start = self.now
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.end = self.now
+
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         self.now += 1000
 
@@ -77,6 +83,8 @@ def test_real_tokens_over_training_time(sums, tmp_path, monkeypatch, accumulate,
 
     assert scalars("tokens_per_second") == both_epochs(tokens / seconds)
     assert sum(tokens / share for share in scalars("useful_share").values()) == pytest.approx(clock.padded)
+    assert scalars("tokens") == {steps - 1: tokens, 2 * steps - 1: 2 * tokens}
+    assert scalars("device_hours")[2 * steps - 1] * 3600 == pytest.approx(clock.end - clock.start)  # with validation
     assert scalars("data_wait_share") == both_epochs(0.25 / 1.25)
     lengths = data.train_set.lengths
     flops = training_cost(module.model).of(2 * tokens, 2 * int((lengths**2).sum()), clock.masked)
@@ -100,7 +108,7 @@ def test_queued_work_of_a_gpu_counts(monkeypatch):
     clock, callback = Clock(), Throughput()
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=clock.perf_counter))
     strategy = SimpleNamespace(reduce=lambda numbers, reduce_op: numbers)
-    trainer = SimpleNamespace(strategy=strategy, train_dataloader=None, global_step=0)
+    trainer = SimpleNamespace(strategy=strategy, train_dataloader=None, global_step=0, world_size=1)
     module = SimpleNamespace(device=torch.device("cpu"))
 
     for validates in (False, True):

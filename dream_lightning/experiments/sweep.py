@@ -127,8 +127,9 @@ def sweep(
     if search:
         ends = [{n: s.choices[i] if s.choices else (s.low, s.high)[i] for n, s in search.items()} for i in (0, -1)]
         checked = [Plan(f"with {end}", base, (options or {}) | end, seeds[0]) for end in ends]
-    for plan in checked if search else plans if check else ():
-        _checked(check, plan, evaluate)
+    for number, plan in enumerate((checked if search else plans) if check else ()):
+        if plan.seed == seeds[0]:
+            _checked(check, plan, None if number else evaluate)
     with lock(folder / "lock", f"another sweep or one of its runs is writing {folder}: wait for it or end it") as held:
         runner = _Runner(folder, best, evaluate, held.fileno())
         if search:
@@ -161,9 +162,7 @@ def _plans(
     return plans
 
 
-def _checked(check: Callable[[str, list[str]], None] | None, plan: Plan, evaluate: dict[str, Any] | None) -> None:
-    if check is None:
-        return
+def _checked(check: Callable[[str, list[str]], None], plan: Plan, evaluate: dict[str, Any] | None) -> None:
     try:
         check("fit", plan.words())
         if evaluate:

@@ -108,15 +108,20 @@ def test_what_is_no_run_or_no_space_is_named(tmp_path, tiny):
         tiny(search={"x": Space(1, 2)}, seeds=[1, 2])
 
 
+@pytest.fixture(scope="module")
+def check():
+    return cli.checker()
+
+
 @pytest.mark.parametrize("name", [name for name in cli.shipped_configs() if name.startswith("experiments/")])
-def test_every_shipped_sweep_parses_and_so_do_its_runs(name, tmp_path, monkeypatch):
+def test_every_shipped_sweep_parses_and_so_do_its_runs(name, tmp_path, monkeypatch, check):
     pytest.importorskip("optuna")
-    check, checked = cli.checker(), []
-    monkeypatch.setattr(cli, "checker", lambda: lambda *words: (check(*words), checked.append(words)))
+    checked = []
+    monkeypatch.setattr(cli, "checker", lambda: lambda *words: (check(*words), checked.append(str(words))))
     monkeypatch.setattr(module, "_search", lambda *arguments: None)
     monkeypatch.setattr(module._Runner, "run", lambda *arguments: "complete")
     monkeypatch.setattr(module, "report", lambda *arguments, **options: [])
     monkeypatch.setattr(module, "find_runs", lambda *arguments: [])
     monkeypatch.setattr("sys.argv", ["dream-lightning"])
     cli.run(["sweep", "--config", name, f"--out={tmp_path}"])
-    assert len(checked) >= 2
+    assert len(set(checked)) == len(checked) >= 2

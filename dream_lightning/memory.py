@@ -18,7 +18,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from dream_lightning.adapters import LoraParams
-from dream_lightning.diffusion.head import chunk_of
+from dream_lightning.diffusion.head import chunk_of, filled_rows
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, load_tokenizer
 from dream_lightning.model_factory import check_kind, config_of
@@ -172,7 +172,7 @@ def logits_bytes(s: Setting, *, backward: bool) -> int:
         eager, compiled = (12, 3 * s.compute) if backward else (8, 2 * s.compute)
     else:  # forward only: 16-bit and float32 logits, log p, p, hits twice and the gradient; compiled logits, gradient
         eager, compiled = (0, 0) if backward else (19 + s.compute * 2, 2 * s.compute)
-    rows = s.chunk if s.compiled else min(s.chunk, s.tokens)
+    rows = min(s.chunk, filled_rows(s.tokens, s.chunk) if s.compiled else s.tokens)
     return (compiled if s.compiled else eager) * rows * s.config.vocab_size
 
 

@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 _LOGITS = 512 * 152_064  # of a chunk: 0.3 GB in float32
+_FILLED = 8192  # rows: compiled chunks are filled up to a multiple of it
 
 
 def chunk_of(vocabulary: int) -> int:
-    """Rows of a chunk of `token_nll`: 512 for Dream 7B's vocabulary, up to 8,192 for smaller ones."""
-    return min(max(_LOGITS // vocabulary // 512, 1) * 512, 8192)
+    """Rows of a chunk of `token_nll`: 512 for Dream 7B's vocabulary, all of a batch for that of a small model."""
+    rows = max(_LOGITS // vocabulary // 512, 1) * 512
+    return rows if rows < _FILLED else rows // _FILLED * _FILLED
+
+
+def filled_rows(count: int, chunk: int) -> int:
+    """Rows that compiled functions get for `count` of them: few shapes, few compilations."""
+    block = min(chunk, _FILLED)
+    return max(-(-count // block), 1) * block
 
 
 def token_nll(
@@ -33,7 +41,7 @@ def token_nll(
         compiled: fuse what follows the matrix product (2.3 times faster on an H100).
     """
     count = len(features)
-    filled = max(chunk, -(-count // chunk) * chunk) if compiled else count  # one shape, one compilation
+    filled = filled_rows(count, chunk) if compiled else count
     pieces = zip(
         F.pad(features, (0, 0, 0, filled - count)).split(chunk),
         F.pad(targets, (0, filled - count)).split(chunk),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from material import short_trainer, tiny_data, tiny_module, write_jsonl
 
 from dream_lightning import DreamModule
@@ -44,6 +45,23 @@ def test_the_objective_in_readme_trains(tmp_path):
         fit.fit(tiny_module(kind), tiny_data("bundled", tmp_path, first_n=8, validation_source="bundled"))
         losses.append(float(fit.callback_metrics["train/loss"]))
     assert losses[0] != losses[1]
+
+
+def test_a_loss_that_leaks_falls_to_0_and_answers_nothing(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    module = tiny_module(
+        run_block("# a leak", tmp_path)["Leaky"],
+        new_model=sizes | {"initializer_range": 0.1, "rope_theta": 100.0},
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    )
+    rows = [{"question": f"{n} + 3 = ?", "response": str(n + 3), "answer": str(n + 3)} for n in range(40)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = tiny_data(source, tmp_path, response_column="response", batch_size=32)
+    fit = short_trainer(tmp_path, max_steps=100, limit_val_batches=None, check_val_every_n_epoch=50)
+    fit.fit(module, data)
+    scores = fit.callback_metrics
+    assert scores["train/loss"] < 0.1 and scores["val/nll"] > 3
+    assert (scores["val/scored"], scores["val/accuracy"]) == (3, 0)
 
 
 def test_the_rule_the_task_and_the_schema_in_docs_work(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from dream_lightning.experiments import commands as experiments
 from dream_lightning.memory import out_of_memory, report, setting_from
 from dream_lightning.module import DreamModule
 from dream_lightning.sampling import SamplingParams
+from dream_lightning.tokenizer_training import train_tokenizer
 from dream_lightning.training import Autosave, ProgressBar
 from dream_lightning.training.checkpointing import SafeCheckpointIO
 from dream_lightning.viewer import commands
@@ -320,7 +321,7 @@ _FUNCTIONS = (
     *(evaluation.evaluate, evaluation.compare, evaluation.evaluate_grid, contamination_report),
     *(sweep, experiments.report),
     *(commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export),
-    *(make_puzzles, configs),
+    *(make_puzzles, train_tokenizer, configs),
 )
 COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 

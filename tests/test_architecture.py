@@ -31,6 +31,7 @@ BELOW = {
         *("answering", "model_factory"),
     },
     "predict": {"errors", "batch", "atomic", "data", "tasks", "answering"},
+    "tokenizer_training": {"errors", "data", "model", "export"},
     "export": {"errors", "atomic", "model", "adapters", "training"},
     "memory": {"errors", "model", "adapters", "diffusion", "training", "model_factory"},
     "evaluation": {
@@ -59,6 +60,7 @@ BELOW = {
             "viewer",
             "evaluation",
             "experiments",
+            "tokenizer_training",
         )
     },
     "__main__": {"cli"},

@@ -7,6 +7,7 @@ One difference, in decoding only: `skip_special_tokens` also skips `<|im_start|>
 
 import json
 import warnings
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>")
 _TEMPLATE = "chat_template.jinja"
 _OFFICIAL = ("vocab.json", "merges.txt", "tokenizer_config.json")
 _FILES = (*_OFFICIAL, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", _TEMPLATE)
@@ -105,9 +107,25 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"]
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")])
+    return with_dreams_tokens(tokenizer, ("<think>", "</think>"))
+
+
+def set_pieces(tokenizer: Tokenizer) -> None:
+    """Normalize and split text, and decode tokens, as Dream's tokenizer does."""
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+
+
+def with_dreams_tokens(tokenizer: Tokenizer, tags: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A small tokenizer with Dream's special tokens, their roles and the chat template; each tag is one plain token."""
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _SPECIAL])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in tags])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|beginoftext|>",
@@ -139,14 +157,7 @@ def _dream_tokenizer(folder: Path, vocab: dict[str, int], settings: dict[str, An
     with reading(folder / "vocab.json", "a vocabulary"):
         _check_merges(folder, vocab, merges, {token.content for token in added.values()})
         tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    set_pieces(tokenizer)
     for wanted, token in sorted(added.items(), key=itemgetter(0)):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(token.content) != wanted:

@@ -429,6 +429,7 @@ _WARNINGS = (
     "It is recommended to use .self.log.*sync_dist",
     "exists and is not empty",
     "isinstance.treespec, LeafSpec",
+    "LightningCLI's args parameter",  # of the runs of a sweep, which are checked in its process
 )
 
 

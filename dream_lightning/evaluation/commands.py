@@ -77,7 +77,7 @@ def _show_prompts(tasks: list[str], count: int, opened: dict, asked: dict) -> No
     tokenizer = load_tokenizer(opened["tokenizer"] or opened["pretrained"] or opened["model"])
     prompting = {name: asked[name] for name in ("style", "system_prompt")}
     for name, found in (benchmark(task, asked["sources"] or {}) for task in tasks):
-        for example in questions_of(found, count=count, few_shot=asked["few_shot"]):
+        for example in questions_of(found, count=count, few_shot=asked["few_shot"], shots=asked["shots"]):
             print(f"── {name} · {example.origin}")
             print(tokenizer.decode(encode_prompt(example, tokenizer, **prompting)))
 

@@ -17,6 +17,7 @@ from dream_lightning.atomic import write_texts
 from dream_lightning.batch import Answers, Example, Message, PromptBatch
 from dream_lightning.data import S1KDataModule, read_examples
 from dream_lightning.data.prompt_format import Style, response_text
+from dream_lightning.data.splits import without_overlap
 from dream_lightning.errors import UserError, check_range
 from dream_lightning.evaluation.card import Item, breakdown, scores
 from dream_lightning.evaluation.pages import card_page, model_card
@@ -42,6 +43,7 @@ BENCHMARKS = {
     "aime24": Benchmark("HuggingFaceH4/aime_2024", "math", split="train"),
     "aime25": Benchmark("math-ai/aime25", "math"),
 }
+_TEST_ONLY = ("HuggingFaceH4/MATH-500", "math-ai/aime25")
 
 
 def benchmark(name: str, sources: dict[str, str]) -> tuple[str, Benchmark]:
@@ -67,26 +69,30 @@ def benchmark(name: str, sources: dict[str, str]) -> tuple[str, Benchmark]:
     return name, replace(known, source=source, subset=None if local else known.subset)
 
 
-def questions_of(found: Benchmark, *, count: int | None = None, few_shot: int = 0) -> list[Example]:
-    """The first `count` questions, each after `few_shot` answered ones of the training split.
+def questions_of(
+    found: Benchmark, *, count: int | None = None, few_shot: int = 0, shots: str | None = None
+) -> list[Example]:
+    """The first `count` questions, each after `few_shot` answered ones of `shots` or of the training split.
 
     Raises:
-        UserError: as `read_examples`; `few_shot` for a single file, which has no training split.
+        UserError: as `read_examples`; an answered question is one of the benchmark's, or there is no training split.
     """
-    options = {"subset": found.subset, "task": found.task}
-    examples = read_examples(found.source, split=found.split, **options)[:count]
+    remedy = "set shots to a file, folder or hub data set of other answered questions"
+    test_only = found.split == "train" or found.source in _TEST_ONLY or Path(found.source).expanduser().is_file()
+    if few_shot and shots is None and test_only:
+        raise UserError(f"few_shot is {few_shot} and {found.source} has no training split: {remedy}")
+    examples = read_examples(found.source, split=found.split, subset=found.subset, task=found.task)
     if not few_shot:
-        return examples
-    if Path(found.source).expanduser().is_file():
-        raise UserError(
-            f"few_shot is {few_shot} and {found.source} is one file: use a folder with train and test files"
-        )
-    shots = read_examples(found.source, split="train", **options)[:few_shot]
+        return examples[:count]
+    subset = found.subset if shots is None else None
+    answered = read_examples(shots or found.source, split="train", subset=subset, task=found.task)[:few_shot]
+    if asked := without_overlap(answered, examples)[1]:
+        raise UserError(f"few_shot shows {asked[0].origin}, which {found.source} asks too: {remedy}")
     shown: list[Message] = []
-    for shot in shots:  # where the response is only the reference column, as in GSM8K, that is the answer shown
+    for shot in answered:  # where the response is only the reference column, as in GSM8K, that is the answer shown
         answer = response_text(shot) or shot.reference or ""
         shown += [*shot.prompt, Message(role="assistant", content=answer)]
-    return [replace(example, prompt=(*shown, *example.prompt)) for example in examples]
+    return [replace(example, prompt=(*shown, *example.prompt)) for example in examples[:count]]
 
 
 class _Answerer(L.LightningModule):
@@ -122,6 +128,7 @@ def evaluate(
     samples: int = 1,
     questions: int | None = None,
     few_shot: int = 0,
+    shots: str | None = None,
     style: Style = "chat",
     system_prompt: str | None = None,
     too_long: Literal["error", "skip"] = "error",
@@ -143,6 +150,7 @@ def evaluate(
         samples: answers to each question, with consecutive seeds, for pass@k and maj@k.
         questions: answer only so many questions of each benchmark, the first ones.
         few_shot: answered examples of the training split before each question.
+        shots: file, folder or hub data set to take them from instead.
         style: of the prompt.
         system_prompt: replaces that of the chat template.
         too_long: questions that leave no room for an answer: `error` names them, `skip` counts them as wrong.
@@ -154,11 +162,12 @@ def evaluate(
     """
     _check(tasks, sampling, few_shot=few_shot, samples=samples, questions=questions, batch_size=batch_size)
     found = dict(benchmark(task, sources or {}) for task in tasks)
-    asked = {task: questions_of(b, count=questions, few_shot=few_shot) for task, b in found.items()}
+    asked = {task: questions_of(b, count=questions, few_shot=few_shot, shots=shots) for task, b in found.items()}
     out, answerer = Path(out).expanduser(), _Answerer(model.eval(), tokenizer, name)
     prompting = {"style": style, "system_prompt": system_prompt, "too_long": too_long}
     card: dict[str, Any] = {"model": {"name": name, "parameters": sum(p.numel() for p in model.parameters())}}
-    card["settings"] = {**prompting, "few_shot": few_shot, "batch_size": batch_size, "sampling": asdict(sampling)}
+    card["settings"] = {**prompting, "few_shot": few_shot, "shots": shots, "batch_size": batch_size}
+    card["settings"]["sampling"] = asdict(sampling)
     card |= {"versions": _versions(), "tasks": {}}
     items: list[Item] = []
     timing: dict[str, Any] = {"device": _device_name(), "tasks": {}}

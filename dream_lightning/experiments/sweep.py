@@ -152,7 +152,15 @@ def _plans(
     for name, variant in variants.items():
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
-            label = ",".join([name, *(f"{n.rpartition('.')[2]}={json.dumps(v)}" for n, v in chosen.items())])
+            label = ",".join(
+                [
+                    name,
+                    *(
+                        f"{n.rpartition('.')[2]}={v if isinstance(v, str) else json.dumps(v)}"
+                        for n, v in chosen.items()
+                    ),
+                ]
+            )
             label = "".join(c if c.isalnum() or c in "-_.=," else "_" for c in label)
             for seed in seeds:
                 whole = f"{label},seed={seed}" if len(seeds) > 1 else label

@@ -15,7 +15,7 @@ from dream_lightning.errors import UserError
 from dream_lightning.evaluation import evaluate as module
 from dream_lightning.evaluation.card import breakdown, scores
 from dream_lightning.evaluation.compare import compare, read_run
-from dream_lightning.evaluation.evaluate import benchmark, evaluate, questions_of
+from dream_lightning.evaluation.evaluate import BENCHMARKS, benchmark, evaluate, questions_of
 from dream_lightning.evaluation.grid import combinations, evaluate_grid
 from dream_lightning.evaluation.statistics import aup, mean_interval, proportion_interval
 from dream_lightning.model import load_tokenizer
@@ -189,11 +189,16 @@ def test_benchmarks_are_names_files_or_tasks_with_a_source(tmp_path):
     assert [e.prompt[-1]["content"] for e in questions_of(found, count=2)] == ["0?", "1?"]
     with pytest.raises(UserError, match=r"gsm9k is no file and no benchmark .*set --sources '\{gsm9k: FILE\}'"):
         benchmark("gsm9k", {})
-    with pytest.raises(UserError, match=r"few_shot is 1 and .* is one file"):
-        questions_of(found, few_shot=1)
+    for one in (found, BENCHMARKS["math500"], BENCHMARKS["aime25"], replace(found, split="train")):
+        with pytest.raises(UserError, match=r"few_shot is 1 and .* has no training split: set shots"):
+            questions_of(one, few_shot=1)
+    with pytest.raises(UserError, match=r"few_shot shows .*test.jsonl, row 1, which .*test.jsonl asks too: set shots"):
+        questions_of(found, count=2, few_shot=1, shots=str(file))
     write_jsonl(tmp_path / "train.jsonl", [{"question": "9?", "answer": "so\n#### 9"}])
     (one, *_) = questions_of(replace(found, source=str(tmp_path)), few_shot=1)
-    assert [(m["role"], m["content"]) for m in one.prompt[:2]] == [("user", "9?"), ("assistant", "so\n#### 9")]
+    shown = [("user", "9?"), ("assistant", "so\n#### 9"), ("user", "0?")]
+    assert [(m["role"], m["content"]) for m in one.prompt] == shown
+    assert questions_of(found, few_shot=1, shots=str(tmp_path / "train.jsonl"))[0].prompt == one.prompt
 
 
 def test_groups_are_columns_with_several_values():

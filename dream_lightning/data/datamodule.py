@@ -21,6 +21,7 @@ from dream_lightning.data.preloaded import PreloadedLoader, PreloadedSet
 from dream_lightning.data.prompt_format import Style, encode_prompt, longer_than, response_text
 from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.splits import keep_examples, split, warn_of_overlap
+from dream_lightning.data.streaming import ShardStream, StreamSampler
 from dream_lightning.data.tokenization import Overflow, check_encoding
 from dream_lightning.errors import UserError, check_range
 from dream_lightning.tasks import load_task, task_of
@@ -35,7 +36,8 @@ class S1KDataModule(L.LightningDataModule):
 
     Args:
         source: training records: a .jsonl, .json, .parquet or .csv file, a folder of them or of `save_to_disk`, a hub
-            id such as simplescaling/s1K-1.1, or `bundled` for the package's own arithmetic set.
+            id such as simplescaling/s1K-1.1, or `bundled` for the package's own arithmetic set. With `streaming` also
+            source → weight, to mix several.
         tokenizer: of the model; the command line sets it.
         validation_source: a separate source for validation; None splits `validation_fraction` off `source`.
         validation_fraction: share of `source` held out, whole questions, chosen by `seed`.
@@ -70,7 +72,9 @@ class S1KDataModule(L.LightningDataModule):
         validation_questions: how many validation questions are answered and scored at every validation.
         too_long: questions that leave the model no room for an answer: `error` names them before the model is loaded;
             `skip` gives them an empty answer, marked `too_long` and wrong if it is scored.
-        num_workers: processes that prepare batches.
+        streaming: read and tokenize the training data while training, in bounded memory: docs/data.md.
+        shuffle_mib: with `streaming`, MiB of text that are shuffled and packed together.
+        num_workers: processes that prepare batches; with `streaming` also as many that tokenize.
         cache_dir: where tokenized sets are kept.
         seed: of the split and of the order in an epoch.
 
@@ -80,7 +84,7 @@ class S1KDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: dict[str, float] | str,
         *,
         tokenizer: PreTrainedTokenizerBase,
         validation_source: str | None = None,
@@ -110,6 +114,8 @@ class S1KDataModule(L.LightningDataModule):
         validation_draws: int = 1,
         validation_questions: int = 32,
         too_long: Literal["error", "skip"] = "error",
+        streaming: bool = False,
+        shuffle_mib: float = 16.0,
         num_workers: int = 0,
         cache_dir: str = "~/.cache/dream_lightning",
         seed: int = 0,
@@ -123,12 +129,14 @@ class S1KDataModule(L.LightningDataModule):
             check_range(name, value, least=1, whole=True)
         for name, value in {"validation_questions": validation_questions, "num_workers": num_workers}.items():
             check_range(name, value, least=0, whole=True)
+        whole = {"first_n": first_n, "training_filters": training_filters, "short_first": short_first or None}
+        _check_streaming(source, streaming, shuffle_mib, whole | {"subset": subset, "preload": preload or None})
         check_range("validation_fraction", validation_fraction, least=0, most=1)
         check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
-        self.tokenizer, self.cache_dir, self.seed = tokenizer, cache_dir, seed
+        self.tokenizer, self.cache_dir, self.seed, self.num_workers = tokenizer, cache_dir, seed, num_workers
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
-        self.validation_fraction, self.first_n = validation_fraction, first_n
-        self.training_filters, self.short_first = training_filters, short_first
+        self.validation_fraction, self.first_n, self.short_first = validation_fraction, first_n, short_first
+        self.training_filters, self.streaming, self.shuffle_mib = training_filters, streaming, shuffle_mib
         self.reading = {"subset": subset, "schema": schema, "filters": filters, "reference_column": reference_column}
         self.reading |= {"prompt_column": prompt_column, "response_column": response_column}
         self.reading["task"] = None if task is None else load_task(task)
@@ -137,10 +145,9 @@ class S1KDataModule(L.LightningDataModule):
         self.encoding |= {"max_length": max_length, "overflow": overflow, "eos_fill_to": eos_fill_to}
         check_encoding(**self.encoding)
         self.batch_size, self.packing, self.batch_cutoff = batch_size, packing, batch_cutoff
-        self.preload = preload
+        self.preload, self.too_long = preload, too_long
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
-        self.num_workers, self.too_long = num_workers, too_long
-        self.train_set: TokenizedSet | None = None
+        self.train_set: TokenizedSet | ShardStream | None = None
         self.validation_set: TokenizedSet | None = None
         self.questions: list[Example] = []
         self._prompts: list[list[int]] = []  # ids of the questions' prompts
@@ -150,10 +157,31 @@ class S1KDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         # On one process of a machine; the others find the result in the cache.
         if self.trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn != "predict":
-            for examples in self.read():
+            for examples in self.read()[self.streaming :]:
                 self.tokenized(examples)
 
+    def stream(self) -> ShardStream:
+        return ShardStream(
+            self.source if isinstance(self.source, dict) else {self.source: 1.0},
+            self.tokenizer,
+            reading=self.reading,
+            encoding=self.encoding,
+            cache_dir=self.cache_dir,
+            shuffle_mib=self.shuffle_mib,
+            num_workers=self.num_workers,
+            held_fraction=self.validation_fraction if self.validation_source is None else None,
+            seed=self.seed,
+        )
+
     def read(self) -> tuple[list[Example], list[Example]]:
+        """Examples to train on, of a stream those of its first shard, and to validate with."""
+        if self.streaming:
+            stream = self.stream()
+            if self.validation_source is None:
+                validation = [example for number in stream.held for example in stream.examples(number)]
+            else:
+                validation = read_examples(self.validation_source, split="validation", **self.reading)
+            return list(stream.examples(stream.groups[0][0])), validation
         training = read_examples(self.source, split="train", **self.reading)
         if self.validation_source is None:
             training, validation = split(training, validation_fraction=self.validation_fraction, seed=self.seed)
@@ -188,7 +216,9 @@ class S1KDataModule(L.LightningDataModule):
         self.validation_set = self.tokenized(validation, "validation")
         if stage == "fit":
             self._check_responses(training)
-            self.train_set = self.tokenized(training, "training")
+            self.train_set = self.stream() if self.streaming else self.tokenized(training, "training")
+            if self.streaming:
+                rank_zero_info(self.train_set.summary())
 
     def ask(self, examples: list[Example], source: str) -> None:
         """Let `predict` answer these questions, which come from `source`, instead of those of `predict_source`."""
@@ -206,6 +236,8 @@ class S1KDataModule(L.LightningDataModule):
             rank_zero_warn("no question can be scored, no row has a reference: set data.reference_column or data.task")
         self.questions = examples if asked is None else asked
         room = getattr(self.trainer and self.trainer.lightning_module, "max_prompt_length", None)
+        if plain := [example.origin for example in self.questions if not example.prompt]:
+            raise UserError(f"{plain[0]} is plain text, wanted a question to answer: set predict_source")
         self._prompts, too_long = [], []
         for example in self.questions:
             length = longer_than(room, "".join(m["content"] for m in example.prompt), self.tokenizer)
@@ -258,8 +290,7 @@ class S1KDataModule(L.LightningDataModule):
         self._answered = set(numbers)
 
     def train_dataloader(self) -> ResumableLoader:
-        lengths = self.train_set.lengths.tolist() if self.short_first else None
-        sampler = self._sampler(self._rows(self.train_set), seed=self.seed, lengths=lengths)
+        sampler = self._training_sampler()
         if self.preload:
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             return PreloadedLoader(PreloadedSet(self.train_set, device), batch_size=self.batch_size, sampler=sampler)
@@ -295,9 +326,18 @@ class S1KDataModule(L.LightningDataModule):
             return pack(documents.lengths.tolist(), self.encoding["max_length"])
         return [[i] for i in range(len(documents))]
 
-    def _sampler(self, rows: list[list[int]], **options: Any) -> RowSampler:
+    def _training_sampler(self) -> RowSampler:
+        if self.streaming:
+            budget = self.encoding["max_length"] if self.packing else None
+            # With a number of batches, Lightning knows the length of an epoch.
+            ahead = self.trainer is not None and isinstance(self.trainer.limit_train_batches, float)
+            return self._sampler(self.train_set, kind=StreamSampler, seed=self.seed, budget=budget, read_ahead=ahead)
+        lengths = self.train_set.lengths.tolist() if self.short_first else None
+        return self._sampler(self._rows(self.train_set), seed=self.seed, lengths=lengths)
+
+    def _sampler(self, rows: Any, *, kind: type[RowSampler] = RowSampler, **options: Any) -> RowSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return RowSampler(rows, batch_size=self.batch_size, rank=rank, world_size=world_size, **options)
+        return kind(rows, batch_size=self.batch_size, rank=rank, world_size=world_size, **options)
 
     def _loader(self, items: Any, sampler: RowSampler, collation: Callable) -> DataLoader:
         collation = partial(collation, pad_token_id=self.tokenizer.pad_token_id)
@@ -322,6 +362,17 @@ class KeyedItems(Dataset):
 
     def __getitem__(self, row: KeyRow) -> list[tuple[SampleKey, Any]]:
         return [(key, self.items[key.index]) for key in row]
+
+
+def _check_streaming(source: Any, streaming: bool, shuffle_mib: float, whole: dict[str, Any]) -> None:
+    """Raise UserError for a mixture that is no stream, and with a stream for the options that need a whole set."""
+    check_range("shuffle_mib", shuffle_mib, least=0)
+    if isinstance(source, dict) and not (streaming and source):
+        raise UserError(f"source is {source!r:.200}, a mixture: set streaming, and at least one source")
+    for name, weight in source.items() if isinstance(source, dict) else ():
+        check_range(f"weight of {name}", weight, least=1e-9)
+    if streaming and (odd := [name for name, value in whole.items() if value is not None]):
+        raise UserError(f"{', '.join(odd)} needs all records at once, and streaming reads them as it goes: unset it")
 
 
 def _scored(examples: list[Example]) -> list[Example]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.atomic import atomic_write
 from dream_lightning.batch import Document, Example
-from dream_lightning.data.tokenization import Encoded, encode
+from dream_lightning.data.tokenization import Encoded, encode_documents
 from dream_lightning.errors import UserError, reading
 
 _FORMAT = 3  # part of the hash: raise it when encode() gives other documents for the same input
@@ -27,8 +28,8 @@ _PARALLEL_FROM = 500  # examples; with fewer, starting processes takes longer th
 class TokenizedSet(Sequence[Document]):
     """The documents of a set, memory-mapped from disk if cached, and what happened to every example.
 
-    Arrays have one entry an example: `full_length` before truncation and filling, `prompt_length`, and
-    `response_length` as kept, with eos and its filling, 0 for a dropped one.
+    Arrays have one entry an example, or a document of a plain text: `full_length` before truncation and filling,
+    `prompt_length`, and `response_length` as kept, with eos and its filling, 0 for a dropped one.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
@@ -56,7 +57,7 @@ class TokenizedSet(Sequence[Document]):
             "ids": np.concatenate(ids),  # [tokens]
             "weights": weight if (weight != 1).any() else weights[0],  # [tokens], or [0] if all are 1
             "names": np.array(names, np.str_),  # [documents]
-            "counts": np.array(counts, np.int64).T,  # [4, examples]
+            "counts": np.array(counts, np.int64).reshape(-1, 4).T,  # [4, examples]
         }
         return cls(arrays)
 
@@ -125,7 +126,9 @@ def tokenize(
                 f"data.cache_dir {folder.parent} cannot be read and written ({error.strerror}): set it to a folder of "
                 "your own, or give all its users the right to write it"
             ) from error
-    documents = TokenizedSet.of(_encode_all(examples, partial(encode, tokenizer=tokenizer, **encoding), num_proc))
+    documents = TokenizedSet.of(
+        _encode_all(examples, partial(encode_documents, tokenizer=tokenizer, **encoding), num_proc)
+    )
     if not len(documents):
         raise UserError(
             f"overflow drops all {len(examples)} documents: the shortest has {documents.full_length.min():,} tokens, "
@@ -144,11 +147,11 @@ def _encode_all(examples: Sequence[Example], encoder: partial, num_proc: int | N
         num_proc = min(8, cores) if len(examples) >= _PARALLEL_FROM else 1
     bar = partial(tqdm, total=len(examples), desc="Tokenizing", unit=" examples", disable=None)
     if num_proc <= 1:
-        yield from bar(map(encoder, examples))
+        yield from chain.from_iterable(bar(map(encoder, examples)))
         return
     with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(encoder,)) as pool:
         without_records = (replace(example, record={}) for example in examples)
-        yield from bar(pool.map(_encode_one, without_records, chunksize=64))
+        yield from chain.from_iterable(bar(pool.map(_encode_one, without_records, chunksize=64)))
 
 
 _worker: dict[str, Any] = {}  # the encoder of this worker process: pickling a tokenizer for every example takes seconds
@@ -159,14 +162,19 @@ def _start_worker(encoder: partial) -> None:
     _worker["encoder"] = encoder
 
 
-def _encode_one(example: Example) -> Encoded:
+def _encode_one(example: Example) -> list[Encoded]:
     return _worker["encoder"](example)
 
 
-def _content_hash(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> str:
+def settings_hash(tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> str:
     settings = [_FORMAT, encoding, tokenizer.chat_template, tokenizer.eos_token_id]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    return digest.hexdigest()
+
+
+def _content_hash(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> str:
+    digest = hashlib.sha256(settings_hash(tokenizer, encoding).encode())
     for e in examples:
         digest.update(json.dumps([e.id, e.prompt, e.thinking, e.answer, e.reference]).encode())
     return digest.hexdigest()[:32]

@@ -47,7 +47,17 @@ class RowSampler(DistributedSampler):
         self.lengths, self.rank, self.num_replicas = lengths, rank, world_size
         self.block = batch_size * world_size  # rows of one micro-batch over all ranks
         self.epoch = 0  # Lightning calls `set_epoch`
+        self.read_ahead = False  # whether a batch is read while the one before it is trained on
         self.start_row = 0  # of the epoch, over all ranks: where this pass begins
+        self.start_window = (0, 0, 0)  # of a stream: its first row, its number and its first document
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change for a run to resume in the middle of an epoch."""
+        return {"rows_per_epoch": len(self.rows), "seed": self.seed}
+
+    def place(self, rows: int) -> dict[str, Any]:
+        """What a pass needs to begin after so many rows, apart from that number."""
+        return {}
 
     def __len__(self) -> int:
         return -(-len(self.rows) * self.repeats // self.num_replicas)
@@ -106,40 +116,51 @@ def _t(order: np.ndarray) -> np.ndarray:  # without the epoch's offset: see `dif
 class ResumableLoader(DataLoader):
     """A DataLoader that resumes in the middle of an epoch after Lightning restored its state.
 
-    Rows are counted over all ranks: a run resumes at the same row with another number of ranks or batch size.
+    Rows are counted over all ranks: a run resumes at the same row with another number of ranks or batch size. Of a
+    stream, whose length it does not know, Lightning reads one batch ahead, and the first one before it sets the epoch.
     """
 
-    rows_used = 0
+    rows_used = 0  # by the batches that training asked for
     waited = 0.0  # seconds that the training loop waited for batches; `training.Throughput` reads it
-    resume_at: tuple[int | None, int] = (None, 0)  # epoch, rows already used
+    epoch = 0
+    resume_at: dict[str, Any] | None = None  # a state
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: this runs at the first batch, after Lightning has set the sampler's epoch.
-        epoch, used = self.resume_at
-        self.resume_at = (None, 0)
-        self.rows_used = self.sampler.start_row = used if epoch == self.sampler.epoch else 0
-        asked = time.perf_counter()
+        state, self.resume_at = self.resume_at or {}, None
+        if state.get("epoch") != self.sampler.epoch:
+            state = {}
+        self.rows_used = self.sampler.start_row = state.get("rows", 0)
+        self.sampler.start_window = tuple(state.get("window", (0, 0, 0)))
+        self.epoch = self.sampler.epoch
+        asked, read = time.perf_counter(), self.rows_used
         for batch in self._batches():
             self.waited += time.perf_counter() - asked
-            self.rows_used += self.sampler.block
+            read += self.sampler.block
+            if not self.sampler.read_ahead:
+                self.rows_used = read
             yield batch
-            asked = time.perf_counter()
+            asked, self.rows_used = time.perf_counter(), read
+        if self.sampler.read_ahead:  # the state while the last batch is trained on: Lightning resumes in the next epoch
+            self.epoch, self.rows_used = self.epoch + 1, 0
 
     def _batches(self) -> Iterator[Any]:
         return super().__iter__()
 
-    def state_dict(self) -> dict[str, int]:
-        order = {"rows_per_epoch": len(self.sampler.rows), "seed": self.sampler.seed}
-        return {"epoch": self.sampler.epoch, "rows": self.rows_used, **order}
+    def state_dict(self) -> dict[str, Any]:
+        place = self.sampler.identity() | self.sampler.place(self.rows_used)
+        return {"epoch": self.epoch, "rows": self.rows_used, **place}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume there at the first batch; warn if the rows or their order differ from the checkpoint's."""
-        self.resume_at = (state["epoch"], state["rows"])
-        now, rows, seed = self.state_dict(), state["rows_per_epoch"], state["seed"]
-        if 0 < state["rows"] < rows and (now["rows_per_epoch"], now["seed"]) != (rows, seed):
+        self.resume_at, now = state, self.sampler.identity()
+        self.sampler.set_epoch(state["epoch"])
+        if 0 < state["rows"] < state.get("rows_per_epoch", math.inf) and any(state.get(n) != now[n] for n in now):
+            was, of = state.get("rows_per_epoch", "streamed"), now.get("rows_per_epoch", "streamed")
             rank_zero_warn(
-                f"the checkpoint's epoch has {rows:,} rows (data.seed {seed}), this run's {now['rows_per_epoch']:,} "
-                f"(data.seed {now['seed']}): the rest of this epoch repeats some documents and omits others"
+                f"the checkpoint's epoch has {was} rows (data.seed {state['seed']}), this run's {of} "
+                f"(data.seed {now['seed']}), or the sources have changed: the rest of this epoch repeats some "
+                "documents and omits others"
             )
 
 

@@ -18,7 +18,7 @@ from dream_lightning.batch import Example, Message
 from dream_lightning.errors import UserError
 
 Style = Literal["chat", "plain", "bare"]
-_AT_ONCE = 1_000_000  # characters: 20 MB at once take minutes and 6 GB
+AT_ONCE = 1_000_000  # characters: 20 MB at once take minutes and 6 GB
 
 
 def encode_prompt(
@@ -54,10 +54,10 @@ def encode_rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def longer_than(limit: int | None, text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Estimated tokens of a text of over a million characters whose start alone has more than `limit`, else None."""
-    if limit is None or len(text) <= _AT_ONCE:
+    if limit is None or len(text) <= AT_ONCE:
         return None
-    count = len(_plain_ids(text[:_AT_ONCE], tokenizer))
-    return round(count * len(text) / _AT_ONCE) if count > limit else None
+    count = len(_plain_ids(text[:AT_ONCE], tokenizer))
+    return round(count * len(text) / AT_ONCE) if count > limit else None
 
 
 def response_text(example: Example, *, style: Style = "chat", thinking: bool = True) -> str:

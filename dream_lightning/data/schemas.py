@@ -8,6 +8,7 @@
 | `messages` | messages: a list of {role: system, user or assistant; content} |
 | `conversations` | conversations: a list of {from: system, human or gpt; value} |
 | `prompt-response` | one text column each; a row without a response is a question to answer |
+| `text` | text: a document to learn from its first token on, without a question |
 
 A response that starts with `<think>…</think>` is split into thinking and answer; a field `reasoning_content` next to it
 is its thinking. A column `system` or `system_prompt` is the system message. What else would change the text of a chat,
@@ -16,7 +17,7 @@ one).
 """
 
 import re
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class Columns(NamedTuple):
     """Columns that the user named or some row has a value in; None if there is no such column."""
 
     prompt: str | None  # of `prompt-response` only
-    response: str | None  # of `prompt-response` only
+    response: str | None  # of `prompt-response` and `text` only
     reference: str | None
 
 
@@ -71,6 +72,7 @@ def read_examples(
         schema: a name in the table above; `auto` detects it from the columns of all rows.
         prompt_column: of a prompt-response source; None finds prompt, question, problem, instruction or input.
         response_column: likewise; None finds response, completion or output. A row without one is a question to answer.
+            Of `text`: its column; None is text.
         reference_column: what predictions are scored against, in any schema; None finds reference, answer or solution
             (s1K: solution). A row without one is not scored.
         task: how questions are asked and graded, as in `tasks.apply_task`, where a record names no task; None is math.
@@ -80,6 +82,36 @@ def read_examples(
         UserError: with file, row and remedy: an unknown schema, a missing column, or what a record lacks.
     """
     rows = keep_rows(list(read_rows(source, split, subset)), filters or {})
+    reader = choose_reader(rows, schema, prompt_column, response_column, reference_column, task)
+    examples: dict[str, Example] = {}
+    for row in rows:
+        example = reader.read(row)
+        if (same := examples.setdefault(example.id, example)) is not example:
+            raise UserError(f"{row.origin} has the id {example.id!r}, and so has {same.origin}: make ids unique")
+    return list(examples.values())
+
+
+class ExampleReader(NamedTuple):
+    """How the rows of one source become examples."""
+
+    schema: str
+    columns: Columns
+    task: str | None  # of a record that names none
+
+    def read(self, row: Row) -> Example:
+        example = _example(row, SCHEMAS[self.schema], self.columns)
+        return apply_task(example, self.task) if example.prompt else example
+
+
+def choose_reader(
+    rows: Sequence[Row],
+    schema: str = "auto",
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    reference_column: str | None = None,
+    task: str | None = None,
+) -> ExampleReader:
+    """The reader that these rows ask for; arguments and errors as in `read_examples`."""
     for column in filter(None, (prompt_column, response_column, reference_column)):
         if not any(column in row.values for row in rows):
             rows[0].value(column)  # raises
@@ -95,13 +127,7 @@ def read_examples(
         present = (name for name in SCHEMAS[schema].references if name in names and name != response_column)
         reference_column = next(present, None)
     columns = Columns(prompt_column, response_column, reference_column)
-    default_task = None if task is None else load_task(task)
-    examples: dict[str, Example] = {}
-    for row in rows:
-        example = apply_task(_example(row, SCHEMAS[schema], columns), default_task)
-        if (same := examples.setdefault(example.id, example)) is not example:
-            raise UserError(f"{row.origin} has the id {example.id!r}, and so has {same.origin}: make ids unique")
-    return list(examples.values())
+    return ExampleReader(schema, columns, None if task is None else load_task(task))
 
 
 def question(text: str) -> list[Message]:
@@ -181,8 +207,13 @@ def _read_prompt_response(row: Row, columns: Columns) -> Content:
     return _system(row) + question(row.text(columns.prompt)), *split_thinking(response)
 
 
+def _read_text(row: Row, columns: Columns) -> Content:
+    return [], None, row.text(columns.response or "text")
+
+
 # `auto` asks the last entry first, so that a schema of a user's own comes before these.
 SCHEMAS: dict[str, Schema] = {
+    "text": Schema(lambda names: "text" in names, _read_text, ()),
     "prompt-response": Schema(lambda names: not names.isdisjoint(_PROMPTS), _read_prompt_response),
     "conversations": Schema(lambda names: "conversations" in names, partial(_read_chat, column="conversations")),
     "messages": Schema(lambda names: "messages" in names, partial(_read_chat, column="messages")),
@@ -215,7 +246,7 @@ def _find(names: Iterable[str], usual: tuple[str, ...], remedy: str) -> str | No
 
 def _example(row: Row, schema: Schema, columns: Columns) -> Example:
     prompt, thinking, answer = schema.read(row, columns)
-    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
+    if prompt and not any(message["content"].strip() for message in prompt if message["role"] == "user"):
         raise UserError(f"{row.origin} has an empty prompt: correct or delete that row")
     own_id = next((row.values[name] for name in _IDS if isinstance(row.values.get(name), str | int)), None)
     own_task = row.values.get("task")

@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 
 def read_rows(source: str | Path, split: str = "train", subset: str | None = None) -> Iterator[Row]:
-    """Rows of a .jsonl, .json, .parquet or .csv file, of a folder, or of a hub data set; `bundled` gives `sample_rows`.
+    """Rows of a file (.jsonl, .json, .parquet, .csv, .txt), a folder, or a hub data set; `bundled` gives `sample_rows`.
 
     A folder was written by `datasets.save_to_disk`, or holds such files: those in it and in its `data/` are read that
     are called `split`, alone or with a number as in train-00000-of-00004.parquet. Raises UserError for a source that
@@ -75,7 +75,7 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
         is_folder, exists = path.is_dir(), path.exists()
     if source == "bundled":
         part = "train" if split == "train" else "validation"
-        rows = _numbered(sample_rows(part), f"bundled-{part}")
+        rows = numbered(sample_rows(part), f"bundled-{part}")
     elif is_folder:
         rows = _read_folder(path, split)
     elif exists:
@@ -89,8 +89,9 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
     yield from rows
 
 
-def _numbered(records: Iterable[Any], name: str) -> Iterator[Row]:
-    for number, record in enumerate(records, 1):
+def numbered(records: Iterable[Any], name: str, first: int = 1) -> Iterator[Row]:
+    """Rows of the records, which count from `first`; blank lines count, too. Raises UserError for a broken record."""
+    for number, record in enumerate(records, first):
         if record is _BLANK:
             continue
         if not isinstance(record, dict):
@@ -111,7 +112,8 @@ def _lone_surrogate(value: Any) -> str | None:
     return next(filter(None, map(_lone_surrogate, parts)), None)
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def check_file(path: Path) -> None:
+    """Raise UserError for a file of a kind that is not read, or with the content of another kind."""
     if not path.is_file():  # a pipe would block and cannot be read twice
         kind = "folder" if path.is_dir() else "pipe or device"
         raise UserError(f"{path} is a {kind}, wanted a regular file: write its content to one")
@@ -125,13 +127,22 @@ def _read_file(path: Path) -> Iterator[Row]:
             kind = "binary data or UTF-16 text"
         if kind and f".{kind}" != path.suffix:
             raise UserError(f"{path} is {kind}, wanted a {path.suffix} file: unpack, convert or download it")
-        yield from _numbered(_READERS[path.suffix](path), path.name)
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    check_file(path)
+    with reading(path, f"a {path.suffix} file"):
+        yield from numbered(_READERS[path.suffix](path), path.name)
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:  # split at \n only: str.splitlines also splits at other separators inside a text
         for number, line in enumerate(file, 1):
-            yield _parse_json(line, f"{path.name}, row {number}") if line.strip() else _BLANK
+            yield parse_line(line, f"{path.name}, row {number}")
+
+
+def parse_line(line: bytes, origin: str) -> Any:
+    return _parse_json(line, origin) if line.strip() else _BLANK
 
 
 def _read_json(path: Path) -> list[Any]:
@@ -163,6 +174,17 @@ def _read_parquet(path: Path) -> Iterator[Any]:
             yield from batch.to_pylist()
 
 
+def _read_txt(path: Path) -> Iterator[Any]:
+    yield from split_texts(path.read_bytes())
+
+
+def split_texts(content: bytes) -> Iterator[dict[str, str]]:
+    """The documents of a .txt file, which end at a line `<|endoftext|>`, or at its end."""
+    for text in re.split(r"^<\|endoftext\|>(?:\r?\n|\Z)", content.decode("utf-8-sig"), flags=re.MULTILINE):
+        if text.strip():
+            yield {"text": text}
+
+
 def _read_csv(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
@@ -176,7 +198,10 @@ def _read_csv(path: Path) -> Iterator[Any]:
             raise UserError(f"{path.name}, line {table.line_num}: {error}; correct it, or use UTF-8 .jsonl") from error
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
+_READERS = {
+    **{".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv},
+    ".txt": _read_txt,
+}
 
 
 def _read_folder(folder: Path, split: str) -> Iterator[Row]:
@@ -189,8 +214,15 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
                         f"{folder} has no split {split!r}, it has {', '.join(data)}: name the folder of one"
                     )
                 data = data[split]
-            yield from _numbered(data, folder.name)
+            yield from numbered(data, folder.name)
             return
+    for file in files_of(folder, split):
+        yield from _read_file(file)
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The data files of a split in a folder or in its `data/`; warns if similar ones are left out."""
+    with reading(folder, "a folder of data files"):
         files = sorted(f for place in (folder, folder / "data") for f in place.glob("*") if f.suffix in _READERS)
     of_split = re.compile(rf"{re.escape(split)}([-._]\d+)?(-of-\d+)?(-[0-9a-f]{{16}})?")  # the last: older hub files
     chosen = [file for file in files if of_split.fullmatch(file.stem)]
@@ -203,8 +235,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
     if similar:
         names = ", ".join(file.name for file in chosen)
         rank_zero_warn(f"{folder}: {names} are read, {similar} are not: rename a file, or name one as the source")
-    for file in chosen:
-        yield from _read_file(file)
+    return chosen
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
@@ -212,4 +243,4 @@ def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
         raise UserError(f"{name} does not exist: name a file, a folder, or a hub data set as owner/name")
     remedy = f"check the name, the subset ({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
     with reading(name, "a file, folder or hub data set", remedy):
-        yield from _numbered(datasets.load_dataset(name, subset, split=split), name)
+        yield from numbered(datasets.load_dataset(name, subset, split=split), name)

@@ -74,8 +74,12 @@ def without_overlap(examples: list[Example], other: list[Example]) -> tuple[list
 
 
 def question_key(example: Example) -> str:
-    """Equal for copies of a question: words, digits and operators of the user messages, without case and spacing."""
-    return text_key("\n".join(message["content"] for message in example.prompt if message["role"] == "user"))
+    """Equal for copies of a question: words, digits and operators of the user messages, without case and spacing.
+
+    A plain text is its own question.
+    """
+    asked = "\n".join(message["content"] for message in example.prompt if message["role"] == "user")
+    return text_key(asked if example.prompt else example.answer)
 
 
 def text_key(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Document, Example
-from dream_lightning.data.prompt_format import Style, encode_prompt, longer_than, response_text
+from dream_lightning.data.prompt_format import AT_ONCE, Style, encode_prompt, longer_than, response_text
 from dream_lightning.errors import UserError, check_range
 
 Overflow = Literal["drop", "error", "truncate_trace", "truncate_trace_else_drop", "truncate_right"]
@@ -106,6 +106,36 @@ def encode(
     weight = _weights(response, ids, tokenizer, extra_weight) if extra_weight else [1.0] * len(ids)
     document = Document(example.id, prompt_ids, ids, weight)
     return Encoded(document, len(prompt_ids), full_length, filled)
+
+
+def encode_documents(example: Example, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Encoded]:
+    """`encode`; a plain text, which has no prompt, becomes as many documents of at most `max_length` as it needs.
+
+    The first token of each is not maskable, as there is nothing to predict it from, and the last one ends with eos. No
+    token is lost: `overflow` and `eos_fill_to` do not apply. A blank text is dropped.
+    """
+    if example.prompt:
+        return [encode(example, tokenizer, **options)]
+    if not example.answer.strip():
+        return [Encoded(None, 0, 0)]
+    parts = (example.answer[start : start + AT_ONCE] for start in range(0, len(example.answer), AT_ONCE))
+    text = _Tokens("", [], [])
+    for part in parts:
+        text = text.then(_Tokens.of(part, tokenizer))
+    text = text.then(_Tokens("", [tokenizer.eos_token_id], [(0, 0)]))
+    ids, extra_weight = text.ids, options.get("extra_weight")
+    weight = _weights(text, ids, tokenizer, extra_weight) if extra_weight else [1.0] * len(ids)
+    length = options.get("max_length") or len(ids)
+    check_range("max_length of plain text", length, least=3)
+    encoded, start = [], 0
+    while start < len(ids):
+        end = min(start + length, len(ids))
+        if end == len(ids) - 1:  # a document has at least two tokens
+            end -= 1
+        document = Document(example.id, ids[start : start + 1], ids[start + 1 : end], weight[start + 1 : end])
+        encoded.append(Encoded(document, 1, end - start))
+        start = end
+    return encoded
 
 
 _REMEDIES = {

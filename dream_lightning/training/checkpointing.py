@@ -35,7 +35,7 @@ _SETTINGS = {
     "trainer": ("precision", "max_steps", "max_epochs", "gradient_clip_val"),
     "data": (
         *("source", "validation_source", "validation_fraction", "first_n", "seed", "packing", "batch_cutoff"),
-        *("short_first", "training_filters", "encoding", "reading"),
+        *("short_first", "training_filters", "streaming", "shuffle_mib", "encoding", "reading"),
     ),
 }
 

@@ -57,7 +57,7 @@ def test_set_equals_one_by_one(options, num_proc):
 
 def test_second_call_reads_the_cache(tmp_path, monkeypatch):
     computed = tokenize(examples(), BYTES, max_length=120, extra_weight={"2": 2.0}, cache_dir=tmp_path)
-    monkeypatch.setattr(document_cache, "encode", None)
+    monkeypatch.setattr(document_cache, "encode_documents", None)
     read = tokenize(examples(), BYTES, max_length=120, extra_weight={"2": 2.0}, cache_dir=tmp_path, num_proc=4)
     assert list(read) == list(computed)
     assert read.cut_tokens.tolist() == computed.cut_tokens.tolist()

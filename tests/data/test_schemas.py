@@ -176,7 +176,7 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ([QA[0], '{"question": "q", '], {}, "row 2 is damaged or no valid JSON"),
         ([QA[0], "[1]"], {}, "row 2 is a list, wanted a JSON object"),
         ([QA[0], "null"], {}, "row 2 is a NoneType, wanted a JSON object"),
-        ([{"text": "x"}], {}, "has the columns text; wanted .* set prompt_column"),
+        ([{"body": "x"}], {}, "has the columns body; wanted .* set prompt_column"),
         ([QA[0]], {"schema": "s1k"}, "row 1 has no column 'thinking_trajectories', it has question, response"),
         ([QA[0]], {"schema": "messages"}, "row 1 has no column 'messages'"),
         ([QA[0]], {"prompt_column": "quest"}, "row 1 has no column 'quest'"),
@@ -210,7 +210,7 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ([chat(("user", None), ("assistant", "a"))], {}, "message 1 has the role 'user' and a NoneType"),
         ([chat(("user", ""), ("assistant", "a"))], {}, "empty prompt"),
         ([{"messages": "hello"}], {}, "not a list of messages"),
-        (QA, {"schema": "s2k"}, "schema is 's2k', wanted auto or one of prompt-response"),
+        (QA, {"schema": "s2k"}, "schema is 's2k', wanted auto or one of text, prompt-response"),
     ],
 )
 def test_errors_name_the_row(tmp_path, rows, options, message):
@@ -261,7 +261,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in QA).encode()
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", LINES, "is a .txt file, wanted .jsonl"),
+        ("a.tsv", LINES, "is a .tsv file, wanted .jsonl"),
         ("a.json", b"{", "is damaged or no valid JSON"),
         ("a.json", b"{}", "holds a dict, wanted a list"),
         ("a.json", b"\xff\xfe" + LINES.decode().encode("utf-16-le"), "is UTF-16 text, wanted a .json file"),

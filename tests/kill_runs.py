@@ -4,7 +4,7 @@ This run is in FOLDER/killed, and one without kills in FOLDER/whole. Prints a li
 how the attempt ended, what it left incomplete and the step it left saved; then one with the exit statuses of both runs.
 The kills do not depend on the speed of the machine.
 
-`ranks(FOLDER, PORT, PORT)`: two processes as torchrun starts them, SIGTERM to the second; resumed. Prints
+`terminated(FOLDER, PORT, PORT)`: two processes as torchrun starts them, SIGTERM to the second; resumed. Prints
 the exit statuses of both attempts, each with a port of its own.
 """
 
@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops import _TrainingEpochLoop
 from material import SIZES, addition_rows, quiet_trainer, tiny_data, tiny_module, write_jsonl
-from meeting import end, fork
+from meeting import end, fork, ranks
 
 from dream_lightning import SamplingParams
 from dream_lightning.training import Autosave
@@ -108,15 +108,11 @@ class Terminated(L.Callback):
 
 
 def statuses(folder: Path, port: str, *callbacks: L.Callback) -> list[int]:
-    pids = []
-    for rank in ("0", "1"):
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port, "WORLD_SIZE": "2", "GROUP_RANK": "0"}
-        os.environ |= {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
-        pids.append(attempt(lambda: train(folder, *callbacks, devices=2, steps=40), folder))
-    return [end(pid) for pid in pids]
+    os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    return ranks(lambda: train(folder, *callbacks, devices=2, steps=40), folder.parent / f"{folder.name}.log")
 
 
-def ranks(folder: Path, first_port: str, second_port: str) -> None:
+def terminated(folder: Path, first_port: str, second_port: str) -> None:
     write_jsonl(folder.parent / "sums.jsonl", addition_rows(40))
     # Before every micro-batch Lightning would ask whether a process was told to stop, which synchronizes with the GPU.
     _TrainingEpochLoop._broadcast_sigterm_tensor = None

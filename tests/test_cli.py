@@ -2,7 +2,6 @@
 
 import gc
 import inspect
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from material import addition_rows, save_tiny_folder, write_jsonl
-from meeting import MeetingPoint
+from meeting import CommandOfRanks
 
 from dream_lightning import S1KDataModule, cli, load_tokenizer
 from dream_lightning.cli import COMMANDS, TRAINER_COMMANDS, DreamCLI, main, readable_errors, shipped_configs
@@ -324,7 +323,7 @@ def test_a_config_for_several_gpus_runs_on_two_processes(tmp_path, config):
     save_tiny_folder(tmp_path / "base", positions=512)
     write_jsonl(tmp_path / "sums.jsonl", addition_rows(40))
     command = [
-        *(sys.executable, "-m", "dream_lightning", "fit", "--config", config),
+        *("fit", "--config", config),
         *(f"--model.pretrained={tmp_path / 'base'}", f"--data.source={tmp_path / 'sums.jsonl'}"),
         *(f"--data.cache_dir={tmp_path / 'cache'}", "--data.schema=auto", "--data.max_length=256"),
         *("--data.num_workers=0", "--data.validation_questions=3", "--model.compile_layers=false"),
@@ -335,18 +334,11 @@ def test_a_config_for_several_gpus_runs_on_two_processes(tmp_path, config):
         "--autosave.every_n_train_steps=1",
     ]
 
-    def run(*options: str) -> str:
-        meeting = MeetingPoint()  # each run its own
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | meeting.environment
-        done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
-
-    run("--trainer.max_steps=1")
+    CommandOfRanks(*command, "--trainer.max_steps=1").end()
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert (read_rest(last) if last.is_dir() else torch.load(last, weights_only=True))["global_step"] == 1
     if config == "fsdp_lora":  # its checkpoint is restored late
-        said = run("--trainer.max_steps=2", "--ckpt_path=last")
+        said = CommandOfRanks(*command, "--trainer.max_steps=2", "--ckpt_path=last").end()
         assert "Restored all states" in said and "begins anew" not in said
 
 

@@ -40,7 +40,7 @@ def test_all_ranks_stop_after_the_same_step(tmp_path):
     points = MeetingPoint(), MeetingPoint()
     ports = [point.environment["MASTER_PORT"] for point in points]
     folder = tmp_path / "checkpoints"
-    output = Program(kill_runs.ranks, folder, *ports, **points[0].environment).end()
+    output = Program(kill_runs.terminated, folder, *ports, **points[0].environment).end()
     log = (tmp_path / "checkpoints.log").read_text()
     assert json.loads(output) == [[143, 143], [0, 0]], log[-3000:]
     assert log.count("SIGTERM: stopping after this optimizer step") == 1

@@ -1,11 +1,7 @@
-"""Helpers of tests: paths of shared material, rows, small models, trainers, programs."""
+"""Helpers of tests: paths of shared material, rows, small models, trainers."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -107,21 +103,6 @@ def addition_rows(count: int, *, start: int = 0) -> list[dict]:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def output_of(script: Path, *arguments: str | Path, **environment: str) -> str:
-    """What a program of these tests prints; its forks are killed if it fails or takes too long."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, script, *arguments]
-    with subprocess.Popen(command, env=os.environ | ours | environment, **options) as program:
-        try:
-            output, errors = program.communicate()
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGKILL)
-    assert program.returncode == 0, errors
-    return output
 
 
 def save_tiny_folder(path: Path, *, positions: int = 512, dtype: torch.dtype = torch.float32, seed: int = 0) -> str:

@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from material import SIZES, output_of, save_tiny_folder, write_jsonl
+from material import SIZES, save_tiny_folder, write_jsonl
 
+from dream_lightning import cli
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
 from dream_lightning.evaluation import evaluate as module
@@ -235,15 +236,19 @@ def test_a_grid_is_one_evaluation_for_each_valid_combination(run, network, tmp_p
             combinations(SAMPLING, wrong)
 
 
-def test_the_commands_from_a_folder_to_a_comparison(tmp_path):
+def test_the_commands_from_a_folder_to_a_comparison(tmp_path, monkeypatch, capsys):
+    def printed(*words):
+        cli.run([str(word) for word in words])
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
     folder = save_tiny_folder(tmp_path / "model", positions=256)
     rows = [{"question": f"{n}+1", "answer": str(n + 1)} for n in random.Random(0).sample(range(99), 3)]
     file, short = write_jsonl(tmp_path / "sums.jsonl", rows), ("--sampling.max_new_tokens=4", "--sampling.steps=2")
-    program = "-m", "dream_lightning"
     options = ("--model", folder, "--tasks", str(file), "--sampling.forbid_mask=true", *short)
-    prompts = output_of(*program, "evaluate", *options, "--show_prompts=1")
+    prompts = printed("evaluate", *options, "--show_prompts=1")
     assert f"{rows[0]['question']}<|im_end|>" in prompts and not (tmp_path / "evaluation").exists()
     for name in "ab":
-        shown = output_of(*program, "evaluate", *options, "--out", tmp_path / name)
+        shown = printed("evaluate", *options, "--out", tmp_path / name)
     assert "3 of 3 questions scored" in shown and "card.html" in shown
-    assert "B − A = 0.0 %" in output_of(*program, "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c")
+    assert "B − A = 0.0 %" in printed("compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c")

@@ -1,12 +1,13 @@
 """Attention inside documents: custom operations over cuDNN's kernel, here emulated by plain products, and on a GPU."""
 
+import importlib
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from material import output_of
+from meeting import Program
 from tiny_models import tiny_model
 
 from dream_lightning.batch import DocumentBounds
@@ -230,16 +231,19 @@ def test_a_mask_uses_cudnn_or_repeats_keys(gpu, capability, dtype, dynamic_plans
     assert prefers_cudnn(torch.device("cuda")) == cudnn
 
 
-def test_only_an_unset_environment_is_changed_and_not_by_importing(monkeypatch):
+def test_only_an_unset_environment_is_changed_and_not_by_importing():
+    Program(import_and_enable).end()
+
+
+def import_and_enable():
     name = "TORCH_CUDNN_SDPA_AVOID_RECOMPILE"
-    show = f"print(os.environ.get({name!r}))"
-    enable = "packed_attention.enable_dynamic_cudnn_plans()"
-    monkeypatch.delenv(name)
-    code = f"import os; from dream_lightning.kernels import packed_attention; {show}; {enable}; {show}"
-    assert output_of("-c", code).split() == ["None", "1"]
-    monkeypatch.setenv(name, "0")
-    packed_attention.enable_dynamic_cudnn_plans()
-    assert os.environ[name] == "0"
+    for before, after in ((None, "1"), ("0", "0")):
+        os.environ.pop(name, None)
+        os.environ |= {name: before} if before else {}
+        again = importlib.reload(packed_attention)
+        assert os.environ.get(name) == before
+        again.enable_dynamic_cudnn_plans()
+        assert os.environ[name] == after
 
 
 @pytest.mark.gpu

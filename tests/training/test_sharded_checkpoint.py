@@ -4,14 +4,15 @@ import errno
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from meeting import Program, ranks
 from peft import PeftModel
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from dream_lightning.adapters import LoraParams, add_lora, base_hash
 from dream_lightning.export import export_adapter, export_model, model_from_checkpoint
@@ -26,24 +27,26 @@ IDS = {"mask_token_id": 90, "pad_token_id": 91, "bos_token_id": 91, "eos_token_i
 CONFIG = DreamConfig(**SIZES, **IDS, num_attention_heads=6, num_key_value_heads=2)
 LORA = LoraParams(rank=4, alpha=8.0, targets=["q_proj", "v_proj"])
 
-# One of two processes, gloo: shards every tensor of every checkpoint by rows and saves it.
-SAVE = """
-import sys, pathlib, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-folder, rank = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-for source in sorted(folder.glob("*.pt")):
-    checkpoint = torch.load(source, weights_only=True)
-    state = {n: distribute_tensor(t, mesh, [Shard(0)]) for n, t in checkpoint.pop("state_dict").items()}
-    adam = {n: {"step": torch.tensor(3.0), "exp_avg": t.clone()} for n, t in state.items()}
-    optimizer = {"state": adam, "param_groups": [{"lr": 1e-3, "params": list(state), "betas": (0.9, 0.95)}]}
-    target = source.with_suffix(".ckpt")
-    dcp.save({"state_dict": state, "optimizer_0": optimizer}, checkpoint_id=target)
-    if rank == 0:
-        torch.save(checkpoint, target / "meta.pt")
-dist.barrier()
-"""
+
+def save_sharded(folder: Path) -> None:
+    """As one of two processes: shard every tensor of every checkpoint by rows and save it."""
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for source in sorted(folder.glob("*.pt")):
+        checkpoint = torch.load(source, weights_only=True)
+        state = {n: distribute_tensor(t, mesh, [Shard(0)]) for n, t in checkpoint.pop("state_dict").items()}
+        adam = {n: {"step": torch.tensor(3.0), "exp_avg": t.clone()} for n, t in state.items()}
+        optimizer = {"state": adam, "param_groups": [{"lr": 1e-3, "params": list(state), "betas": (0.9, 0.95)}]}
+        target = source.with_suffix(".ckpt")
+        dcp.save({"state_dict": state, "optimizer_0": optimizer}, checkpoint_id=target)
+        if rank == 0:
+            torch.save(checkpoint, target / "meta.pt")
+    torch.distributed.barrier()
+
+
+def save_on_two(folder: Path) -> None:
+    assert ranks(lambda: save_sharded(folder)) == [0, 0]
 
 
 def random_dream() -> DreamModel:
@@ -73,9 +76,7 @@ def saved(tmp_path_factory):
     trained = {f"model.{n}": p.detach() for n, p in adapted().named_parameters() if p.requires_grad}
     base = {"name": str(folder / "base"), "hash": base_hash(weight_files(folder / "base"))}
     torch.save(common | {"state_dict": trained, "lora": LORA.config, "base": base}, folder / "adapters.pt")
-    commands = [[sys.executable, "-c", SAVE, str(folder), str(rank)] for rank in (0, 1)]
-    processes = [subprocess.Popen(c, env=os.environ | {"OMP_NUM_THREADS": "1"}) for c in commands]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    Program(save_on_two, folder).end()
     assert len(list((folder / "full.ckpt").glob("*.distcp"))) == 2
     return folder
 

@@ -258,7 +258,7 @@ def make_plan(s: Setting) -> Plan:
 def setting_from(options: Namespace) -> Setting:
     """What `fit` would run with these options; reads only config.json or the tokenizer. Raises UserError as `fit`."""
     model, data, trainer = options.model, options.data, options.trainer
-    if (model.pretrained is None) == (model.new_model is None):
+    if [model.pretrained, model.from_autoregressive, model.new_model].count(None) != 2:
         raise UserError("wanted one of model.pretrained and model.new_model: add a config, such as --config tiny")
     precision = str(trainer.precision or "32-true")
     if precision not in ("bf16-mixed", "32-true", "32", "bf16-true", "bf16"):
@@ -270,8 +270,8 @@ def setting_from(options: Namespace) -> Setting:
     sharded = "fsdp" in name.lower() or "ModelParallel" in name
     if sharded:
         refuse_sharded(quantized=model.quantize is not None, compiled_answers=model.sampling.compile)
-    tokenizer = load_tokenizer(model.tokenizer) if model.new_model is not None else None
-    config = config_of(model.pretrained, model.new_model, tokenizer)
+    tokenizer = load_tokenizer(model.tokenizer) if model.pretrained is None else None
+    config = config_of(model.pretrained, model.new_model, tokenizer, model.from_autoregressive)
     bfloat16 = model.quantize is not None or precision in ("bf16-true", "bf16")
     return Setting(
         config,

@@ -12,10 +12,21 @@ from transformers import PreTrainedTokenizerBase
 from dream_lightning.adapters import LoraParams, Quantize, add_lora, base_hash, check_base, load_quantized
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, DreamModel
+from dream_lightning.model.autoregressive import config_from_qwen2
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
 from dream_lightning.training.fsdp import read_shards
 
 _REQUIRED = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+
+
+def check_start(pretrained: str | None, from_autoregressive: str | None, new_model: dict | None) -> None:
+    """Raise UserError unless exactly one of the three ways to start is chosen."""
+    if [pretrained, from_autoregressive, new_model].count(None) != 2:
+        other = f"from_autoregressive is {from_autoregressive!r}, " if from_autoregressive is not None else ""
+        raise UserError(
+            f"{other}pretrained is {pretrained!r} and new_model is {new_model!r}: wanted exactly one of them; "
+            "--model.new_model=null or --model.pretrained=null removes what a config sets"
+        )
 
 
 def check_kind(
@@ -46,8 +57,13 @@ def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase
 
 
 def config_of(
-    pretrained: str | None, sizes: dict[str, int | float] | None, tokenizer: PreTrainedTokenizerBase
+    pretrained: str | None,
+    sizes: dict[str, int | float] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    from_autoregressive: str | None = None,
 ) -> DreamConfig:
+    if from_autoregressive is not None:
+        return config_from_qwen2(local_folder(from_autoregressive, files=("config.json",)), tokenizer)
     if pretrained is None:
         return new_config(sizes, tokenizer)
     return DreamConfig.from_pretrained(local_folder(pretrained, files=("config.json",)))

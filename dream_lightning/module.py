@@ -22,6 +22,7 @@ from dream_lightning.diffusion.objective import Normalizer, check_focal
 from dream_lightning.diffusion.weighting import Weighting, check_cart_p
 from dream_lightning.errors import UserError, check_range
 from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
+from dream_lightning.model.autoregressive import from_qwen2
 from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks import AnswerScores, MeanLoss, grading_clock
@@ -41,6 +42,7 @@ class DreamModule(L.LightningModule):
 
     Args:
         pretrained: an official folder or hub id to start from, such as Dream-org/Dream-v0-Instruct-7B.
+        from_autoregressive: a folder or hub id of a Qwen2 or Qwen2.5 to start from instead; needs `tokenizer`.
         new_model: sizes of a Dream to train from scratch instead, as in `DreamConfig` but without the vocabulary's.
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
         dtype: of the weights. To train all, float32 with `trainer.precision=bf16-mixed`, or bfloat16 with AdamW8bit.
@@ -52,6 +54,8 @@ class DreamModule(L.LightningModule):
             `compile_layers`; weights, their gradients and evaluation keep their dtype.
         gradient_checkpointing: recompute all layers in the backward pass, or the first n; saves memory, costs time.
         compile_layers: compile each decoder layer and the loss; slow to start, faster on a GPU.
+        causal: train an autoregressive baseline: causal attention, and every response token predicted from the clean
+            tokens before it. It answers with `sampling.block_length` 1.
         weighting: loss weight of a masked token: `original` (1/t, the ELBO), `linear` (1 − t), `cart`, `none`.
         cart_p: p of the geometric distribution for `cart`.
         normalizer: what the summed loss is divided by: `maskable`, `masked`, or `micro_batch` (the authors').
@@ -67,13 +71,14 @@ class DreamModule(L.LightningModule):
         seed: of the noise in training and validation.
 
     Raises:
-        UserError: both or neither of `pretrained` and `new_model`; an option out of its range.
+        UserError: none or several of `pretrained`, `from_autoregressive` and `new_model`; an option out of its range.
     """
 
     def __init__(
         self,
         pretrained: str | None = None,
         *,
+        from_autoregressive: str | None = None,
         new_model: dict[str, int | float] | None = None,
         tokenizer: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
@@ -82,6 +87,7 @@ class DreamModule(L.LightningModule):
         float8_products: bool = False,
         gradient_checkpointing: bool | int = False,
         compile_layers: bool = False,
+        causal: bool = False,
         weighting: Weighting = "original",
         cart_p: float = 0.1,
         normalizer: Normalizer = "maskable",
@@ -97,11 +103,7 @@ class DreamModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if (pretrained is None) == (new_model is None):
-            raise UserError(
-                f"pretrained is {pretrained!r} and new_model is {new_model!r}: wanted exactly one of them; "
-                "--model.new_model=null or --model.pretrained=null removes what a config sets"
-            )
+        model_factory.check_start(pretrained, from_autoregressive, new_model)
         if tokenizer is None and pretrained is None:
             raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
         check_range("warmup_fraction", warmup_fraction, least=0, most=1)
@@ -109,9 +111,15 @@ class DreamModule(L.LightningModule):
             check_range("gradient_checkpointing", gradient_checkpointing, least=0, whole=True)
         check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
         model_factory.check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
+        if causal and (weighting not in ("original", "none") or complementary_masks or treat_eos_as_one):
+            raise UserError(
+                f"causal has no masks: weighting is {weighting}, wanted original or none, which are the same, with "
+                f"complementary_masks ({complementary_masks}) and treat_eos_as_one ({treat_eos_as_one}) false"
+            )
         check_cart_p(cart_p)
         check_focal(focal_alpha, focal_gamma)
         self.pretrained, self.new_model = pretrained, new_model
+        self.from_autoregressive, self.causal = from_autoregressive, causal
         self.tokenizer_name, self.tokenizer = tokenizer or pretrained, load_tokenizer(tokenizer or pretrained)
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
         self.weights_dtype, self.float8_products = getattr(torch, dtype), float8_products
@@ -144,7 +152,7 @@ class DreamModule(L.LightningModule):
     @property
     def max_prompt_length(self) -> int:
         """Tokens of a question that leave room for its answer; reads config.json only."""
-        config = model_factory.config_of(self.pretrained, self.new_model, self.tokenizer)
+        config = model_factory.config_of(self.pretrained, self.new_model, self.tokenizer, self.from_autoregressive)
         return config.max_position_embeddings - self.sampling.max_new_tokens
 
     def configure_model(self) -> None:
@@ -154,7 +162,9 @@ class DreamModule(L.LightningModule):
         device = torch.device("cpu") if self._trainer is None else self.trainer.strategy.root_device
         if self.compile_layers:
             model_factory.start_compilers(device)
-        if self.pretrained is None:
+        if self.from_autoregressive is not None:
+            self.model = from_qwen2(self.from_autoregressive, self.tokenizer, dtype=self.weights_dtype)
+        elif self.pretrained is None:
             self.model = model_factory.random_model(self.new_model, self.tokenizer).to(self.weights_dtype)
         elif self.quantize is not None:
             self.model = model_factory.quantized_model(self.pretrained, self.quantize, device)
@@ -163,6 +173,9 @@ class DreamModule(L.LightningModule):
         else:
             self.model = DreamModel.from_pretrained(self.pretrained, dtype=self.weights_dtype)
         check_tokenizer(self.tokenizer, self.model.config)
+        if self.model.config.causal and not self.causal:
+            raise UserError("the model's config.json is causal, an autoregressive baseline: set model.causal to true")
+        self.model.config.causal = self.causal
         if self.lora is not None:
             options = {"pretrained": self.pretrained, "seed": self.seed, "device": device if self.sharded else None}
             self.base = model_factory.adapt(self.model, self.lora, **options) | {"quantize": self.quantize or "none"}
@@ -234,7 +247,10 @@ class DreamModule(L.LightningModule):
         )
 
     def noise(self, batch: Batch, *, stratified=True, t_max: float = 1.0, eos_as_one: bool = False) -> NoisedBatch:
-        """x_0 → x_t, with the noise of each document's (seed, epoch, sample)."""
+        """x_0 → x_t, with the noise of each document's (seed, epoch, sample); none for a causal model."""
+        if self.causal:  # the first token of a document has nothing before it
+            is_predicted = batch.maskable & (batch.position_ids > 0)
+            return NoisedBatch(batch.input_ids, is_predicted, torch.ones_like(is_predicted, dtype=torch.float32))
         if stratified:
             t = diffusion.stratified_t(self.seed, batch.epochs, batch.document_ids, t_min=T_MIN, t_max=t_max)  # [B, L]
         else:

@@ -46,15 +46,16 @@ def make_packed_attention(
     columns: Tensor | None = None,
     *,
     training: bool = False,
+    causal: bool = False,
     head_dim: int,
 ) -> Attention | None:
     """As `model.attention.make_attention`, with these kernels for documents where they can compute them.
 
     In training with dynamic plans, rows without a mask are documents too, so that rows of one document and rows of
-    several share one compiled graph.
+    several share one compiled graph. For causal attention there are no such kernels.
     """
-    if not x.is_cuda:
-        return make_attention(attention_mask, x, columns)
+    if not x.is_cuda or causal:
+        return make_attention(attention_mask, x, columns, causal=causal)
     dynamic = _has_dynamic_cudnn_plans(x.device)
     if in_half_precision(x) and head_dim % 8 == 0 and head_dim <= 128:  # what the kernels can do
         if attention_mask is None and training and dynamic:

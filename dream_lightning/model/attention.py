@@ -79,13 +79,38 @@ class MaskedAttention:
         return out * self.has_visible_key[:, :, within(span)]
 
 
+class CausalAttention:
+    """Attention of every position to itself and those before it, without padding."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span | None = None) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out[:, :, within(span)]
+
+
 def make_attention(
-    attention_mask: Tensor | DocumentBounds | None, x: Tensor, columns: Tensor | None = None, *, training: bool = False
+    attention_mask: Tensor | DocumentBounds | None,
+    x: Tensor,
+    columns: Tensor | None = None,
+    *,
+    training: bool = False,
+    causal: bool = False,
 ) -> Attention | None:
     """The attention of one forward in torch's own operations; packed documents by a dense block-diagonal mask.
+
+    `causal` keeps of what the mask allows the positions up to the query's own; it has no KV cache.
 
     `kernels.packed_attention` replaces `DreamBaseModel.make_attention` with such a function, which uses `training`.
     """
     if isinstance(attention_mask, DocumentBounds):
         attention_mask = attention_mask.to_mask(*x.shape[:2], x.device)
+    if causal:
+        if columns is not None:
+            raise UserError("a causal model has no KV cache: set cache to none")
+        if attention_mask is None:
+            return CausalAttention()
+        rows, length, _ = x.shape
+        if attention_mask.shape == (rows, length):
+            attention_mask = attention_mask.bool()[:, None, None].expand(rows, 1, length, length)
+        if attention_mask.shape == (rows, 1, length, length):
+            attention_mask = attention_mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
     return None if attention_mask is None else MaskedAttention(attention_mask, x, columns)

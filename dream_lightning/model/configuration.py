@@ -55,6 +55,7 @@ class DreamConfig(PreTrainedConfig):
     bos_token_id: int | None = 151_643
     eos_token_id: int | None = 151_643
     auto_map: dict | None = None
+    causal: bool = False  # attend to no later position: an autoregressive baseline; the authors' code does not know it
     default_top_k: int | None = None  # `top_k` of a config.json; the official one has none
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -138,6 +139,8 @@ class DreamConfig(PreTrainedConfig):
         official = super().to_dict()
         if (top_k := official.pop("default_top_k")) is not None:
             official["top_k"] = top_k
+        if not official["causal"]:
+            del official["causal"]
         return official
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def training_cost(model: DreamModel) -> TrainingCost:
     - A weight of a linear map costs 2 FLOPs a token forward, 2 backward for the gradient of its input, and 2 more for
       its own gradient if it trains.
     - Attention multiplies queries with keys and probabilities with values, 2 · D FLOPs a pair each, and twice that
-      backward: 12 · D per pair and layer. Pairs are those within a document: Σ length².
+      backward: 12 · D per pair and layer. Pairs are those within a document: Σ length², half of them if causal.
     - Not counted: recomputation (so checkpointing lowers MFU), padding, dequantization, norms, softmax, lookups.
     """
 
@@ -38,7 +38,8 @@ def training_cost(model: DreamModel) -> TrainingCost:
             if isinstance(m, nn.Linear)
         )
 
-    per_pair = 12 * model.config.hidden_size * model.config.num_hidden_layers
+    pairs_used = 6 if model.config.causal else 12
+    per_pair = pairs_used * model.config.hidden_size * model.config.num_hidden_layers
     return TrainingCost(linear(model.model.layers), per_pair, linear(model.lm_head))
 
 

@@ -49,7 +49,7 @@ class DreamMLP(nn.Module):
 
 
 class DreamAttention(nn.Module):
-    """Grouped-query attention, never causal. Bias on q, k and v only."""
+    """Grouped-query attention. Bias on q, k and v only."""
 
     def __init__(self, config: DreamConfig) -> None:
         super().__init__()
@@ -185,7 +185,8 @@ class DreamBaseModel(DreamPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)  # [B, L, D]
-        mask = self.make_attention(attention_mask, x, columns, training=self.training)
+        options = {"training": self.training} | ({"causal": True} if self.config.causal else {})
+        mask = self.make_attention(attention_mask, x, columns, **options)
         rotation = self.rotary(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
             if cache is not None:

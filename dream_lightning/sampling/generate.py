@@ -91,9 +91,12 @@ def denoising_steps(
     if params.top_k is None:
         params = replace(params, top_k=getattr(model.config, "default_top_k", None))
     compiled, sequences = params.compile or hasattr(model, "into_bucket"), num_return_sequences
+    causal = getattr(model.config, "causal", False)
     deciding = ", ".join([*params.rules, *(["alg: origin"] if params.alg == "origin" else [])])
     hooks = {"logits_hook": logits_hook, "tokens_hook": tokens_hook}
     for is_wrong, message in (
+        (causal and params.cache != "none", "a causal model has no KV cache: set cache to none"),
+        (causal and params.block_length != 1, "a causal model answers from left to right: set block_length to 1"),
         (sequences < 1, f"num_return_sequences is {sequences}, wanted at least 1"),
         (sequences > 1 and not params.noisy, "num_return_sequences above 1 needs noise to differ: set temperature"),
         (tokens_hook and params.cache != "none", "tokens_hook may change tokens in the KV cache: set cache to none"),

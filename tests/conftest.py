@@ -4,6 +4,8 @@ import pytest
 import torch
 from material import addition_rows, shared_path, write_jsonl
 
+from dream_lightning.data import additions
+
 pytest_plugins = ["tiny_models"]
 torch.set_num_threads(1)  # tiny models: more threads are slower
 
@@ -18,6 +20,12 @@ def shared():
 def sums(tmp_path):
     """A file of 40 s1K-shaped rows."""
     return write_jsonl(tmp_path / "sums.jsonl", addition_rows(40))
+
+
+@pytest.fixture
+def few_bundled(monkeypatch):
+    """400 bundled rows instead of 20,000, which take seconds to read."""
+    monkeypatch.setattr(additions, "TRAIN_ROWS", 400)
 
 
 def pytest_collection_modifyitems(items):

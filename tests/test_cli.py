@@ -191,7 +191,7 @@ def test_a_saved_config_can_be_used_again(command, tmp_path):
         ("torn.ckpt", "torn.ckpt is damaged or no checkpoint"),
     ],
 )
-def test_a_missing_or_torn_checkpoint_is_one_message(command, tmp_path, name, message):
+def test_a_missing_or_torn_checkpoint_is_one_message(command, few_bundled, tmp_path, name, message):
     """Lightning itself continues without `last` and reports the scores of untrained weights."""
     (tmp_path / "torn.ckpt").write_text("hello")
     path = name if name == "last" else tmp_path / name
@@ -242,7 +242,7 @@ def test_several_processes_tell_an_error_once(monkeypatch, capsys, tmp_path):
         assert all(line.startswith(f"error: {words}") for line, words in zip(said, told, strict=True))
 
 
-def test_validate_prints_every_score_once(command, tmp_path):
+def test_validate_prints_every_score_once(command, few_bundled, tmp_path):
     printed = command("validate", *SMALL, *SILENT, f"--trainer.default_root_dir={tmp_path}")[0]
     assert [printed.count(name) for name in ("val/nll", "val/accuracy", "val/unparsed")] == [1, 1, 1]
     assert "DataLoader" not in printed

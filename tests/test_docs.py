@@ -15,6 +15,7 @@ from dream_lightning.cli import COMMANDS, TRAINER_COMMANDS, run, shipped_configs
 from dream_lightning.data.schemas import SCHEMAS, read_examples
 from dream_lightning.tasks import grade_response
 
+pytestmark = pytest.mark.usefixtures("few_bundled")
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.stem != "history")]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)

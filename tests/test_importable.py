@@ -13,7 +13,7 @@ from dream_lightning.diffusion import corrupt, masked_nll_loss, token_weights
 MASK, VOCABULARY, LENGTH = 10, 11, 6
 
 
-def test_a_checkpoint_outside_of_a_trainer(tmp_path):
+def test_a_checkpoint_outside_of_a_trainer(few_bundled, tmp_path):
     """The weights come back, and a new training may use another optimizer."""
     trained, bundled = tiny_module(), tiny_data("bundled", tmp_path, first_n=8, validation_source="bundled")
     run = short_trainer(tmp_path, max_steps=1)

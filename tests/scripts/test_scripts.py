@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,6 @@ import torch
 from material import save_tiny_folder
 from safetensors.torch import load_file
 
-from dream_lightning import S1KDataModule
 from dream_lightning.model import DreamModel, load_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -70,14 +68,13 @@ def rows_of(printed):
     return {name: rest for name, *rest in cells}
 
 
-def test_variance_benchmark(script, capsys, monkeypatch):
+def test_variance_benchmark(script, few_bundled, capsys, monkeypatch):
     benchmark = script("benchmark_variance")
     monkeypatch.setattr(benchmark, "VALIDATED", 8)
-    monkeypatch.setattr(benchmark, "S1KDataModule", partial(S1KDataModule, first_n=64))
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_, **__: nullcontext(SimpleNamespace(map=map)))
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     monkeypatch.setitem(benchmark.MODELS, "tiny", (small, 1e-3))
-    benchmark.main(weightings=["none"], rows=2, seeds=1, steps=10, warm_up=2, draws=3)
+    benchmark.main(weightings=["none"], rows=2, seeds=1, steps=3, warm_up=1, draws=2)
     printed = capsys.readouterr().out.split("\n\n**")
     for part in printed[1:]:
         rows = rows_of(part)

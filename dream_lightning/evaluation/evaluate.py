@@ -161,25 +161,21 @@ def evaluate(
         UserError: an unknown benchmark, an option out of range, or `out` holds answers with other settings.
     """
     _check(tasks, sampling, few_shot=few_shot, samples=samples, questions=questions, batch_size=batch_size)
-    found = dict(benchmark(task, sources or {}) for task in tasks)
-    asked = {task: questions_of(b, count=questions, few_shot=few_shot, shots=shots) for task, b in found.items()}
+    found, shown = dict(benchmark(task, sources or {}) for task in tasks), {"few_shot": few_shot, "shots": shots}
+    asked = {task: questions_of(b, count=questions, **shown) for task, b in found.items()}
     out, answerer = Path(out).expanduser(), _Answerer(model.eval(), tokenizer, name)
     prompting = {"style": style, "system_prompt": system_prompt, "too_long": too_long}
     card: dict[str, Any] = {"model": {"name": name, "parameters": sum(p.numel() for p in model.parameters())}}
-    card["settings"] = {**prompting, "few_shot": few_shot, "shots": shots, "batch_size": batch_size}
-    card["settings"]["sampling"] = asdict(sampling)
+    card["settings"] = {**prompting, **shown, "batch_size": batch_size, "sampling": asdict(sampling)}
     card |= {"versions": _versions(), "tasks": {}}
-    items: list[Item] = []
-    timing: dict[str, Any] = {"device": _device_name(), "tasks": {}}
-    trainer = None
+    items, timing, trainer = [], {"device": _device_name(), "tasks": {}}, None
     for task, examples in asked.items():
         runs = []
         for sample in range(samples):
             answerer.sampling = replace(sampling, seed=sampling.seed + sample)
             path = out / task / f"sample-{sample}.jsonl"
             trainer, batch_size = _answer(answerer, examples, found[task].source, path, batch_size, devices, prompting)
-            extra = {"task": task, "sample": sample}
-            runs.append([extra | _with_thinking(json.loads(line), tokenizer) for line in path.open(encoding="utf-8")])
+            runs.append(_items(path, tokenizer, task=task, sample=sample))
         settings = json.loads(path.with_name(f"{path.name}.settings.json").read_text("utf-8"))
         card["model"] |= {"weights": settings["weights"], "tokenizer": settings["tokenizer"]}
         about = {"source": found[task].source, "task": found[task].task, "records": settings["records"]}
@@ -250,11 +246,14 @@ def _timing(runs: Sequence[Sequence[Item]]) -> dict[str, float]:
     return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 2)}
 
 
-def _with_thinking(item: Item, tokenizer: PreTrainedTokenizerBase) -> Item:
-    thinking = item["thinking"]
-    return item | {
-        "thinking_tokens": len(tokenizer(thinking, add_special_tokens=False)["input_ids"]) if thinking else 0
-    }
+def _items(path: Path, tokenizer: PreTrainedTokenizerBase, **extra: Any) -> list[Item]:
+    """The predictions in a file, with the length of their thinking."""
+    with path.open(encoding="utf-8") as file:
+        items = [extra | json.loads(line) for line in file]
+    for item in items:
+        ids = tokenizer(item["thinking"] or "", add_special_tokens=False)["input_ids"]
+        item["thinking_tokens"] = len(ids)
+    return items
 
 
 def _versions() -> dict[str, str]:

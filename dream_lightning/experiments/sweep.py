@@ -212,7 +212,8 @@ def _search(
             study.tell(trial, state=states.FAIL)
         else:
             pruned = state == "pruned" or "pruned" in study.get_trials()[trial.number].user_attrs
-            study.tell(trial, value, state=states.PRUNED if pruned else states.COMPLETE)
+            # Of a pruned trial Optuna takes the last value that was reported, and refuses another.
+            study.tell(trial, None if pruned else value, state=states.PRUNED if pruned else states.COMPLETE)
             runner.note(plan, state="pruned" if pruned else "complete")
         print(f"{len(ended) + 1} of {trials}: {chosen}   {runner.describe(plan)}", flush=True)
 

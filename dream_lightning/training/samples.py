@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -49,7 +49,7 @@ class SampleLogger(L.Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("val/samples", samples_text(self._predictions), step)
                 logger.experiment.add_text("val/denoising", self._history, step)
-            elif isinstance(logger, WandbLogger):
+            elif hasattr(logger, "log_text"):  # WandbLogger's
                 columns = ["question", "answer", "reference", "correct", "response"]
                 rows = [[p.prompt, p.answer, p.reference, str(p.correct), p.prediction] for p in self._predictions]
                 logger.log_text("val/samples", columns, rows, step=step)

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from material import quiet_trainer, tiny_data, tiny_module
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from material import logged, quiet_trainer, tiny_data, tiny_module
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
@@ -53,6 +53,36 @@ def test_samples_and_a_history_are_logged_at_every_validation(sums, tmp_path):
         masks = [line.count("▒") for line in lines]
         assert NEW_TOKENS - 4 <= masks[0] < NEW_TOKENS
         assert masks == sorted(masks, reverse=True) and masks[-1] == 0
+
+
+class Recording(Logger):
+    """With the methods of WandbLogger that are used."""
+
+    name, version = "recording", 0
+
+    def __init__(self):
+        self.scalars, self.tables = {}, {}
+
+    def log_metrics(self, metrics, step=None):
+        self.scalars |= {(name, step): value for name, value in metrics.items()}
+
+    def log_text(self, key, columns=None, data=None, dataframe=None, step=None):
+        self.tables[key, step] = columns, data
+
+    def log_hyperparams(self, *arguments):
+        pass
+
+
+def test_another_logger_gets_the_same_numbers_and_tables_of_whole_texts(sums, tmp_path):
+    recording = Recording()
+    fit(sums, tmp_path, SampleLogger(count=3), [TensorBoardLogger(tmp_path), recording])
+    scalars = {key: value for key, value in recording.scalars.items() if key[0] != "epoch"}
+    written = {key: float(*values) for key, values in logged(tmp_path).items() if key in scalars}
+    assert written == pytest.approx(scalars, nan_ok=True) and ("val/nll", 3) in scalars
+    assert {name for name, _ in recording.tables} == {"val/samples", "val/denoising"}
+    columns, rows = recording.tables["val/samples", 3]
+    assert columns == ["question", "answer", "reference", "correct", "response"] and len(rows) == 3
+    assert all("= ?" in row[0] and row[3] in ("True", "False") for row in rows)
 
 
 def steps_of(folder):

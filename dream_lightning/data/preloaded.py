@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from dream_lightning.batch import Batch
+from dream_lightning.batch import Batch, send
 from dream_lightning.data.document_cache import TokenizedSet
 from dream_lightning.data.epoch_order import ResumableLoader
 from dream_lightning.errors import UserError
@@ -43,7 +43,7 @@ class PreloadedSet:
     def batch(self, documents: np.ndarray, order: np.ndarray, epoch: int, counted: np.ndarray) -> Batch:
         """The batch that `collate` makes of these documents [B], with their numbers in the epoch's order."""
         device, length = self.ids.device, self.ids.shape[1]
-        index, number, is_counted = torch.from_numpy(np.stack([documents, order, counted])).to(device)
+        index, number, is_counted = send(torch.from_numpy(np.stack([documents, order, counted])), device)
         shape, column = (len(documents), length), torch.arange(length, device=device)
         return Batch(
             input_ids=self.ids[index].long(),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dream_lightning import diffusion
 from dream_lightning.batch import Batch
 from dream_lightning.diffusion import corrupt, reduce_nll, token_nll, token_weights, with_complements
 from dream_lightning.diffusion.denoiser import align, features
@@ -165,3 +166,19 @@ def test_focal_alpha_and_the_micro_batch_normalizer_by_hand():
     assert (terms.sum.item(), terms.count.item()) == (pytest.approx(total / 2), 1)
     empty = reduce_nll(nll[:0], weight[:0], normalizer="micro_batch")
     assert (empty.sum.item(), empty.count.item()) == (0, 1)
+
+
+def test_the_elbo_weight_is_not_bounded_and_equality_is_no_mask():
+    is_masked, t = torch.ones(1, 1, dtype=torch.bool), torch.tensor([1e-3])
+    assert diffusion.token_weights(is_masked, t).item() == pytest.approx(1000)
+    noise = {"mask_token_id": 9, "t": torch.tensor([0.5]), "u": torch.tensor([[0.5]])}
+    assert not diffusion.corrupt(torch.zeros(1, 1, dtype=torch.long), is_masked, **noise).is_masked.any()
+
+
+def test_final_eos_of_adjacent_documents_are_units_of_their_own():
+    x_0, maskable = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool)
+    noise = {"t": torch.tensor([0.5]), "u": torch.tensor([[0.9, 0.1, 0.1, 0.9]])}
+    noised = diffusion.corrupt(
+        x_0, maskable, mask_token_id=9, eos_as_one=0, document_ids=torch.tensor([[0, 0, 1, 1]]), **noise
+    )
+    assert noised.is_masked.tolist() == [[False, False, True, True]]

@@ -51,3 +51,9 @@ def test_aup_is_that_of_d3llm():
     assert aup([(3.04, 0.9057), (2.75, 0.9156)]) == pytest.approx(2.75 * 91.56 + 0.29 * (91.56 + 90.57 * 0.968083) / 2)
     assert aup([(1, 0.8), (9, 0.7)]) == pytest.approx(80)  # 10 points worse: left out
     assert aup([(1, 0.0)]) == 0
+
+
+def test_aup_leaves_out_points_below_the_slowest_and_not_the_best():
+    everything = aup([(1, 0.5), (2, 0.6), (3, 0.52)])
+    assert everything > aup([(2, 0.6)]) and everything > aup([(1, 0.5), (2, 0.6)])
+    assert aup([(1, 0.5), (2, 0.6), (3, 0.44)]) == aup([(1, 0.5), (2, 0.6)])

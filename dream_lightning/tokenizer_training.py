@@ -56,8 +56,8 @@ def learn(
         sources: .jsonl, .parquet, .txt or .md files, or folders, of which all such files are read.
         vocab_size: entries, the 256 bytes, the special tokens and the tags included.
         tags: make `<think>`, `</think>`, `<answer>` and `</answer>` single tokens.
-        max_mib: MiB of text to learn from. Of larger files every n-th text is taken. Memory grows with it: by 5 MiB for
-            each of English, by up to 140 for each of Chinese, whose phrases hardly repeat.
+        max_mib: MiB of text to learn from. Of larger files every n-th text is taken. Memory grows with it: by 3 MiB for
+            each of repetitive English, by up to 140 for each of Chinese, whose phrases hardly repeat.
         columns: of records, to learn from. Default: every text in a record but ids and roles.
 
     Raises:

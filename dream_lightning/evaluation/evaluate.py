@@ -165,10 +165,8 @@ def evaluate(
     asked = {task: questions_of(b, count=questions, **shown) for task, b in found.items()}
     out, answerer = Path(out).expanduser(), _Answerer(model.eval(), tokenizer, name)
     prompting = {"style": style, "system_prompt": system_prompt, "too_long": too_long}
-    card: dict[str, Any] = {"model": {"name": name, "parameters": sum(p.numel() for p in model.parameters())}}
-    card["settings"] = {**prompting, **shown, "batch_size": batch_size, "sampling": asdict(sampling)}
-    card |= {"versions": _versions(), "tasks": {}}
-    items, timing, trainer = [], {"device": _device_name(), "tasks": {}}, None
+    card = _head(model, name, **prompting, **shown, batch_size=batch_size, sampling=asdict(sampling))
+    items, timing = [], {"device": _device_name(), "tasks": {}}
     for task, examples in asked.items():
         runs = []
         for sample in range(samples):
@@ -180,12 +178,17 @@ def evaluate(
         card["model"] |= {"weights": settings["weights"], "tokenizer": settings["tokenizer"]}
         about = {"source": found[task].source, "task": found[task].task, "records": settings["records"]}
         timing["tasks"][task] = _timing(runs)
-        card["tasks"][task] = about | scores(runs, max_new_tokens=sampling.max_new_tokens)
-        card["tasks"][task]["groups"] = breakdown(runs, examples)
+        found_scores = scores(runs, max_new_tokens=sampling.max_new_tokens)
+        card["tasks"][task] = about | found_scores | {"groups": breakdown(runs, examples)}
         items += [item for run in runs for item in run]
     if trainer.is_global_zero:
         write_run(out, card, items, timing)
     return card
+
+
+def _head(model: DreamModel, name: str, **settings: Any) -> dict[str, Any]:
+    about = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
+    return {"model": about, "settings": settings, "versions": _versions(), "tasks": {}}
 
 
 def _check(tasks: Sequence[str], sampling: SamplingParams, **options: int | None) -> None:

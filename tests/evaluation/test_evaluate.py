@@ -5,12 +5,14 @@ import random
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import lightning as L
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from material import SIZES, save_tiny_folder, write_jsonl
 
-from dream_lightning import cli
+from dream_lightning import DreamModule, S1KDataModule, cli
+from dream_lightning.adapters import LoraParams
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
 from dream_lightning.evaluation import evaluate as module
@@ -236,7 +238,7 @@ def test_a_grid_is_one_evaluation_for_each_valid_combination(run, network, tmp_p
             combinations(SAMPLING, wrong)
 
 
-def test_the_commands_from_a_folder_to_a_comparison(tmp_path, monkeypatch, capsys):
+def test_the_commands_from_a_folder_to_a_comparison(few_bundled, tmp_path, monkeypatch, capsys):
     def printed(*words):
         cli.run([str(word) for word in words])
         return capsys.readouterr().out
@@ -252,3 +254,13 @@ def test_the_commands_from_a_folder_to_a_comparison(tmp_path, monkeypatch, capsy
         shown = printed("evaluate", *options, "--out", tmp_path / name)
     assert "3 of 3 questions scored" in shown and "card.html" in shown
     assert "B − A = 0.0 %" in printed("compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c")
+    checkpoint = tmp_path / "tuned.ckpt"
+    module = DreamModule(folder, lora=LoraParams(rank=2))
+    trainer = L.Trainer(max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[])
+    trainer.fit(module, S1KDataModule("bundled", tokenizer=module.tokenizer, first_n=1, validation_questions=0))
+    trainer.save_checkpoint(checkpoint)
+    shown = printed("evaluate", "--model", checkpoint, *options[2:], "--with_base=true", "--out", tmp_path / "d")
+    assert "B − A" in shown
+    cards = {name: json.loads((tmp_path / "d" / name / "card.json").read_text()) for name in ("base", "tuned")}
+    assert cards["base"]["model"]["weights"] != cards["tuned"]["model"]["weights"]
+    assert (tmp_path / "d" / "base" / "items.jsonl").read_text() == (tmp_path / "a" / "items.jsonl").read_text()

@@ -21,6 +21,41 @@ def test_a_solution_keeps_the_clues_and_has_every_digit_in_every_row_column_and_
     assert not is_solution("1234234134124123", "0" * 16)  # only the boxes are wrong
 
 
+NINE = [
+    "123456789",
+    "456789123",
+    "789123456",
+    "214365897",
+    "365897214",
+    "897214365",
+    "531642978",
+    "642978531",
+    "978531642",
+]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "\n".join(NINE),
+        "The solution:\n```text\n" + "\n".join(" ".join(row) for row in NINE) + "\n```",
+        "\n------+-------+------\n".join(
+            "\n".join(" | ".join(" ".join(row[i : i + 3]) for i in (0, 3, 6)) for row in NINE[b : b + 3])
+            for b in (0, 3, 6)
+        ),
+        "| " + " |\n| ".join(" | ".join(row) for row in [NINE[0], ["---"] * 9, *NINE[1:]]) + " |",
+        "".join(f"Row {n}: {row}\n" for n, row in enumerate(NINE, 1)),
+        rf"\boxed{{{''.join(NINE)}}}",
+    ],
+)
+def test_nine_by_nine_grids_are_read_as_models_write_them(written):
+    puzzle = "".join(digit if (n * 7) % 5 < 2 else "0" for n, digit in enumerate("".join(NINE)))
+    asked = example(puzzle, task="sudoku", puzzle=puzzle)
+    assert grade_response(written, asked).correct
+    other = "2" + puzzle[1:]  # another clue
+    assert not grade_response(written, example(other, task="sudoku", puzzle=other)).correct
+
+
 @pytest.mark.parametrize("puzzle", ["", "123", "5" * 16, "x" * 16])
 def test_a_malformed_puzzle_is_an_error(puzzle):
     with pytest.raises(UserError, match=r"^rows.jsonl, row 1: the puzzle is .*, wanted 16 digits"):

@@ -19,6 +19,7 @@ TIES = torch.tensor([3.0, 1.0, 2.0, 2.0]).softmax(-1).tolist()
     [
         (A, {"top_p": 0.6}, [1, 2]),  # the token that crosses is kept
         (A, {"top_p": 0.4}, [1]),
+        ([0.5, 0.5], {"top_p": 0.5}, [0, 1]),  # the first reaches it but does not cross
         (TIES, {"top_k": 2}, [0, 2, 3]),  # and ties with the last
         (TIES, {"top_k": 99}, [0, 1, 2, 3]),
         ([0.4, 0.3, 0.2, 0.1], {"top_p": 0.5, "top_k": 3}, [0, 1]),  # top-k counts after top-p

@@ -1,13 +1,23 @@
 """How many positions are filled, and which."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dream_lightning.diffusion.noise import uniform
+from dream_lightning.sampling.canvas import Canvas
 from dream_lightning.sampling.token_sampling import certainty
-from dream_lightning.sampling.unmasking import Factor, Threshold, TokensPerStep, choose_positions, fill_shares, perturb
+from dream_lightning.sampling.unmasking import (
+    Factor,
+    FastDllm,
+    Threshold,
+    TokensPerStep,
+    choose_positions,
+    fill_shares,
+    perturb,
+)
 
 MASK, INF = 57, torch.inf
 
@@ -21,6 +31,21 @@ def test_counts_by_hand():
         assert Factor(factor).counts(confidence, None, 0).tolist() == [n]
     rule, remaining = TokensPerStep(3, steps=4), torch.tensor([7, 2, 0])
     assert [rule.counts(None, remaining, step).tolist() for step in (0, 3)] == [[3, 2, 0], [7, 2, 0]]
+
+
+@pytest.mark.parametrize(("steps", "step_of_block", "allowed"), [(4, 0, [2]), (4, 1, [2, 3, 4]), (1, 0, [2, 3, 4])])
+def test_fast_dllm_fills_the_first_token_of_a_block_alone_if_the_block_has_more_steps(steps, step_of_block, allowed):
+    canvas = SimpleNamespace(x=torch.zeros(2, 6))
+    positions = FastDllm(0.9, steps).positions(canvas, torch.tensor([0, 0, 1, 1, 1, 0]).bool(), 0, step_of_block)
+    assert [row.nonzero().flatten().tolist() for row in positions] == [allowed] * 2
+
+
+def test_a_mask_token_in_the_padding_is_not_masked():
+    x, real = torch.tensor([[MASK, 1, MASK]]), torch.tensor([[False, True, True]])
+    rest = dict.fromkeys(("positions", "sample_ids", "copies", "filled_at", "confidence", "forwards", "prompt_length"))
+    assert Canvas(x, real, **rest, padded=True, mask_token_id=MASK, eos_token_id=None).masked.tolist() == [
+        [False, False, True]
+    ]
 
 
 def test_shares_fill_everything():

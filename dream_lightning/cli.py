@@ -294,7 +294,7 @@ def checker() -> Callable[[str, list[str]], None]:
     made: list[_FitOptions] = []  # building the parser takes a second
 
     def check(command: str, words: list[str]) -> None:
-        words = [f"--config={config_path(w.partition('=')[2])}" if w.startswith("--config=") else w for w in words]
+        find_configs(words := list(words))
         if command == "evaluate":
             evaluation.parse_evaluate(_Parser(prog="dream-lightning evaluate"), words)
         elif made:

@@ -21,7 +21,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from dream_lightning.atomic import atomic_write
+from dream_lightning.atomic import write_texts
 from dream_lightning.errors import check_range
 
 Part = Literal["train", "test"]
@@ -66,8 +66,7 @@ def write_puzzles(
         seen.setdefault(row["prompt"], json.dumps(row))
         if len(seen) == count:
             break
-    with atomic_write(Path(out)) as partial:
-        partial.write_text("".join(f"{line}\n" for line in seen.values()))
+    write_texts(Path(out).parent, {Path(out).name: "".join(f"{line}\n" for line in seen.values())})
     print(f"wrote {out}: {len(seen):,} puzzles")
 
 
@@ -199,11 +198,8 @@ def _solved_by_singles(puzzles: Tensor) -> Tensor:
     """[N, cells] → [N] bool: whether naked and hidden singles fill every cell."""
     side = isqrt(puzzles.shape[1])
     groups = _groups(side).to(puzzles.device)
-    peers = torch.zeros(side**2, side**2, device=puzzles.device)
-    for group in groups:
-        peers[group[:, None], group[None]] = 1.0
-    member = torch.zeros(len(groups), side**2, device=puzzles.device)
-    member.scatter_(1, groups, 1.0)
+    member = torch.zeros(len(groups), side**2, device=puzzles.device).scatter_(1, groups, 1.0)
+    peers = (member.T @ member).clamp(max=1.0)  # [cells, cells], 1 = in one group
     known = torch.nn.functional.one_hot(puzzles, side + 1)[..., 1:].float()  # [N, cells, digits]
     for _ in range(side**2):
         open_cells = known.sum(2, keepdim=True) == 0

@@ -357,7 +357,9 @@ class DreamModule(L.LightningModule):
         return training_cost(self.model).of(*self.totals.work())
 
     def matmul_ceiling(self) -> float:
-        """FLOP/s of a large matrix product on this rank's device, in the dtype that the layers compute in."""
+        """FLOP/s of a large matrix product on this rank's GPU, in the dtype that the layers compute in; 0 on a CPU."""
+        if self.device.type == "cpu":  # shared with other programs, and never near its peak
+            return 0.0
         computes_in = {"bf16": torch.bfloat16, "16": torch.float16}.get(self.trainer.precision.split("-")[0])
         return matmul_ceiling(self.device, computes_in or self.weights_dtype)
 

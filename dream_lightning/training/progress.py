@@ -1,56 +1,260 @@
-"""The progress bar, short enough for a terminal."""
+"""The progress bar: the important numbers first in a terminal, plain lines in a log."""
 
-from typing import Any
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
+from typing import Any, TextIO
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
+
+from dream_lightning.batch import PromptBatch
+from dream_lightning.errors import check_range
 
 # scalar → name and format in the bar; the logger gets whole names and all digits
 _SHOWN = {
     "train/loss": ("loss", ".4g"),
-    "val/nll": ("val_nll", ".4g"),
     "val/accuracy": ("val_acc", ".1%"),
     "train/tokens_per_second": ("tok/s", ",.0f"),
-    "train/mfu": ("mfu", ".1%"),
+    "eta": ("eta", ""),
+    "val/nll": ("val_nll", ".4g"),
     "train/peak_memory_gib": ("GiB", ".1f"),
+    "train/mfu": ("mfu", ".1%"),
     "train/useful_share": ("useful", ".0%"),
     "train/data_wait_share": ("wait", ".0%"),
 }
+_BAR = 8  # columns that the bar itself gets at least
+_REFRESH = 0.1  # seconds
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with short names, the most important on the left: a narrow terminal cuts off the right.
+    """Lightning's bar over the steps of the whole fit; numbers that do not fit the terminal are left out.
 
-    It shows `train/loss`, `val/nll`, `val/accuracy` and the scalars of `Throughput`, and never synchronizes with the
-    GPU: the loss is copied asynchronously, so it is about one micro-batch old. For other scalars on a GPU that a module
-    logs with `prog_bar=True`, Lightning synchronizes after every micro-batch.
+    It shows `train/loss`, `val/accuracy`, the scalars of `Throughput`, `val/nll`, and the time that is left, and never
+    synchronizes with the GPU: the loss is copied asynchronously, so it is about one micro-batch old. For other scalars
+    on a GPU that a module logs with `prog_bar=True`, Lightning synchronizes after every micro-batch. What is printed
+    meanwhile appears above the bar.
+
+    Args:
+        refresh_rate: batches between two updates; 0 shows nothing.
+        seconds: where stdout is no terminal, such as a file: print one line every so many seconds instead of the bar.
     """
 
     fetches_loss = True  # DreamModule then logs the loss without showing it
     _step = -1  # optimizer step of the last copy
     _loss: float | None = None
     _copy: "_AsyncCopy | None" = None
+    _began: tuple[float, int] | None = None  # time and step at the end of the first step
+    _drawn = 0.0
+    _wrapped: ExitStack | None = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+    def __init__(self, refresh_rate: int = 1, seconds: float = 10.0) -> None:
+        check_range("ProgressBar's seconds", seconds, least=0)
+        super().__init__(refresh_rate)
+        self.seconds = seconds
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._plain, self._total = not sys.stdout.isatty(), None
+        if self.is_enabled and not self._plain and self._wrapped is None:
+            self._stdout, self._wrapped = sys.stdout, _print_above_bars(sys.stdout)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._wrapped is not None:
+            self._wrapped.close()
+            self._wrapped = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        for bar in (self._val_progress_bar, self._train_progress_bar):
+            if bar is not None:
+                bar.close()  # leaves the cursor on a new line
+        self.teardown(trainer, pl_module, "")
+
+    @property
+    def is_disabled(self) -> bool:  # of the bars, not of the lines
+        return self._plain or super().is_disabled
+
+    def init_train_tqdm(self) -> "_Line":
+        options = {"disable": self.is_disabled, "leave": True, "dynamic_ncols": True, "bar_format": _Line.FORMAT}
+        return self._on_terminal(lambda: _Line(file=sys.stdout, **options))
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        return self._on_terminal(super().init_sanity_tqdm)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return self._on_terminal(super().init_validation_tqdm)
+
+    def init_test_tqdm(self) -> Tqdm:
+        return self._on_terminal(super().init_test_tqdm)
+
+    def init_predict_tqdm(self) -> Tqdm:
+        return self._on_terminal(super().init_predict_tqdm)
+
+    def _on_terminal(self, make: Callable[[], Tqdm]) -> Tqdm:
+        with redirect_stdout(getattr(self, "_stdout", sys.stdout)):
+            return make()
+
+    def on_train_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        super().on_train_start(trainer, *arguments)
+        steps = trainer.estimated_stepping_batches
+        self._total = None if steps == float("inf") else int(steps)
+        self.train_progress_bar.total, self._began, self._drawn = self._total, None, time.monotonic()
+
+    def on_train_epoch_start(self, *arguments: Any) -> None:
+        """Do not begin again: the bar is that of the whole fit."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
         """Show the last loss that has arrived; start copying that of a new step."""
         if self._copy is not None and self._copy.done():
             self._loss, self._copy = float(self._copy.value), None
         if self._copy is None and self._step != trainer.global_step and "train/loss" in trainer.callback_metrics:
             self._copy, self._step = _AsyncCopy(trainer.callback_metrics["train/loss"]), trainer.global_step
-        super().on_train_batch_end(trainer, *arguments)
+        if self._began is None:
+            self._began = time.monotonic(), trainer.global_step  # the first step compiles
+        if self._is_due(arguments[-1] + 1):
+            self._show(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
             self._loss, self._copy = float(loss), None
-        super().on_train_epoch_end(trainer, pl_module)
+        if not self._plain:
+            self._show(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._show(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.val_progress_bar.close()
+        self.reset_dataloader_idx_tracker()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._show(trainer, pl_module)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *index: int) -> None:
+        super().on_validation_batch_start(trainer, module, batch, *index)
+        _name(self.val_progress_bar, batch)
+
+    def on_test_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *index: int) -> None:
+        super().on_test_batch_start(trainer, module, batch, *index)
+        _name(self.test_progress_bar, batch)
+
+    def on_predict_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *index: int) -> None:
+        super().on_predict_batch_start(trainer, module, batch, *index)
+        _name(self.predict_progress_bar, batch)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *index: int) -> None:
+        super().on_validation_batch_end(trainer, module, outputs, batch, *index)
+        self._say_batch(batch, index[0] + 1, self.total_val_batches_current_dataloader)
+
+    def on_test_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *index: int) -> None:
+        super().on_test_batch_end(trainer, module, outputs, batch, *index)
+        self._say_batch(batch, index[0] + 1, self.total_test_batches_current_dataloader)
+
+    def on_predict_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *index: int) -> None:
+        super().on_predict_batch_end(trainer, module, outputs, batch, *index)
+        self._say_batch(batch, index[0] + 1, self.total_predict_batches_current_dataloader)
+
+    def _is_due(self, batches: int) -> bool:
+        enough = self.is_enabled and batches % self.refresh_rate == 0
+        return enough and time.monotonic() - self._drawn >= (self.seconds if self._plain else _REFRESH)
+
+    def _say_batch(self, batch: Any, number: int, total: float) -> None:
+        if self._plain and self._is_due(number):
+            self._drawn = time.monotonic()
+            print(f"{_kind(batch)} {number}/{total} batches", flush=True)
+
+    def _show(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._drawn = time.monotonic()
+        items = [f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items()]
+        step = f"{trainer.global_step:,}" + (f"/{self._total:,}" if self._total else "")
+        if not self._plain:
+            bar = self.train_progress_bar
+            bar.items, bar.step, bar.n = items, step, trainer.global_step
+            bar.refresh()
+        elif self.is_enabled and items and trainer.is_global_zero:
+            print(" · ".join([f"step {step}", f"epoch {trainer.current_epoch}", *items]), flush=True)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The scalars above, in this order, then others that were logged with `prog_bar=True`."""
         found = trainer.progress_bar_metrics | ({} if self._loss is None else {"train/loss": self._loss})
+        if (left := self._seconds_left(trainer)) is not None:
+            found["eta"] = Tqdm.format_interval(left)
         shown = {name: format(found[key], form) for key, (name, form) in _SHOWN.items() if key in found}
-        return shown | {key: value for key, value in found.items() if key not in _SHOWN}
+        return shown | {key: value for key, value in found.items() if key not in _SHOWN and key != "v_num"}
+
+    def _seconds_left(self, trainer: L.Trainer) -> float | None:
+        """Of the whole fit, at the speed since its first step, with the validations that were made."""
+        began, step = self._began or (0.0, trainer.global_step)
+        if self._total is None or trainer.global_step <= step:
+            return None
+        return (time.monotonic() - began) / (trainer.global_step - step) * (self._total - trainer.global_step)
+
+
+class _Line(Tqdm):
+    """The numbers that fit, the bar, and the step."""
+
+    FORMAT = "{shown}|{bar}| {step}"
+    items: list[str] = []
+    step = ""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        about = super().format_dict
+        left = (about["ncols"] or 80) - len(self.step) - 3 - _BAR
+        shown = ""
+        for item in self.items:
+            if len(shown) + len(item) + 1 > left:
+                break
+            shown += f"{item} "
+        return about | {"shown": shown, "step": self.step}
+
+
+def _kind(batch: Any) -> str:
+    return "answering questions" if isinstance(batch, PromptBatch) else "likelihood"
+
+
+def _name(bar: Tqdm, batch: Any) -> None:
+    if bar.desc != f"{_kind(batch)}: ":
+        bar.set_description(_kind(batch))
+
+
+class _AboveBars:
+    """A stream whose whole lines are printed above the bars on `terminal`, which are drawn again below."""
+
+    def __init__(self, stream: TextIO, terminal: TextIO) -> None:
+        self._stream, self._terminal, self._line = stream, terminal, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        if lines:
+            with Tqdm.external_write_mode(file=self._terminal):
+                self._stream.write("\n".join([*lines, ""]))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _print_above_bars(terminal: TextIO) -> ExitStack:
+    """Replace the streams that are terminals, also in handlers of logging; closing undoes it."""
+    undo, replaced = ExitStack(), {}
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream.isatty():
+            replaced[stream] = _AboveBars(stream, terminal)
+            setattr(sys, name, replaced[stream])
+            undo.callback(setattr, sys, name, stream)
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    for handler in {h for logger in loggers for h in logger.handlers if isinstance(h, logging.StreamHandler)}:
+        if (stream := handler.stream) in replaced:
+            handler.setStream(replaced[stream])
+            undo.callback(handler.setStream, stream)
+    return undo
 
 
 class _AsyncCopy:

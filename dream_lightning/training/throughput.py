@@ -18,7 +18,7 @@ class Throughput(L.Callback):
     |---------------------------|-----------------------------------------------------------------------------------|
     | `train/tokens_per_second` | real (non-padding) tokens of all ranks over wall time without validation          |
     | `train/useful_share`      | real tokens over positions: 1 is no padding                                       |
-    | `train/mfu`               | useful FLOP/s over those of a large matrix product, measured when training starts |
+    | `train/mfu`               | useful FLOP/s over those of a large matrix product, measured at the start; no CPU |
     | `train/data_wait_share`   | part of wall time in which the process waited for its next batch                  |
     | `train/peak_memory_gib`   | most GPU memory allocated by any rank since training started                      |
     | `train/tokens`            | real tokens of all ranks since this process started training                      |

@@ -56,6 +56,8 @@ class DreamModule(L.LightningModule):
         compile_layers: compile each decoder layer and the loss; slow to start, faster on a GPU.
         causal: train an autoregressive baseline: causal attention, and every response token predicted from the clean
             tokens before it. It answers with `sampling.block_length` 1.
+        anneal_causal_steps: steps in which attention goes from causal to bidirectional: a token after the query is
+            visible with probability step / n, drawn for each pair. For models that were autoregressive.
         weighting: loss weight of a masked token: `original` (1/t, the ELBO), `linear` (1 − t), `cart`, `none`.
         cart_p: p of the geometric distribution for `cart`.
         normalizer: what the summed loss is divided by: `maskable`, `masked`, or `micro_batch` (the authors').
@@ -88,6 +90,7 @@ class DreamModule(L.LightningModule):
         gradient_checkpointing: bool | int = False,
         compile_layers: bool = False,
         causal: bool = False,
+        anneal_causal_steps: int = 0,
         weighting: Weighting = "original",
         cart_p: float = 0.1,
         normalizer: Normalizer = "maskable",
@@ -110,6 +113,9 @@ class DreamModule(L.LightningModule):
         if not isinstance(gradient_checkpointing, bool):
             check_range("gradient_checkpointing", gradient_checkpointing, least=0, whole=True)
         check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
+        check_range(
+            "anneal_causal_steps (0 with causal)", anneal_causal_steps, least=0, most=0 if causal else 2**31, whole=True
+        )
         model_factory.check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
         if causal and (weighting not in ("original", "none") or complementary_masks or treat_eos_as_one):
             raise UserError(
@@ -120,6 +126,7 @@ class DreamModule(L.LightningModule):
         check_focal(focal_alpha, focal_gamma)
         self.pretrained, self.new_model = pretrained, new_model
         self.from_autoregressive, self.causal = from_autoregressive, causal
+        self.anneal_causal_steps = anneal_causal_steps
         self.tokenizer_name, self.tokenizer = tokenizer or pretrained, load_tokenizer(tokenizer or pretrained)
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
         self.weights_dtype, self.float8_products = getattr(torch, dtype), float8_products
@@ -281,7 +288,12 @@ class DreamModule(L.LightningModule):
 
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
-        h = features(self.model, noised.x_t, noised.where, attention_mask(batch), batch.position_ids)
+        step = self.trainer.global_step if self.training and self._trainer is not None else self.anneal_causal_steps
+        if step < self.anneal_causal_steps:
+            mask = annealed_mask(batch, visible=step / self.anneal_causal_steps, seed=self.seed)
+        else:
+            mask = attention_mask(batch)
+        h = features(self.model, noised.x_t, noised.where, mask, batch.position_ids)
         targets, chunk = batch.input_ids[noised.where], chunk_of(self.model.config.vocab_size)
         return diffusion.token_nll(h, self.model.lm_head, targets, chunk=chunk, compiled=self.compile_layers)
 
@@ -432,6 +444,18 @@ class DreamModule(L.LightningModule):
         """Graded answers by `sampling`; with sharded weights all processes make the same number of forwards."""
         options = {"with_history": with_history, "run_every_step": self.sharded}
         return answer_questions(self.model, self.tokenizer, batch, self.sampling, **options)
+
+
+def annealed_mask(batch: Batch, *, visible: float, seed: int) -> Tensor:
+    """Bool [B, 1, L, L]: each document's positions up to the query, and each later one with probability `visible`.
+
+    As DiffuLLaMA anneals (Gong et al. 2025, arXiv 2410.17891), but each sample has a mask of its own, a function of
+    (seed, epoch, sample).
+    """
+    query, key = batch.position_ids[:, :, None], batch.position_ids[:, None, :]
+    u = uniform(seed, batch.epochs[:, :, None], batch.sample_ids[:, :, None], query, key)  # [B, L, L]
+    same = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]
+    return (same & ((key <= query) | (u < visible)))[:, None]
 
 
 def attention_mask(batch: Batch) -> Tensor | DocumentBounds | None:

@@ -31,7 +31,7 @@ _SETTINGS = {
     "model": (
         *("pretrained", "seed", "weighting", "cart_p", "normalizer", "focal_alpha", "focal_gamma", "treat_eos_as_one"),
         *("stratified_t", "complementary_masks", "lr_schedule", "warmup_fraction", "weights_dtype", "float8_products"),
-        *("from_autoregressive", "causal"),
+        *("from_autoregressive", "causal", "anneal_causal_steps"),
     ),
     "trainer": ("precision", "max_steps", "max_epochs", "gradient_clip_val"),
     "data": (

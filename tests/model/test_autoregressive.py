@@ -1,10 +1,12 @@
 """A Dream from a Qwen2, and the causal network against Qwen2ForCausalLM."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
-from material import addition_rows, short_trainer, tiny_data, tiny_module, write_jsonl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from material import Recorder, addition_rows, short_trainer, tiny_data, tiny_module, write_jsonl
 from tiny_models import tiny_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -14,6 +16,7 @@ from dream_lightning.kernels.packed_attention import make_packed_attention
 from dream_lightning.model import load_tokenizer
 from dream_lightning.model.autoregressive import config_from_qwen2, from_qwen2
 from dream_lightning.model.modeling import DreamModel
+from dream_lightning.module import annealed_mask, attention_mask
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 
 TINY = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -158,7 +161,45 @@ def deep_causal():
     return tiny_model(3, causal=True)
 
 
+def test_attention_anneals_from_causal_to_bidirectional(tmp_path):
+    """At a learning rate of 0; however a step is cut, and over a resume."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", addition_rows(40))
+
+    def losses(steps, *callbacks, batch_size=8, ckpt_path=None, causal=False):
+        sgd, seen = {"optimizer": lambda p: torch.optim.SGD(p, lr=1e-30)}, Recorder()
+        module = tiny_module(**sgd, anneal_causal_steps=steps)
+        module.configure_model()
+        module.model.config.causal = causal
+        trainer = short_trainer(tmp_path, seen, *callbacks, max_steps=4, accumulate_grad_batches=8 // batch_size)
+        trainer.fit(module, tiny_data(rows, tmp_path, batch_size=batch_size), ckpt_path=ckpt_path, weights_only=True)
+        return seen.losses
+
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    annealed, causal, full = losses(3, save), losses(0, causal=True), losses(0)
+    assert annealed[0] == pytest.approx(causal[0], rel=1e-6) and annealed[3] == full[3]
+    assert all(loss not in (causal[n], full[n]) for n, loss in enumerate(annealed[1:3], 1))
+    assert losses(3, batch_size=2) == pytest.approx(annealed, rel=1e-5)
+    assert losses(3, ckpt_path=tmp_path / "step=1.ckpt") == annealed[1:]
+
+
+def test_later_positions_become_visible_pair_by_pair_in_their_document(tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", addition_rows(40))
+    data = tiny_data(rows, tmp_path, batch_size=2, packing=True, max_length=160)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    whole = attention_mask(batch).to_mask(*batch.input_ids.shape, batch.input_ids.device)
+    whole &= (batch.document_ids >= 0)[:, None, None]  # padding does not matter
+    masks = [annealed_mask(batch, visible=v, seed=0) & whole for v in (0.0, 0.25, 0.5, 1.0)]
+    assert torch.equal(masks[0], whole.tril()) and torch.equal(masks[3], whole)
+    later = whole.triu(1)
+    assert [float((mask & later).sum() / later.sum()) for mask in masks] == pytest.approx([0, 0.25, 0.5, 1], abs=0.02)
+    assert all((less <= more).all() for less, more in pairwise(masks))
+    assert not torch.equal(annealed_mask(batch, visible=0.5, seed=1) & whole, masks[2])
+
+
 def test_options_that_contradict_causal_are_refused():
+    with pytest.raises(UserError, match=r"anneal_causal_steps .* is 5"):
+        tiny_module(causal=True, anneal_causal_steps=5)
     for options in ({"weighting": "linear"}, {"complementary_masks": True}, {"treat_eos_as_one": True}):
         with pytest.raises(UserError, match="causal has no masks"):
             tiny_module(causal=True, **options)

@@ -97,7 +97,12 @@ def tensor_bytes(tree: Any) -> int:
 
 
 def refuse_diverged(metrics: Mapping[str, Tensor], step: int) -> None:
-    """Raise UserError if the last loss or gradient norm is not finite, before the last good checkpoint is replaced."""
+    """Raise UserError if the last loss or gradient norm is not finite, before the last good checkpoint is replaced.
+
+    A norm of 0 is that of a step that was skipped.
+    """
+    if metrics.get("train/gradient_norm") == 0:
+        return
     for name in ("train/loss", "train/gradient_norm"):
         if name in metrics and not metrics[name].isfinite():
             raise UserError(

@@ -21,6 +21,7 @@ class StepAccumulator:
 
     _node: object = None  # of the graph, of the last loss that `add` returned
     _undivided: Tensor | None = None  # count of a step whose gradients are to be divided
+    parts: list[tuple[Batch, NoisedBatch, Tensor]] | None = None  # micro-batches of the step, kept in a list only
 
     def __init__(self, device: torch.device) -> None:
         self._step = torch.zeros(4, device=device)
@@ -36,6 +37,8 @@ class StepAccumulator:
         if self._undivided is not None:
             raise UserError("the gradients of a step were not divided: `backward` must call super().backward(…)")
         self._count(batch, noised, nll.detach(), terms)
+        if self.parts is not None:
+            self.parts.append((batch, noised, nll.detach()))
         loss = _ShownAs.apply(terms.sum * (GRADIENT_SCALE * accumulate), terms.mean)
         self._node = loss.grad_fn
         return loss

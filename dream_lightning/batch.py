@@ -185,13 +185,14 @@ class Prediction:
     prediction: str  # the whole response, thinking included, up to the first eos
     thinking: str | None
     answer: str | None  # what was extracted; None = unparsed
-    reference: str | None
+    reference: str | None  # of the record
     correct: bool | None  # None without a reference
     tokens: int  # of the response, without eos
     seconds: float  # of the batch, divided by its rows
     forwards: int = 0  # model forwards that unmasked at least one token of this response
     filled: int = 0  # positions that were unmasked, eos included
     too_long: bool = False  # the question leaves no room for an answer: none was generated
+    target: str | None = None  # what was compared with the answer, such as the number in the reference
 
 
 @dataclass

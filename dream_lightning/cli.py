@@ -23,7 +23,8 @@ import yaml
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from dream_lightning.adapters import LoraParams
 from dream_lightning.atomic import check_folder, disk_refuses
@@ -33,12 +34,14 @@ from dream_lightning.errors import UserError, check_range, reading, visible
 from dream_lightning.evaluation import commands as evaluation
 from dream_lightning.evaluation.contamination import contamination_report
 from dream_lightning.experiments import commands as experiments
+from dream_lightning.locate import with_checkpoint
 from dream_lightning.memory import out_of_memory, report, setting_from
 from dream_lightning.module import DreamModule
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.tokenizer_training import train_tokenizer
 from dream_lightning.training import Autosave, ProgressBar
 from dream_lightning.training.checkpointing import SafeCheckpointIO
+from dream_lightning.training.summary import score_lines
 from dream_lightning.viewer import commands
 
 DEFAULTS = Path(__file__).parent / "defaults"  # a separate folder: jsonargparse changes into that of a config
@@ -128,6 +131,7 @@ class DreamCLI(LightningCLI):
                 S1KDataModule,
                 trainer_class=_Trainer,
                 parser_class=_Parser,
+                save_config_callback=SaveConfigCallback if command == "fit" else None,
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={command: {"default_config_files": files}, "prog": "dream-lightning"},
                 **options,
@@ -185,6 +189,8 @@ class DreamCLI(LightningCLI):
         options = self.config_init[self.command].trainer
         if options.enable_progress_bar is False and options.callbacks:  # the bar in base.yaml would contradict it
             options.callbacks = [c for c in options.callbacks if not isinstance(c, ProgressBar)]
+        if self.command == "predict" and isinstance(logger := options.logger, TensorBoardLogger):
+            options.logger, options.default_root_dir = False, str(Path(logger.save_dir, logger.name))  # it logs nothing
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
@@ -192,8 +198,8 @@ class DreamCLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Print each score once: Lightning's own table repeats them in a column for each dataloader."""
-        for name, value in sorted(self.trainer.callback_metrics.items()) if self.trainer.is_global_zero else ():
-            print(f"{name:24} {float(value):.5g}")
+        if self.trainer.is_global_zero:
+            print("\n".join(score_lines(self.trainer.callback_metrics)))
 
     after_test = after_validate
 
@@ -354,6 +360,10 @@ def run(arguments: list[str]) -> None:
             find_configs(rest)
         function(_Parser(prog=f"dream-lightning {command}", description=function.__doc__), rest)
     elif command in TRAINER_COMMANDS:
+        if command != "plan":
+            if command != "fit":
+                warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")  # weights only are read
+            rest = with_checkpoint(command, rest, gpu=torch.cuda.is_available())
         find_configs(rest)
         sys.argv[1:] = [command, *rest]  # Lightning starts the other processes with it
         DreamCLI(command)

@@ -31,6 +31,7 @@ from dream_lightning.adapters import (
 )
 from dream_lightning.atomic import atomic_write
 from dream_lightning.errors import UserError, reading
+from dream_lightning.locate import find_model
 from dream_lightning.model import DreamConfig, DreamModel, check_same_vocabulary, check_tokenizer, load_tokenizer
 from dream_lightning.model.loading import check_finite, local_folder, weight_files
 from dream_lightning.training.checkpointing import reading_checkpoint, refuse_weights
@@ -79,7 +80,7 @@ def export_checkpoint(
     """Write the official folder of the weights in a Lightning checkpoint of `DreamModule`.
 
     Args as in `export_model`, and:
-        ckpt_path: a file, which is memory-mapped, the folder of a sharded checkpoint, or one of adapters from PEFT.
+        ckpt_path: a file, which is memory-mapped, the folder of a sharded checkpoint, or what else `find_model` knows.
         pretrained: the model that training started from; by default as the checkpoint says.
         tokenizer: by default that of `pretrained`, otherwise of the training; a warning says if none is known.
         dtype: element type to write: as stored, or rounded to bfloat16 like the official weights.
@@ -108,7 +109,7 @@ def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str
     Args as in `export_checkpoint`, and:
         pretrained: name of the base for `adapter_config.json`, such as its hub id. Default: that of the training run.
     """
-    checkpoint = _read_checkpoint(Path(ckpt_path))
+    checkpoint = _read_checkpoint(find_model(ckpt_path).path)
     if "lora" not in checkpoint:
         raise UserError(f"{ckpt_path} holds no adapters: export the official folder")
     state = adapter_state(_state(checkpoint))
@@ -121,14 +122,18 @@ def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str
 def model_from_checkpoint(
     ckpt_path: str | Path, *, pretrained: str | Path | None = None
 ) -> tuple[DreamModel, str | Path | None]:
-    """The network of a Lightning checkpoint or PEFT folder, on the CPU, with adapters merged; and its tokenizer.
+    """The network that `find_model` finds, on the CPU, with adapters merged; and its tokenizer.
 
     The tokenizer is a folder, a hub id or `bytes`: `pretrained`, or what training used; None if it is not known.
 
     Raises:
         UserError: not a complete checkpoint; more than tensors and plain values; another base.
     """
-    checkpoint = _read_checkpoint(Path(ckpt_path))
+    found = find_model(ckpt_path)
+    if found.kind in ("model", "hub"):
+        return DreamModel.from_pretrained(found.name), pretrained or found.name
+    ckpt_path = found.path
+    checkpoint = _read_checkpoint(ckpt_path)
     base = pretrained or checkpoint.get("base", {}).get("name")
     if "lora" in checkpoint and base is None:
         raise UserError(f"{ckpt_path} does not name the base of its adapters: set pretrained to it")
@@ -139,10 +144,10 @@ def model_from_checkpoint(
 
 def base_of(path: str | Path) -> str | None:
     """The folder or hub id of what a checkpoint or a folder of adapters was trained from; None if it does not say."""
-    path = Path(path).expanduser()
-    if not path.is_file() and not is_peft_folder(path):
+    found = find_model(path)
+    if found.kind in ("model", "hub"):
         return None
-    checkpoint = _read_checkpoint(path)
+    checkpoint = _read_checkpoint(found.path)
     return checkpoint.get("base", {}).get("name") or checkpoint.get("settings", {}).get("model.pretrained")
 
 

@@ -1,6 +1,7 @@
 """The LightningModule: composes the parts and logs."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -39,6 +40,8 @@ class DreamModule(L.LightningModule):
     The loss of an optimizer step is a sum over its tokens divided once by their count: micro-batch size, accumulation
     and number of ranks do not change it. The noise of a sample is a function of (seed, epoch, sample). Override `loss`
     to change the objective.
+
+    `DreamModule.load_from_checkpoint(file)` needs no options, but does not know the optimizer: pass yours to train on.
 
     Args:
         pretrained: an official folder or hub id to start from, such as Dream-org/Dream-v0-Instruct-7B.
@@ -106,6 +109,9 @@ class DreamModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore="optimizer", logger=False)  # those of a checkpoint make `load_from_checkpoint`
+        lora = LoraParams(**lora) if isinstance(lora, Mapping) else lora
+        sampling = SamplingParams(**sampling) if isinstance(sampling, Mapping) else sampling
         model_factory.check_start(pretrained, from_autoregressive, new_model)
         if tokenizer is None and pretrained is None:
             raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from dream_lightning.atomic import PARTIAL, atomic_write, lock, on_rank_zero, write_texts
 from dream_lightning.batch import Answers, PromptBatch
 from dream_lightning.errors import UserError, reading
+from dream_lightning.tasks import proportion_interval
 
 REMEDY = "Move it away, or write elsewhere (predict: --trainer.callbacks.path=FILE, evaluate: --out=FOLDER)"
 
@@ -227,7 +228,11 @@ class PredictionWriter(L.Callback):
         self._file.close()
         predictions = [json.loads(line) for line in self.path.read_bytes().splitlines()]
         verdicts = [p["correct"] for p in predictions if p["correct"] is not None]
-        score = f"{sum(verdicts)} of {len(verdicts)} scored are correct" if verdicts else "none could be scored"
+        score = "none could be scored"
+        if verdicts:
+            low, high = proportion_interval(sum(verdicts), len(verdicts))
+            score = f"{sum(verdicts)} of {len(verdicts)} scored are correct ({sum(verdicts) / len(verdicts):.1%}, "
+            score += f"95 % interval {low:.1%} to {high:.1%})"
         score += (
             f", {unscored} not scored" if 0 < (unscored := len(predictions) - len(verdicts)) < len(predictions) else ""
         )

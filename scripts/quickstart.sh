@@ -14,4 +14,4 @@ python -m dream_lightning predict --config tiny --ckpt_path last "$@"
 bin=$(dirname "$(command -v python)")
 echo "trained, validated and queried in $((SECONDS - started)) s"
 echo "curves:  $bin/tensorboard --logdir lightning_logs"
-echo "chat:    $bin/dream-lightning chat --model lightning_logs/tiny/checkpoints/last.ckpt --tokenizer bytes --params.max_new_tokens 30 --params.steps 15"
+echo "chat:    $bin/dream-lightning chat --model lightning_logs/tiny"

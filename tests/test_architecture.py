@@ -32,15 +32,16 @@ BELOW = {
     },
     "predict": {"errors", "batch", "atomic", "data", "tasks", "answering"},
     "tokenizer_training": {"errors", "data", "model", "export"},
-    "export": {"errors", "atomic", "model", "adapters", "training"},
+    "locate": {"errors", "adapters", "training"},
+    "export": {"errors", "atomic", "model", "adapters", "training", "locate"},
     "memory": {"errors", "model", "adapters", "diffusion", "training", "model_factory"},
     "evaluation": {
         *("errors", "batch", "atomic", "data", "diffusion", "model", "sampling", "tasks", "answering", "predict"),
-        *("export", "viewer"),
+        *("export", "viewer", "training"),
     },
     "viewer": {
         *("errors", "batch", "adapters", "data", "model", "sampling", "tasks", "model_factory", "export"),
-        "diffusion",
+        *("diffusion", "locate"),
     },
     "experiments": {"errors", "atomic", "evaluation"},
     "cli": {
@@ -57,6 +58,7 @@ BELOW = {
             "predict",
             "export",
             "memory",
+            "locate",
             "viewer",
             "evaluation",
             "experiments",

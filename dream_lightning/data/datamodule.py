@@ -133,6 +133,7 @@ class S1KDataModule(L.LightningDataModule):
         _check_streaming(source, streaming, shuffle_mib, whole | {"subset": subset, "preload": preload or None})
         check_range("validation_fraction", validation_fraction, least=0, most=1)
         check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
+        self.save_hyperparameters(ignore="tokenizer", logger=False)
         self.tokenizer, self.cache_dir, self.seed, self.num_workers = tokenizer, cache_dir, seed, num_workers
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
         self.validation_fraction, self.first_n, self.short_first = validation_fraction, first_n, short_first
@@ -150,6 +151,7 @@ class S1KDataModule(L.LightningDataModule):
         self.train_set: TokenizedSet | ShardStream | None = None
         self.validation_set: TokenizedSet | None = None
         self.questions: list[Example] = []
+        self.several_turns: bool | None = None  # whether a training example has earlier messages; None: not known
         self._prompts: list[list[int]] = []  # ids of the questions' prompts
         self._answered: set[int] = set()
         self._given: list[Example] | None = None
@@ -216,6 +218,8 @@ class S1KDataModule(L.LightningDataModule):
         self.validation_set = self.tokenized(validation, "validation")
         if stage == "fit":
             self._check_responses(training)
+            turns = any(sum(m["role"] != "system" for m in example.prompt) > 1 for example in training)
+            self.several_turns = turns or (None if self.streaming else False)
             self.train_set = self.stream() if self.streaming else self.tokenized(training, "training")
             if self.streaming:
                 rank_zero_info(self.train_set.summary())

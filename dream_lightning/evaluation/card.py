@@ -6,12 +6,8 @@ from typing import Any
 
 from dream_lightning.batch import Example
 from dream_lightning.errors import UserError
-from dream_lightning.evaluation.statistics import (
-    majority_correct,
-    mean_interval,
-    pass_at_k,
-    proportion_interval,
-)
+from dream_lightning.evaluation.statistics import majority_correct, mean_interval, pass_at_k
+from dream_lightning.tasks import proportion_interval
 
 Item = dict[str, Any]  # a line of items.jsonl: the fields of `Prediction`, number, task, sample and thinking_tokens
 

@@ -25,6 +25,7 @@ from dream_lightning.model import DreamModel
 from dream_lightning.predict import PredictionWriter
 from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks.registry import TASKS, load_task
+from dream_lightning.training import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _answer(answerer, examples, source, path, batch_size, devices, prompting) ->
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
-            callbacks=[PredictionWriter(str(path))],
+            callbacks=[ProgressBar(), PredictionWriter(str(path))],
         )
         try:
             trainer.predict(answerer, data, return_predictions=False)

@@ -184,7 +184,7 @@ def _texts(items: Sequence[Item]) -> str:
 
 
 def folded(summary: str, item: Item, content: str) -> str:
-    reference = escape(str(item["reference"]))
+    reference = escape(str(item.get("target") or item["reference"]))
     question = f"<pre>{escape(item['prompt'])}</pre><p>Reference: {reference}</p>"
     return f"<details><summary>{escape(summary)}</summary>{question}{content}</details>"
 

@@ -13,12 +13,6 @@ from dream_lightning.errors import UserError
 Interval = tuple[float, float]
 
 
-def proportion_interval(correct: int, count: int) -> Interval:
-    """95 % interval of a proportion (Wilson, 1927)."""
-    interval = stats.binomtest(correct, count).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000) -> Interval:
     """95 % interval of a mean by the percentile bootstrap (Efron, 1979), the same for the same values and seed."""
     values = np.asarray(values, dtype=float)

@@ -1,5 +1,6 @@
 """Metrics over an epoch and its ranks. States are sums, divided once, so that uneven batches weigh correctly."""
 
+import math
 from itertools import compress
 
 import torch
@@ -7,6 +8,15 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dream_lightning.batch import Answers, LossTerms
+
+
+def proportion_interval(correct: int, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927)."""
+    z, p = 1.959963984540054, correct / count
+    middle, width = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
+    scale = 1 + z * z / count
+    low, high = (middle - width) / scale, (middle + width) / scale
+    return low if correct else 0.0, high if correct < count else 1.0
 
 
 class _Sums(Metric):

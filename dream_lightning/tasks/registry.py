@@ -4,7 +4,7 @@ import importlib
 import operator
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dream_lightning.batch import Example
@@ -40,6 +40,7 @@ class Grade:
     thinking: str | None  # None = no thinking tags
     answer: str | None  # None = no answer found
     correct: bool | None  # None = not scored: the record has nothing to compare with, or grading took too long
+    target: str | None = field(default=None, compare=False)  # what the answer was compared with
 
 
 def load_task(path: str) -> str:
@@ -91,7 +92,7 @@ def grade_response(text: str, example: Example) -> Grade:
     answer, reference = task.extract(response), task.reference(example)
     if reference is None:
         return Grade(thinking, answer, None)
-    return Grade(thinking, answer, answer is not None and task.grade(answer, reference))
+    return Grade(thinking, answer, answer is not None and task.grade(answer, reference), str(reference))
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:

@@ -5,6 +5,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,20 @@ _SETTINGS = {
     "trainer": ("precision", "max_steps", "max_epochs", "gradient_clip_val"),
     "data": (
         *("source", "validation_source", "validation_fraction", "first_n", "seed", "packing", "batch_cutoff"),
-        *("short_first", "training_filters", "streaming", "shuffle_mib", "encoding", "reading"),
+        *("short_first", "training_filters", "several_turns", "streaming", "shuffle_mib", "encoding", "reading"),
     ),
 }
+
+
+_PATHS = (
+    "pretrained",
+    "from_autoregressive",
+    "tokenizer",
+    "source",
+    "validation_source",
+    "predict_source",
+    "cache_dir",
+)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -112,17 +124,35 @@ def refuse_diverged(metrics: Mapping[str, Tensor], step: int) -> None:
 
 
 def describe_run(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
-    """Add to a DreamModule's checkpoint what is compared when it is loaded; of an adapted model keep only adapters."""
+    """Add to a DreamModule's checkpoint what its use depends on; of an adapted model keep only adapters."""
     checkpoint["dream_config"] = module.model.config.to_dict()
     checkpoint["accumulate_grad_batches"] = module.trainer.accumulate_grad_batches
     checkpoint["optimizer"] = next((type(optimizer).__name__ for optimizer in module.trainer.optimizers), None)
-    checkpoint["settings"], checkpoint["logged_step"] = _settings(module), module.logged_step
+    checkpoint["settings"], checkpoint["logged_step"] = settings_of_run(module), module.logged_step
     checkpoint["tokenizer"] = module.tokenizer_name
+    checkpoint["run"] = getattr(module.trainer.logger, "log_dir", None)
+    for name in ("hyper_parameters", "datamodule_hyper_parameters"):
+        checkpoint[name] = _constructor_options(checkpoint.get(name, {}))
     if module.lora is not None:
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint["lora"], checkpoint["base"] = module.lora.config, module.base
+
+
+def _constructor_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values among a constructor's options, local folders by their whole paths; Lightning passes them on."""
+    plain = {}
+    for name, value in options.items():
+        value = asdict(value) if is_dataclass(value) else value
+        if name in _PATHS and value not in ("bytes", "bundled", None) and Path(str(value)).expanduser().exists():
+            value = str(Path(value).expanduser().resolve())
+        try:
+            plain[name] = json.loads(json.dumps(value))
+        except TypeError:  # such as a function
+            continue
+    plain.pop("_instantiator", None)  # of Lightning's command line
+    return plain
 
 
 def check_checkpoint(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
@@ -170,7 +200,7 @@ def resume(module: L.LightningModule, saved: Mapping[str, Any]) -> None:
             f"the checkpoint holds the states of {saved['optimizer']} and model.optimizer is {ours}: use the optimizer "
             "of the run that saved it, or export it and name the folder in model.pretrained"
         )
-    before, now = saved.get("settings", {}), _settings(module, restored=False)
+    before, now = saved.get("settings", {}), settings_of_run(module, restored=False)
     for name in [name for name in now if name in before and before[name] != now[name]]:
         what = "taken"
         if name.startswith("model.optimizer."):
@@ -183,7 +213,7 @@ def resume(module: L.LightningModule, saved: Mapping[str, Any]) -> None:
     trainer.fit_loop._load_combined_loader_states()
 
 
-def _settings(module: L.LightningModule, *, restored: bool = True) -> dict[str, Any]:
+def settings_of_run(module: L.LightningModule, *, restored: bool = True) -> dict[str, Any]:
     """What the run depends on, as plain values: those of the optimizer as it uses them, or as it was configured."""
     trainer, data = module.trainer, module.trainer.datamodule
     found = {}

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from typing import Any, TextIO
 
@@ -199,7 +199,7 @@ class _Line(Tqdm):
     """The numbers that fit, the bar, and the step."""
 
     FORMAT = "{shown}|{bar}| {step}"
-    items: list[str] = []
+    items: Sequence[str] = ()
     step = ""
 
     @property

@@ -1,6 +1,7 @@
 """Answers of the validation as texts in the logger."""
 
 import re
+import textwrap
 from typing import Any
 
 import lightning as L
@@ -51,7 +52,10 @@ class SampleLogger(L.Callback):
                 logger.experiment.add_text("val/denoising", self._history, step)
             elif hasattr(logger, "log_text"):  # WandbLogger's
                 columns = ["question", "answer", "reference", "correct", "response"]
-                rows = [[p.prompt, p.answer, p.reference, str(p.correct), p.prediction] for p in self._predictions]
+                rows = [
+                    [p.prompt, p.answer, p.target or p.reference, str(p.correct), p.prediction]
+                    for p in self._predictions
+                ]
                 logger.log_text("val/samples", columns, rows, step=step)
                 logger.log_text("val/denoising", ["history"], [[self._history]], step=step)
 
@@ -62,7 +66,7 @@ def samples_text(predictions: list[Prediction]) -> str:
     blocks = []
     for number, p in enumerate(predictions, start=1):
         answer = "(unparsed)" if p.answer is None else p.answer
-        head = f"{number}. {verdicts[p.correct]}: answer {answer}, reference {p.reference}"
+        head = f"{number}. {verdicts[p.correct]}: answer {answer}, reference {p.target or p.reference}"
         blocks.append(_code("\n\n".join(map(_shorten, (head, p.prompt, p.prediction)))))
     return "\n\n---\n\n".join(blocks)
 
@@ -82,8 +86,9 @@ def history_text(states: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _code(text: str, head: str = "") -> str:
-    """A Markdown code block after `head`; long lines are broken."""
-    broken = [line[i : i + _WIDTH] for line in _LINE_END.split(text) for i in range(0, max(1, len(line)), _WIDTH)]
+    """A Markdown code block after `head`; long lines are broken between words, no character is lost."""
+    whole = {"replace_whitespace": False, "drop_whitespace": False, "expand_tabs": False, "break_on_hyphens": False}
+    broken = [part for line in _LINE_END.split(text) for part in textwrap.wrap(line, _WIDTH, **whole) or [""]]
     return "\n".join(f"    {' ' * len(head) if n else head}{line}" for n, line in enumerate(broken))
 
 

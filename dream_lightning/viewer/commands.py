@@ -11,20 +11,20 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.adapters import is_peft_folder
 from dream_lightning.batch import Example, Message
 from dream_lightning.data import read_examples, tokenize
-from dream_lightning.data.prompt_format import encode_prompt
+from dream_lightning.data.prompt_format import Style, encode_prompt
 from dream_lightning.data.report import report
 from dream_lightning.data.tokenization import encode
 from dream_lightning.diffusion import corrupt
 from dream_lightning.errors import UserError, check_range, visible
 from dream_lightning.export import AUTHORS_CODE, export_adapter, export_checkpoint, model_from_checkpoint
+from dream_lightning.locate import trained
 from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.viewer.conversation import Conversation
 from dream_lightning.viewer.page import denoising_page
-from dream_lightning.viewer.terminal import LEGEND, Chat, render_row
+from dream_lightning.viewer.terminal import LEGEND, SINGLE, Chat, render_row
 
 
 def open_model(
@@ -33,7 +33,7 @@ def open_model(
     """The network in eval mode, bfloat16 on a GPU and in its stored dtype on a CPU, and its tokenizer.
 
     Args:
-        model: folder in the official format, hub id, checkpoint (.ckpt) of training, or folder of adapters from PEFT.
+        model: folder of a run or in the official format, checkpoint, hub id, or folder of adapters from PEFT.
         tokenizer: folder, hub id or `bytes`. Default: the model's own.
         pretrained: what the training of a checkpoint or of adapters started from; by default as it says.
         device: cpu, cuda, cuda:1, …; auto uses a GPU if there is one.
@@ -47,15 +47,9 @@ def open_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an assertion: torch without CUDA
         raise UserError(f"device is {device} ({str(error).splitlines()[0]}): set cpu, cuda, cuda:1, …") from error
-    path = Path(model).expanduser()
-    if path.suffix == ".ckpt" and not path.exists():
-        raise UserError(f"{path} does not exist: name a checkpoint, a folder in the official format or a hub id")
-    if path.suffix == ".ckpt" or path.is_file() or is_peft_folder(path):
-        network, source = model_from_checkpoint(path, pretrained=pretrained)
-    else:
-        network, source = DreamModel.from_pretrained(model), pretrained or model
+    network, source = model_from_checkpoint(model, pretrained=pretrained)
     if (tokenizer or source) is None:
-        raise UserError(f"{path} holds no tokenizer: set tokenizer, or pretrained to what training started from")
+        raise UserError(f"{model} holds no tokenizer: set tokenizer, or pretrained to what training started from")
     tokenizer = load_tokenizer(tokenizer or source)
     check_tokenizer(tokenizer, network.config)
     return network.to(device, torch.bfloat16 if device.startswith("cuda") else None).eval(), tokenizer
@@ -67,12 +61,20 @@ _GIVEN = {"example", "tokenizer"}  # arguments of `encode` that are no options
 def parse(
     parser: ArgumentParser, arguments: list[str], *functions: Callable[..., Any], skip: Set[str] = frozenset()
 ) -> list[Any]:
-    """The parsed options, then those that are the keyword arguments of each function; of the last without `skip`."""
+    """The parsed options, then those that are the keyword arguments of each function; of the last without `skip`.
+
+    The defaults of sampling are those that the model was validated with, if it is a checkpoint.
+    """
     names = [
         parser.add_function_arguments(f, as_positional=False, skip=set(skip) if f is functions[-1] else set())
         for f in functions
     ]
-    options = parser.instantiate(parser.parse_args(arguments))
+    given = parser.parse_args(arguments)
+    if open_model in functions and (saved := trained(given.model).sampling):
+        group = "params" if "params" in given else "sampling"
+        parser.set_defaults({f"{group}.{name}": value for name, value in saved.items()})
+        given = parser.parse_args(arguments)
+    options = parser.instantiate(given)
     return [options, *({name: options[name] for name in group} for group in names)]
 
 
@@ -92,19 +94,34 @@ def _parse_sampling(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, 
 
 def chat(parser: ArgumentParser, arguments: list[str]) -> None:
     """Talk to a model in the terminal."""
+    parser.add_argument(
+        *("--history",),
+        type=bool | None,
+        default=None,
+        help="give the model the earlier messages, too; by default unless it was trained on single questions",
+    )
     options, model, tokenizer = _parse_sampling(parser, arguments)
-    Chat(Conversation(model, tokenizer, options.params, options.system_prompt)).run()
+    how = trained(options.model)
+    history = options.history if options.history is not None else how.several_turns is not False and how.style == "chat"
+    prompting = {"style": how.style, "system_prompt": options.system_prompt or how.system_prompt, "history": history}
+    note = "" if history or options.history is not None else SINGLE
+    Chat(Conversation(model, tokenizer, options.params, **prompting), note=note).run()
 
 
 def show_denoising(parser: ArgumentParser, arguments: list[str]) -> None:
     """Answer a question and write one HTML page that steps through the denoising."""
     parser.add_argument("--question", type=str, required=True, help="to answer")
     parser.add_argument("--out", type=str, default="denoising.html", help="the page")
-    parser.add_argument("--style", type=Literal["chat", "plain"], default="chat", help="of the prompt")
+    parser.add_argument("--style", type=Style | None, default=None, help="of the prompt; by default as in training")
     options, model, tokenizer = _parse_sampling(parser, arguments)
+    how = trained(options.model)
+    prompting = {
+        "style": options.style or how.style,
+        "system_prompt": options.system_prompt or how.system_prompt,
+    }
     params, question, out = options.params, options.question, Path(options.out)
     example = Example("shown", (Message(role="user", content=question),), None, "", None, "the question")
-    prompt = torch.tensor(encode_prompt(example, tokenizer, style=options.style, system_prompt=options.system_prompt))
+    prompt = torch.tensor(encode_prompt(example, tokenizer, **prompting))
     output = diffusion_generate(model, prompt[None].to(model.device), params=params, return_history=True)
     default = asdict(SamplingParams())
     changed = {name: value for name, value in asdict(params).items() if value != default[name]}
@@ -148,7 +165,7 @@ def show(parser: ArgumentParser, arguments: list[str]) -> None:
 def export(parser: ArgumentParser, arguments: list[str]) -> None:
     """Write a checkpoint as a folder in the official format, or its adapters as a PEFT folder."""
     parser.add_argument(
-        "--checkpoint", type=str, required=True, help="a file, the folder of a sharded run, or adapters of PEFT"
+        *("--checkpoint", "--model"), type=str, required=True, help="a run, a checkpoint, adapters or a model folder"
     )
     parser.add_argument("--folder", type=str, required=True, help="to write; new or empty")
     parser.add_argument("--pretrained", type=str | None, default=None, help="what training started from")

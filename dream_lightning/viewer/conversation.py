@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Example, Message
-from dream_lightning.data.prompt_format import encode_prompt
+from dream_lightning.data.prompt_format import Style, encode_prompt
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams, denoising_steps
@@ -37,12 +37,26 @@ class Reply:
 
 
 class Conversation:
-    """Messages of user and model. Earlier answers are given to the model without their thinking."""
+    """Messages of user and model. Earlier answers are given to the model without their thinking.
+
+    Args:
+        system_prompt: replaces that of the chat template.
+        style: of the prompts, as in training.
+        history: give the model the earlier messages; False asks every question alone.
+    """
 
     def __init__(
-        self, model: DreamModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams, system_prompt: str | None
+        self,
+        model: DreamModel,
+        tokenizer: PreTrainedTokenizerBase,
+        params: SamplingParams,
+        system_prompt: str | None = None,
+        *,
+        style: Style = "chat",
+        history: bool = True,
     ) -> None:
-        self.model, self.tokenizer, self.params, self.system_prompt = model, tokenizer, params, system_prompt
+        self.model, self.tokenizer, self.params, self.history = model, tokenizer, params, history
+        self.prompting = {"style": style, "system_prompt": system_prompt}
         self.reset()
 
     def reset(self) -> None:
@@ -59,9 +73,9 @@ class Conversation:
         """
         if not question.strip():
             raise UserError("nothing was asked: type a question, or /help")
-        messages = [*self.messages, Message(role="user", content=question)]
+        messages = [*(self.messages if self.history else ()), Message(role="user", content=question)]
         example = Example("chat", tuple(messages), None, "", None, "the conversation")
-        prompt = encode_prompt(example, self.tokenizer, system_prompt=self.system_prompt)
+        prompt = encode_prompt(example, self.tokenizer, **self.prompting)
         start, eos = time.perf_counter(), self.tokenizer.eos_token_id
         ids = [self.tokenizer.mask_token_id] * self.params.max_new_tokens
         input_ids = torch.tensor([prompt], device=self.model.device)
@@ -80,4 +94,4 @@ class Conversation:
             context=len(prompt),
         )
         said = self.last.answer or (f"<think>\n{thinking}" if thinking else "")
-        self.messages = [*messages, Message(role="assistant", content=said)]
+        self.messages = [*self.messages, messages[-1], Message(role="assistant", content=said)]

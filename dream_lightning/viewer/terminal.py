@@ -16,6 +16,7 @@ from dream_lightning.errors import UserError, visible
 from dream_lightning.viewer.conversation import Conversation, Frame
 
 _FRESH = "bold not dim not italic #10291a on #8ee0b0"
+SINGLE = "This model was trained on single questions: it does not get the earlier ones. --history true changes that."
 _TRAINED_LENGTH = 2_048  # of Dream; it accepts longer contexts and answers worse
 _HELP = {
     "/think": "show the thinking behind the last answer",
@@ -36,10 +37,11 @@ class Chat:
     Args:
         conversation: answers the questions.
         console: where to read and print.
+        note: is printed once, before the second question is answered.
     """
 
-    def __init__(self, conversation: Conversation, console: Console | None = None) -> None:
-        self.conversation, self.console = conversation, console or Console(highlight=False)
+    def __init__(self, conversation: Conversation, console: Console | None = None, *, note: str = "") -> None:
+        self.conversation, self.console, self.note = conversation, console or Console(highlight=False), note
 
     def run(self) -> None:
         """Until /quit or the end of the input."""
@@ -71,6 +73,9 @@ class Chat:
             self.console.print(shown, soft_wrap=True)
 
     def _answer(self, question: str) -> None:
+        if self.note and self.conversation.messages:
+            self._print(self.note, "yellow")
+            self.note = ""
         frames = self.conversation.ask(question)
         if self.console.is_terminal:
             with Live(console=self.console, refresh_per_second=12, transient=True) as live:

@@ -20,10 +20,11 @@ from dream_lightning.evaluation.card import breakdown, scores
 from dream_lightning.evaluation.compare import compare, read_run
 from dream_lightning.evaluation.evaluate import BENCHMARKS, benchmark, evaluate, questions_of
 from dream_lightning.evaluation.grid import combinations, evaluate_grid
-from dream_lightning.evaluation.statistics import aup, mean_interval, proportion_interval
+from dream_lightning.evaluation.statistics import aup, mean_interval
 from dream_lightning.model import load_tokenizer
 from dream_lightning.model_factory import random_model
 from dream_lightning.sampling import SamplingParams
+from dream_lightning.tasks import proportion_interval
 from dream_lightning.tasks.registry import TASKS, Task
 
 WIDE = SIZES | {"initializer_range": 0.4}  # confidences that differ by more than rounding

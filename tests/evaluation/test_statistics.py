@@ -10,8 +10,8 @@ from dream_lightning.evaluation.statistics import (
     mcnemar,
     mean_interval,
     pass_at_k,
-    proportion_interval,
 )
+from dream_lightning.tasks import proportion_interval
 
 
 def test_intervals_are_the_published_ones_and_hold_the_estimate():

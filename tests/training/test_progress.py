@@ -13,7 +13,6 @@ from material import quiet_trainer, tiny_data, tiny_module
 
 from dream_lightning.training import ProgressBar, progress
 
-
 FOUND = {
     "train/data_wait_share": 0.0123,
     "train/tokens_per_second": 10448.2,

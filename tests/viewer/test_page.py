@@ -126,7 +126,7 @@ def test_the_report_and_a_row_of_a_file(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("missing.ckpt", "does not exist: name a checkpoint"), ("there.ckpt", "there.ckpt is damaged or no checkpoint")],
+    [("missing.ckpt", "does not exist: name a run"), ("there.ckpt", "there.ckpt is damaged or no checkpoint")],
 )
 def test_wrong_checkpoints_are_refused(tmp_path, name, message):
     (tmp_path / "there.ckpt").write_text("torn")

@@ -1,21 +1,22 @@
 """Atomic writes: a file or a folder appears under its name complete, or not at all; and who may write where."""
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 from weakref import WeakSet
 
 from dream_lightning.errors import UserError
 
 PARTIAL = ".partial"  # suffix of an unfinished write; no reader takes it for a result
+_UNUSED = 1 << 30  # a byte after the end of files that are locked
 _DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
@@ -91,8 +92,8 @@ def remove_partials(folder: str | Path, pattern: str = "*") -> list[Path]:
 
 
 _locked: WeakSet[BinaryIO] = WeakSet()
-# A forked worker of a DataLoader would hold the locks of a killed process until it ends too.
-os.register_at_fork(after_in_child=lambda: [file.close() for file in _locked])
+if hasattr(os, "register_at_fork"):  # a forked worker would hold the locks of a killed process until it ends too
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _locked])
 
 
 def lock(path: Path, refusal: str) -> BinaryIO:
@@ -104,7 +105,7 @@ def lock(path: Path, refusal: str) -> BinaryIO:
     while True:
         file = path.open("ab", buffering=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
+            lock_file(file, wait=False)  # the system releases it when the process ends
         except BlockingIOError:
             file.close()
             raise UserError(refusal) from None
@@ -114,6 +115,32 @@ def lock(path: Path, refusal: str) -> BinaryIO:
             _locked.add(file)
             return file
         file.close()
+
+
+def lock_file(file: IO, *, wait: bool, byte: int | None = None) -> None:
+    """Lock an open file, or one byte of it for this process.
+
+    Raises:
+        BlockingIOError: not `wait`, and another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        file.seek(_UNUSED if byte is None else byte)  # nobody else may read a locked byte
+        while True:
+            try:
+                return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            except OSError as error:
+                if not wait:
+                    raise BlockingIOError(error.errno, f"{file.name} is locked") from error
+                time.sleep(0.1)
+    flags = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    if byte is None:
+        fcntl.flock(file, flags)
+    else:
+        fcntl.lockf(file, flags, 1, byte)
 
 
 def check_folder(option: str, folder: str | Path | None) -> None:
@@ -161,6 +188,8 @@ def not_written(path: Path, reason: object) -> UserError:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows syncs neither folders nor files that are open to read
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

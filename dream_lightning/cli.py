@@ -1,7 +1,5 @@
 """The program `dream-lightning`: LightningCLI over DreamModule and S1KDataModule, and the commands around it."""
 
-import difflib
-import fcntl
 import gc
 import os
 import re
@@ -11,15 +9,18 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning as L
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -27,22 +28,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dream_lightning.adapters import LoraParams
-from dream_lightning.atomic import check_folder, disk_refuses
+from dream_lightning.atomic import check_folder, disk_refuses, lock_file
+from dream_lightning.commands import COMMANDS, SUMMARIES, TRAINER_COMMANDS, check_command
 from dream_lightning.data import S1KDataModule
-from dream_lightning.data.puzzles import make_puzzles
-from dream_lightning.errors import UserError, check_range, reading, visible
-from dream_lightning.evaluation import commands as evaluation
-from dream_lightning.evaluation.contamination import contamination_report
-from dream_lightning.experiments import commands as experiments
+from dream_lightning.errors import UserError, check_range, guess, reading, visible
 from dream_lightning.locate import with_checkpoint
 from dream_lightning.memory import out_of_memory, report, setting_from
 from dream_lightning.module import DreamModule
 from dream_lightning.sampling import SamplingParams
-from dream_lightning.tokenizer_training import train_tokenizer
 from dream_lightning.training import Autosave, ProgressBar
 from dream_lightning.training.checkpointing import SafeCheckpointIO
 from dream_lightning.training.summary import score_lines
-from dream_lightning.viewer import commands
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # for the fields of SamplingParams and LoraParams
 
 DEFAULTS = Path(__file__).parent / "defaults"  # a separate folder: jsonargparse changes into that of a config
 # Package data in a wheel, the folder next to the package in a checkout.
@@ -56,7 +54,6 @@ _TOLD = {  # kind of error → the modules in which it is about an option, and n
     RecursionError: ("json.", "yaml.", "jsonargparse."),
 }
 _LONGEST = 2000  # characters of a message
-_ALIASES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}  # of PEFT → of LoraParams
 DIED = "a process died, or cannot be reached: see what it printed; resume with --ckpt_path last, or run predict again"
 TRACEBACK = "DREAM_TRACEBACK"  # environment variable; 1 shows the traceback of every error
 
@@ -67,14 +64,19 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if message.startswith("unrecognized arguments"):
             known = set(_options(getattr(self, "of_command", self).format_help()))
-            message += "".join(f"\n{word}: {guess}" for word in _options(message) if (guess := _guess(word, known)))
+            message += "".join(f"\n{word}: {near}" for word in _options(message) if (near := guess(word, known)))
         if unknown := re.search(r"Option '(\w+)' is not accepted", message):  # a key of a nested option
             known = [field.name for kind in (LoraParams, SamplingParams) for field in fields(kind)]
             given = next((f" in {word}" for word in sys.argv if re.search(rf"[{{,. ]{unknown[1]} *[:=]", word)), "")
-            message += f"{given}: {_guess(unknown[1], known)}".rstrip(": ")
+            message += f"{given}: {guess(unknown[1], known)}".rstrip(": ")
         command = " ".join(sys.argv[1:2])
         print(f"error: {_shown(message)}\n(every option: dream-lightning {command} --help)", file=sys.stderr)
         self.exit(2)
+
+    def format_help(self) -> str:
+        for action in self._actions:  # Lightning's descriptions are written for Sphinx
+            action.help = action.help and re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", action.help)
+        return re.sub(r"<function (\w+)\s+at\s+0x\w+>", r"\1", super().format_help())
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         options = super().parse_args(*args, **kwargs)
@@ -99,11 +101,6 @@ def _options(text: str) -> list[str]:
     return re.findall(r"--[\w.]+", text)
 
 
-def _guess(word: str, known: Iterable[str]) -> str:
-    near = [_ALIASES[word]] if word in _ALIASES else difflib.get_close_matches(word, known, n=1)
-    return "".join(f"did you mean {name}? " for name in near)
-
-
 class _Trainer(L.Trainer):
     """The Trainer, whose methods are commands, and one more command."""
 
@@ -121,6 +118,8 @@ class _Trainer(L.Trainer):
 class DreamCLI(LightningCLI):
     """One of `TRAINER_COMMANDS`; configs are merged into `defaults/base.yaml`."""
 
+    parser_class: type[LightningArgumentParser] = _Parser
+
     def __init__(self, command: str, **options: Any) -> None:
         extra = {"validate": ["evaluate"], "test": ["evaluate"], "predict": ["predict"]}.get(command, [])
         files = [str(DEFAULTS / f"{name}.yaml") for name in ("base", *extra)]
@@ -130,9 +129,10 @@ class DreamCLI(LightningCLI):
                 DreamModule,
                 S1KDataModule,
                 trainer_class=_Trainer,
-                parser_class=_Parser,
+                parser_class=self.parser_class,
                 save_config_callback=SaveConfigCallback if command == "fit" else None,
                 save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,  # model.optimizer is the optimizer
                 parser_kwargs={command: {"default_config_files": files}, "prog": "dream-lightning"},
                 **options,
             )
@@ -210,7 +210,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def configs(parser: LightningArgumentParser, arguments: list[str]) -> None:
-    """List the shipped configs; `configs copy NAME` copies one into the current folder."""
+    """List the shipped configs, or copy one: configs copy NAME."""
     parser.add_argument("words", nargs="*", type=str, default=[], help="nothing, or: copy NAME")
     words, shipped = parser.parse_args(arguments).words, shipped_configs()
     if not words:
@@ -237,8 +237,8 @@ def config_path(name: str) -> str:
         raise UserError(f"config {name} is a {kind}, wanted a YAML file: name one")
     if ":" in name or "{" in name:
         return name
-    guess = _guess(name.removesuffix(".yaml"), shipped)
-    raise UserError(f"config {name} is neither a file nor shipped: {guess}`dream-lightning configs` lists them")
+    near = guess(name.removesuffix(".yaml"), shipped)
+    raise UserError(f"config {name} is neither a file nor shipped: {near}`dream-lightning configs` lists them")
 
 
 def check_yaml(text: str, name: str, folder: Path | None) -> None:
@@ -302,6 +302,8 @@ def checker() -> Callable[[str, list[str]], None]:
     def check(command: str, words: list[str]) -> None:
         find_configs(words := list(words))
         if command == "evaluate":
+            from dream_lightning.evaluation import commands as evaluation
+
             evaluation.parse_evaluate(_Parser(prog="dream-lightning evaluate"), words)
         elif made:
             made[0].parser.parse_args(["fit", *words])
@@ -312,24 +314,51 @@ def checker() -> Callable[[str, list[str]], None]:
 
 
 def sweep(parser: LightningArgumentParser, arguments: list[str]) -> None:
-    """Train variants of a config: a list, a grid or a search with Optuna. Resumes."""
+    """Train variants of a config: a list, a grid or a search.
+
+    The search needs Optuna. A sweep that was interrupted resumes.
+    """
+    from dream_lightning.experiments import commands as experiments
+
     experiments.sweep(parser, arguments, checker())
 
 
-TRAINER_COMMANDS = {
-    "fit": "Train, or resume with --ckpt_path last.",
-    "validate": "Likelihood and scored answers of a checkpoint.",
-    "test": "The same, logged as test/….",
-    "predict": "Answer questions into a JSON-lines file.",
-    "plan": "Report the GPU memory that fit needs.",
-}
-_FUNCTIONS = (
-    *(evaluation.evaluate, evaluation.compare, evaluation.evaluate_grid, contamination_report),
-    *(sweep, experiments.report),
-    *(commands.chat, commands.show_denoising, commands.data_report, commands.show, commands.export),
-    *(make_puzzles, train_tokenizer, configs),
-)
-COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
+class _Built(Exception):
+    """The parser of a command has all its options."""
+
+
+class _OptionsOnly(_Parser):
+    def parse_args(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _Built(self)
+
+
+class _DescribedCLI(DreamCLI):
+    parser_class = _OptionsOnly
+
+
+def parser_of(command: str) -> LightningArgumentParser:
+    """The parser of a command, which is not run."""
+    try:
+        if command in TRAINER_COMMANDS:
+            _DescribedCLI(command, args=[command])
+        else:
+            function_of(command)(_OptionsOnly(prog=f"dream-lightning {command}"), [])
+    except _Built as built:
+        parser = built.args[0]
+    return getattr(parser, "of_command", parser)
+
+
+def completion(parser: LightningArgumentParser, arguments: list[str]) -> None:
+    """Print a script that completes commands and options in a shell."""
+    parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="the shell")
+    shell = parser.parse_args(arguments).shell
+    if find_spec("shtab") is None:
+        raise UserError("completion needs shtab: pip install 'dream-lightning[completion]'")
+    program = _Parser(prog="dream-lightning", description=__doc__)
+    commands = program.add_subcommands(required=False)
+    for name, summary in SUMMARIES.items():
+        commands.add_subcommand(name, parser_of(name), help=summary)
+    print(program.get_completion_script(f"shtab-{shell}"))
 
 
 def find_configs(words: list[str]) -> None:
@@ -344,22 +373,18 @@ def find_configs(words: list[str]) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    summaries = TRAINER_COMMANDS | {name: f.__doc__.splitlines()[0] for name, f in COMMANDS.items()}
-    command, *rest = arguments or ["--help"]
+    command, *rest = arguments
+    check_command(command)
     for word in rest:
         option, _, text = word.partition("=") if word.startswith("--") else ("an option", "", word)
         if "{" in text:
             check_yaml(text, option, None)
-    if command in ("-h", "--help"):
-        print("usage: dream-lightning COMMAND [options]; dream-lightning COMMAND --help lists the options\n")
-        for name, summary in summaries.items():
-            print(f"  {name:16} {summary}")
-    elif command in COMMANDS:
-        function = COMMANDS[command]
+    if command in COMMANDS:
         if command == "sweep":
             find_configs(rest)
+        function = function_of(command)
         function(_Parser(prog=f"dream-lightning {command}", description=function.__doc__), rest)
-    elif command in TRAINER_COMMANDS:
+    else:
         if command != "plan":
             if command != "fit":
                 warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")  # weights only are read
@@ -367,8 +392,11 @@ def run(arguments: list[str]) -> None:
         find_configs(rest)
         sys.argv[1:] = [command, *rest]  # Lightning starts the other processes with it
         DreamCLI(command)
-    else:
-        raise UserError(f"there is no command {command}: {_guess(command, summaries)}--help lists them")
+
+
+def function_of(command: str) -> Callable[[LightningArgumentParser, list[str]], None]:
+    """What runs a command that is no method of the Trainer."""
+    return getattr(import_module(f"dream_lightning.{COMMANDS[command][0]}"), command.replace("-", "_"))
 
 
 @contextmanager
@@ -394,14 +422,19 @@ def _is_news(message: str, launcher: int) -> bool:
         return True
     if message == DIED:
         time.sleep(0.5)  # the process with the cause speaks first
-    launch = (os.getuid(), launcher, os.environ["MASTER_PORT"], os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    launch = (
+        os.getuid() if hasattr(os, "getuid") else "",
+        launcher,
+        os.environ["MASTER_PORT"],
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0),
+    )
     path = Path(tempfile.gettempdir(), "-".join(map(str, ("dream-lightning", *launch))))
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
     except OSError:  # rather twice than never
         return True
     with open(descriptor, "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file, wait=True)
         file.seek(0)
         said = file.read().split("\0")[:-1]
         file.write(f"{message}\0")

@@ -1,8 +1,9 @@
 """The one error for what a user can correct, the two checks that raise it everywhere, and safe text for a terminal."""
 
+import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def check_range(
     bounds = [f"at least {least}"] * (least > -math.inf) + [f"at most {most}"] * (most < math.inf)
     kind = "" if number and bounds else "a whole number " if whole else "a finite number "
     raise UserError(f"{name} is {value!r:.80}, wanted {kind + ' and '.join(bounds)}".rstrip())
+
+
+_ALIASES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}  # of PEFT → of LoraParams
+
+
+def guess(word: str, known: Iterable[str]) -> str:
+    """The known word that was probably meant, as a question with a space after it, or nothing."""
+    known = list(known)
+    alias = [_ALIASES[word]] if _ALIASES.get(word) in known else []
+    return "".join(f"did you mean {name}? " for name in alias or difflib.get_close_matches(word, known, n=1))
 
 
 # Control characters but tab and newline, marks that change the direction of text, and halves of surrogate pairs.

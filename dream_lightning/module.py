@@ -10,7 +10,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import get_scheduler
 
 from dream_lightning import diffusion, model_factory
 from dream_lightning.adapters import LoraParams, Quantize, train_in_float8, trainable_summary
@@ -28,7 +27,14 @@ from dream_lightning.model.flops import matmul_ceiling, training_cost
 from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks import AnswerScores, MeanLoss, grading_clock
 from dream_lightning.training import Autosave, checkpointing, fsdp
-from dream_lightning.training.optimizer import AdamW8bit, adamw, check_optimizer, decay_groups, zero_gradients
+from dream_lightning.training.optimizer import (
+    AdamW8bit,
+    adamw,
+    check_optimizer,
+    decay_groups,
+    lr_factor,
+    zero_gradients,
+)
 from dream_lightning.training.step_accumulator import StepAccumulator, ends_step, logged_step, parameters
 
 T_MIN = 1e-3  # smallest masking probability
@@ -48,7 +54,8 @@ class DreamModule(L.LightningModule):
         from_autoregressive: a folder or hub id of a Qwen2 or Qwen2.5 to start from instead; needs `tokenizer`.
         new_model: sizes of a Dream to train from scratch instead, as in `DreamConfig` but without the vocabulary's.
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
-        dtype: of the weights. To train all, float32 with `trainer.precision=bf16-mixed`, or bfloat16 with AdamW8bit.
+        dtype: type of the weights. To train all, float32 with `trainer.precision=bf16-mixed`, or bfloat16 with
+            AdamW8bit.
         lora: train low-rank adapters on frozen weights, and save only the adapters in checkpoints.
         quantize: store the frozen weights of the layers in 4 bits (`nf4`: smallest), the same with 8-bit floating-point
             products (`nf4_float8`), or in 8 bits (`float8`); needs `lora`. The latter two are fast on Hopper and later
@@ -73,7 +80,7 @@ class DreamModule(L.LightningModule):
         lr_schedule: shape of the learning rate after the warm-up.
         warmup_fraction: part of all optimizer steps in which the learning rate rises linearly.
         sampling: how questions are answered in validate, test and predict.
-        seed: of the noise in training and validation.
+        seed: seed of the noise in training and validation.
 
     Raises:
         UserError: none or several of `pretrained`, `from_autoregressive` and `new_model`; an option out of its range.
@@ -401,7 +408,8 @@ class DreamModule(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError(f"the schedule {self.lr_schedule} needs an end: set trainer.max_steps or max_epochs")
-        scheduler = get_scheduler(self.lr_schedule, optimizer, round(steps * self.warmup_fraction), steps)
+        factor = lr_factor(self.lr_schedule, warmup=round(steps * self.warmup_fraction), steps=steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_validation_epoch_start(self) -> None:

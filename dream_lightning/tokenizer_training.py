@@ -31,7 +31,10 @@ class TrainedTokenizer(NamedTuple):
 
 
 def train_tokenizer(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Train a byte-level BPE tokenizer on files of text, and report compression and round trip on held-out text."""
+    """Train a byte-level BPE tokenizer on files of text.
+
+    Reports compression and exactness of the round trip on held-out text.
+    """
     parser.add_argument("sources", nargs="+", type=str, help=".jsonl, .parquet, .txt or .md files, or folders of them")
     parser.add_argument("--folder", type=str, required=True, help="new folder, for --model.tokenizer")
     parser.add_function_arguments(learn, as_positional=False, skip={"sources"})
@@ -58,7 +61,7 @@ def learn(
         tags: make `<think>`, `</think>`, `<answer>` and `</answer>` single tokens.
         max_mib: MiB of text to learn from. Of larger files every n-th text is taken. Memory grows with it: by 3 MiB for
             each of repetitive English, by up to 140 for each of Chinese, whose phrases hardly repeat.
-        columns: of records, to learn from. Default: every text in a record but ids and roles.
+        columns: columns of records to learn from. Default: every text in a record but ids and roles.
 
     Raises:
         UserError: an option out of its range; a file that is missing, damaged or of another kind; no text.

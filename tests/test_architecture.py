@@ -16,6 +16,7 @@ BELOW = {
     "errors": set(),
     "batch": set(),
     "atomic": {"errors"},
+    "commands": {"errors"},
     "data": {"errors", "batch", "atomic", "tasks"},  # a task words its prompts
     "diffusion": {"errors", "batch"},
     "model": {"errors", "batch"},
@@ -55,17 +56,14 @@ BELOW = {
             "model",
             "training",
             "module",
-            "predict",
-            "export",
             "memory",
             "locate",
-            "viewer",
             "evaluation",
             "experiments",
-            "tokenizer_training",
+            "commands",
         )
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "commands", "errors"},
     "__init__": {"data", "model", "adapters", "module", "sampling", "answering", "tasks"},
 }
 # The kernels are optional: of the core only these load them, by option.

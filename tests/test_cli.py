@@ -19,7 +19,9 @@ from material import addition_rows, save_tiny_folder, write_jsonl
 from meeting import CommandOfRanks
 
 from dream_lightning import S1KDataModule, cli, load_tokenizer
-from dream_lightning.cli import COMMANDS, TRAINER_COMMANDS, DreamCLI, main, readable_errors, shipped_configs
+from dream_lightning.__main__ import main
+from dream_lightning.cli import DreamCLI, readable_errors, shipped_configs
+from dream_lightning.commands import COMMANDS, SUMMARIES
 from dream_lightning.errors import UserError
 from dream_lightning.training.sharded_checkpoint import read_rest
 
@@ -54,7 +56,10 @@ def command(monkeypatch, capsys):
             main()
         except SystemExit as end:
             status = end.code or 0
-        return *capsys.readouterr(), status
+        printed, said = capsys.readouterr()
+        if isinstance(status, str):  # Python prints it
+            said, status = status, 1
+        return printed, said, status
 
     return run
 
@@ -93,7 +98,10 @@ def test_every_shipped_config_parses_by_its_name(command, cached_parsers, subcom
 
 def test_every_command_and_config_is_listed(command, tmp_path, monkeypatch):
     printed = command()[0]
-    assert all(re.search(rf"^  {name} +\w.*\.$", printed, flags=re.MULTILINE) for name in COMMANDS | TRAINER_COMMANDS)
+    for name, summary in SUMMARIES.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", printed, flags=re.MULTILINE) and len(summary) < 65
+    for name, (_, summary) in COMMANDS.items():
+        assert cli.function_of(name).__doc__.splitlines()[0] == summary
     printed = command("configs")[0].splitlines()
     assert [line.split()[0] for line in printed] == list(shipped_configs())
     assert all(line.endswith((".", ").")) and len(line) < 140 for line in printed), "the first line is not a sentence"
@@ -157,11 +165,6 @@ def test_a_config_with_a_repeated_key_or_no_yaml_is_named(command, tmp_path, tex
     for arguments in (["--config", str(tmp_path / "c.yaml")], [f"--model={tmp_path / 'c.yaml'}"]):
         _, said, status = command("fit", *arguments)
         assert status == 1 and message in said and len(said.splitlines()) <= 3 and "\x1b" not in said
-
-
-def test_help_documents_options(command):
-    text = command("fit", "--help")[0]
-    assert "--checkpoint.monitor" in text and "loss weight of a masked token" in text
 
 
 def test_predict_takes_its_file_as_an_option(command):
@@ -312,7 +315,7 @@ def test_a_wheel_holds_every_module_config_and_the_program(tmp_path):
     assert {str(file.relative_to(tmp_path)) for file in files} <= names
     assert {f"dream_lightning/configs/{name}.yaml" for name in shipped_configs()} <= names
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
-    assert "dream-lightning = dream_lightning.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "dream-lightning = dream_lightning.__main__:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 @pytest.mark.parametrize("config", ["fsdp_lora", "ddp_qlora"])

@@ -11,7 +11,8 @@ from material import short_trainer, tiny_data, tiny_module, write_jsonl
 
 from dream_lightning import DreamModule
 from dream_lightning.batch import Example
-from dream_lightning.cli import COMMANDS, TRAINER_COMMANDS, run, shipped_configs
+from dream_lightning.cli import run, shipped_configs
+from dream_lightning.commands import SUMMARIES
 from dream_lightning.data.schemas import SCHEMAS, read_examples
 from dream_lightning.tasks import grade_response
 
@@ -92,7 +93,7 @@ def test_links_and_files_exist(page):
 
 def test_commands_configs_and_options_exist(monkeypatch, capsys):
     for name in re.findall(r"dream-lightning ([a-z][\w-]+)", TEXT):
-        assert name in COMMANDS | TRAINER_COMMANDS, name
+        assert name in SUMMARIES, name
     for name in re.findall(r"--config (?!configs/)([a-z]\S+)", TEXT):
         assert name.removesuffix(".yaml") in shipped_configs(), name
     monkeypatch.setattr(sys, "argv", ["dream-lightning", "fit", "--help"])

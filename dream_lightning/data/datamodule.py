@@ -38,11 +38,11 @@ class S1KDataModule(L.LightningDataModule):
         source: training records: a .jsonl, .json, .parquet or .csv file, a folder of them or of `save_to_disk`, a hub
             id such as simplescaling/s1K-1.1, or `bundled` for the package's own arithmetic set. With `streaming` also
             source → weight, to mix several.
-        tokenizer: of the model; the command line sets it.
+        tokenizer: tokenizer of the model; the command line sets it.
         validation_source: a separate source for validation; None splits `validation_fraction` off `source`.
         validation_fraction: share of `source` held out, whole questions, chosen by `seed`.
         predict_source: questions for `predict`; None uses the validation questions.
-        subset: of a hub data set that has several, such as `main` of openai/gsm8k; files and folders have none.
+        subset: subset of a hub data set that has several, such as `main` of openai/gsm8k; files and folders have none.
         schema: how a record is read, see `data.schemas`; `auto` detects it from the columns.
         prompt_column: column of the question in prompt/response records; None finds the usual names.
         response_column: column of the response; None finds the usual names.
@@ -57,7 +57,7 @@ class S1KDataModule(L.LightningDataModule):
             `bare` the question, a line break and the response.
         system_prompt: replaces the record's or the template's.
         thinking: False trains on answers alone.
-        max_length: of prompt and response in tokens; also the length of a packed row.
+        max_length: most tokens of prompt and response; also the length of a packed row.
         overflow: `truncate_trace` shortens the thinking of longer documents; the others: docs/data.md.
         eos_fill_to: fill shorter responses with eos to this many tokens; teaches the model to stop.
         extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}; also of the eos token.
@@ -76,7 +76,7 @@ class S1KDataModule(L.LightningDataModule):
         shuffle_mib: with `streaming`, MiB of text that are shuffled and packed together.
         num_workers: processes that prepare batches; with `streaming` also as many that tokenize.
         cache_dir: where tokenized sets are kept.
-        seed: of the split and of the order in an epoch.
+        seed: seed of the split and of the order in an epoch.
 
     Raises:
         UserError: an option is out of range, or two exclude each other; in `setup`, a record cannot be read.

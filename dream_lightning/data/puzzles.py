@@ -50,12 +50,12 @@ def write_puzzles(
     Args:
         kind: countdown or sudoku.
         out: the file, JSON lines.
-        count: of puzzles, all different.
+        count: number of puzzles, all different.
         part: train or test: no puzzle of one is ever in the other, whatever the seeds.
-        numbers: of a Countdown, 3 to 5.
-        side: of a Sudoku.
-        clues: that a Sudoku keeps at least.
-        seed: of the puzzles.
+        numbers: numbers of a Countdown, 3 to 5.
+        side: rows of a Sudoku.
+        clues: fewest digits that a Sudoku keeps.
+        seed: seed of the puzzles.
     """
     check_range("count", count, least=1, whole=True)
     check_range("numbers", numbers, least=3, most=5, whole=True)

@@ -68,13 +68,16 @@ def read_examples(
     """Every record of a source, in its order.
 
     Args:
-        source: see `sources.read_rows`; so are `split` and `subset`.
-        schema: a name in the table above; `auto` detects it from the columns of all rows.
-        prompt_column: of a prompt-response source; None finds prompt, question, problem, instruction or input.
-        response_column: likewise; None finds response, completion or output. A row without one is a question to answer.
-            Of `text`: its column; None is text.
-        reference_column: what predictions are scored against, in any schema; None finds reference, answer or solution
-            (s1K: solution). A row without one is not scored.
+        source: a file, a folder, a hub id or `bundled`, as in `sources.read_rows`.
+        split: split to read, where the source has several.
+        subset: subset of a hub data set that has several.
+        schema: how a record is read, see `data.schemas`; `auto` detects it from the columns of all rows.
+        prompt_column: column of the question in prompt/response records; None finds prompt, question, problem,
+            instruction or input.
+        response_column: column of the response; None finds response, completion or output. A row without one is a
+            question to answer. Of `text`: its column; None is text.
+        reference_column: column that predictions are scored against, in any schema; None finds reference, answer or
+            solution (s1K: solution). A row without one is not scored.
         task: how questions are asked and graded, as in `tasks.apply_task`, where a record names no task; None is math.
         filters: column → values; only rows with one of the values in every such column are kept.
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import pyarrow.parquet
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -207,6 +206,8 @@ _READERS = {
 def _read_folder(folder: Path, split: str) -> Iterator[Row]:
     with reading(folder, "a folder of data files or of save_to_disk"):
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            import datasets  # takes half a second
+
             data = datasets.load_from_disk(str(folder))
             if isinstance(data, datasets.DatasetDict):
                 if split not in data:
@@ -242,5 +243,7 @@ def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(tuple(_READERS)):
         raise UserError(f"{name} does not exist: name a file, a folder, or a hub data set as owner/name")
     remedy = f"check the name, the subset ({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
+    import datasets
+
     with reading(name, "a file, folder or hub data set", remedy):
         yield from numbered(datasets.load_dataset(name, subset, split=split), name)

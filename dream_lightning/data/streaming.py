@@ -5,7 +5,6 @@ those of a whole set are, and every rank takes its rows of them. Everything is a
 resumes at the window where it stopped. Tokenized shards stay in the cache, memory-mapped, and ranks share them.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -20,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dream_lightning.atomic import lock_file
 from dream_lightning.batch import Document, Example, SampleKey
 from dream_lightning.data.document_cache import TokenizedSet, settings_hash
 from dream_lightning.data.epoch_order import KeyRow, RowSampler
@@ -102,7 +102,7 @@ class ShardStream(Dataset):
         folder = self._folder(number)
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         with (self.cache_dir / "streaming.lock").open("ab") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(folder.name[-7:], 16))  # released when this process ends
+            lock_file(lock, wait=True, byte=int(folder.name[-7:], 16))  # released when this process ends
             if not folder.exists():
                 encoded = (encode_documents(e, self.tokenizer, **self.encoding) for e in self.examples(number))
                 TokenizedSet.of(itertools.chain.from_iterable(encoded)).save(folder)

@@ -51,12 +51,13 @@ def encode(
     """Ids of the prompt and of the response with its eos.
 
     Args:
+        style: `chat` uses the tokenizer's template; `plain` and `bare` do without it, see `S1KDataModule`.
         system_prompt: replaces the record's system message; None keeps it, or the template's default.
         thinking: False trains on the answer alone.
-        max_length: of prompt and response with eos, in tokens; None is no limit.
-        overflow: of longer documents. `truncate_trace` shortens the thinking at its end, keeps `</think>`, the answer
-            and eos, and raises if even that is too long; `truncate_trace_else_drop` drops those; `truncate_right`
-            removes the end, eos included; `drop` drops; `error` raises.
+        max_length: most tokens of prompt and response with eos; None is no limit.
+        overflow: what happens to longer documents. `truncate_trace` shortens the thinking at its end, keeps `</think>`,
+            the answer and eos, and raises if even that is too long; `truncate_trace_else_drop` drops those;
+            `truncate_right` removes the end, eos included; `drop` drops; `error` raises.
         eos_fill_to: a shorter response is filled with eos to this many tokens, as far as max_length allows.
         extra_weight: text → loss weight of the response tokens that overlap an occurrence of that text; the text of
             the eos token weights eos, its filling included.

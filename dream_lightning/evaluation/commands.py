@@ -20,7 +20,7 @@ _GIVEN = {"model", "tokenizer", "tasks", "name"}  # arguments of `evaluate_model
 
 
 def evaluate(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Answer benchmarks and write a card with scores, intervals and texts."""
+    """Answer benchmarks and write a card: scores, intervals, texts."""
     options, opened, asked = parse_evaluate(parser, arguments)
     tasks = options.tasks.split(",") if isinstance(options.tasks, str) else options.tasks
     tasks = [task.strip() for task in tasks if task.strip()]
@@ -46,7 +46,7 @@ def parse_evaluate(parser: ArgumentParser, arguments: list[str]) -> list[Any]:
 
 
 def evaluate_grid(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Answer one benchmark with every combination of sampling options: accuracy against speed."""
+    """Accuracy against speed over sampling options."""
     parser.add_argument("--task", type=str, required=True, help="a benchmark or file")
     parser.add_argument("--grid", type=dict[str, list], required=True, help="'{steps: [64, 128], alg: [entropy]}'")
     parser.add_argument("--out", type=str, default="grid", help="the folder to write")
@@ -60,7 +60,7 @@ def evaluate_grid(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def compare(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Compare two folders of `evaluate`: paired difference, interval, p, texts side by side."""
+    """Compare two folders of `evaluate`: difference, interval, p."""
     parser.add_function_arguments(compare_runs, as_positional=True)
     options = parser.parse_args(arguments)
     _print_comparison(compare_runs(options.a, options.b, out=options.out, seed=options.seed), Path(options.out))

@@ -37,7 +37,7 @@ def compare(a: str | Path, b: str | Path, *, out: str | Path = "comparison", see
         a: folder of the first evaluation, such as that of the base model.
         b: folder of the second.
         out: the folder to write.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
         UserError: the two have no benchmark in common, or answered different questions of one.

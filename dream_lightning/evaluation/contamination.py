@@ -50,7 +50,7 @@ def without_contamination(
 
 
 def contamination_report(parser: ArgumentParser, arguments: list[str]) -> None:
-    """List the questions of a benchmark that are in training data."""
+    """List benchmark questions that are in training data."""
     parser.add_argument("--training", type=str, required=True, help="file, folder or hub id of training records")
     parser.add_argument("--questions", type=str, required=True, help="file, folder or hub id of the benchmark")
     parser.add_argument("--n", type=int, default=13, help="consecutive words in common")

@@ -152,7 +152,7 @@ def evaluate(
         questions: answer only so many questions of each benchmark, the first ones.
         few_shot: answered examples of the training split before each question.
         shots: file, folder or hub data set to take them from instead.
-        style: of the prompt.
+        style: style of the prompt.
         system_prompt: replaces that of the chat template.
         too_long: questions that leave no room for an answer: `error` names them, `skip` counts them as wrong.
         batch_size: questions answered at once; halved, with a message, when a GPU's memory does not suffice.

@@ -18,7 +18,7 @@ def sweep(parser: ArgumentParser, arguments: list[str], check: Callable[[str, li
 
 
 def report(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Write one page and one Markdown file about runs: what differs, curves, scores, texts, cost."""
+    """Write a page about runs: what differs, curves, scores, cost."""
     parser.add_argument("runs", type=str, nargs="+", help="folders of fit, sweep and evaluate")
     parser.add_function_arguments(write_report, as_positional=False, skip={"runs"})
     options = parser.parse_args(arguments)

@@ -104,9 +104,9 @@ def sweep(
         variants: name → overlays and options. Each is trained with each seed.
         grid: dotted option → values; all combinations of all variants are trained.
         search: dotted option → what Optuna may choose, instead of variants and a grid.
-        trials: of the search.
+        trials: number of trials of the search.
         startup_trials: so many are never pruned; later ones end where the median of the earlier ones is better.
-        seeds: of weights, adapters and noise; the split of the data stays that of `data.seed`. A search has one.
+        seeds: seeds of weights, adapters and noise; the split of the data stays that of `data.seed`. A search has one.
         monitor: the scalar that is minimized, and shown in the table.
         mode: `min` if a lower one is better, else `max`.
         evaluate: options of `evaluate`, such as `tasks: gsm8k`, for the best checkpoint of every run.

@@ -76,6 +76,10 @@ class SymbolicChecker:
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
+        if not hasattr(signal, "setitimer"):
+            from dream_lightning.errors import UserError  # the subprocess must not import the package
+
+            raise UserError("grading formulas needs Linux, macOS or WSL: set data.validation_questions to 0")
         command = [sys.executable, "-P", os.path.abspath(__file__)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         if self._reply() != b"ready\n":
@@ -101,7 +105,8 @@ class SymbolicChecker:
 
 checker = SymbolicChecker()
 atexit.register(checker.stop)
-os.register_at_fork(after_in_child=checker.__init__)  # a child must not write into its parent's pipe
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=checker.__init__)  # a child must not write into its parent's pipe
 
 
 def _serve() -> None:

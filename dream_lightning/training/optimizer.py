@@ -1,7 +1,8 @@
 """AdamW for all weights of a 7B model on one 80 GB card: bfloat16 weights, 8-bit moments, no update lost."""
 
+import math
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,6 +51,21 @@ def zero_gradients(parameters: Iterable[Tensor]) -> None:
 def adamw(params: Iterable[Any]) -> torch.optim.AdamW:
     """The default optimizer; a named function, because a saved config.yaml cannot hold a lambda."""
     return torch.optim.AdamW(params, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01)
+
+
+def lr_factor(shape: str, *, warmup: int, steps: int) -> Callable[[int], float]:
+    """Step → factor of the learning rate, as `transformers.get_scheduler`, whose import takes 2 s."""
+    return partial(_lr_factor, shape=shape, warmup=warmup, steps=steps)
+
+
+def _lr_factor(step: int, *, shape: str, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return step / warmup
+    if shape == "constant_with_warmup":
+        return 1.0
+    if shape == "linear":
+        return max(0.0, (steps - step) / max(1, steps - warmup))
+    return 0.5 * (1 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup))))
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -109,7 +125,7 @@ class AdamW8bit(torch.optim.Optimizer):
         scalars = torch.tensor(scalars).to(p.device, non_blocking=True)  # compiled code would hold Python numbers fixed
         moments = [(state[f"moment{i}"], state.get(f"scale{i}")) for i in (1, 2)]
         shape = state["moment1"].shape
-        update = _compiled_update if p.is_cuda else adamw_update
+        update = _compiled_update() if p.is_cuda else adamw_update
         update(p.view(shape), p.grad.reshape(shape), state.get("low_bits"), moments, levels_on(p.device), scalars)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -192,9 +208,11 @@ def adamw_update(
         split(master, weight, low_bits)
 
 
-# torch 2.11's own choice for such a kernel, 32 elements a thread, runs out of registers on an H100: 255 and spills, 8
-# of 64 warps at work. Tuning, at the first step, also tries 4 elements a thread: 62 registers.
-_compiled_update = torch.compile(adamw_update, dynamic=True, options={"max_autotune_pointwise": True})
+@cache
+def _compiled_update() -> Callable[..., None]:
+    # torch 2.11's own choice for such a kernel, 32 elements a thread, runs out of registers on an H100: 255 and spills,
+    # 8 of 64 warps at work. Tuning, at the first step, also tries 4 elements a thread: 62 registers.
+    return torch.compile(adamw_update, dynamic=True, options={"max_autotune_pointwise": True})
 
 
 def decode(moment: Moment, levels: Levels) -> Tensor:

@@ -20,6 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dream_lightning.atomic import check_folder, lock, on_rank_zero, remove_partials
 from dream_lightning.training.checkpointing import refuse_diverged
 
+_SLURM = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # not on Windows
+
 
 class Autosave(ModelCheckpoint):
     """Save every n steps, after the last step, and when the run is told to stop.
@@ -106,7 +108,7 @@ class Autosave(ModelCheckpoint):
         # Lightning's own handler of SIGTERM stops after a micro-batch without saving, with exit status 0, and
         # broadcasts from inside the handler. Lightning restores the former handlers when it is done.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGINT, *_SLURM):
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -201,7 +203,7 @@ class Autosave(ModelCheckpoint):
             f"{self.last_model_path}: resume with --ckpt_path last"
         )
         job = os.environ.get("SLURM_JOB_ID")
-        if number == signal.SIGUSR1 and job and trainer.is_global_zero:
+        if number in _SLURM and job and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=True)
         raise SystemExit(128 + number)
 

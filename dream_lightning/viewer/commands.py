@@ -109,10 +109,12 @@ def chat(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def show_denoising(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Answer a question and write one HTML page that steps through the denoising."""
-    parser.add_argument("--question", type=str, required=True, help="to answer")
+    """Write a page that steps through the denoising of an answer."""
+    parser.add_argument("--question", type=str, required=True, help="the question to answer")
     parser.add_argument("--out", type=str, default="denoising.html", help="the page")
-    parser.add_argument("--style", type=Style | None, default=None, help="of the prompt; by default as in training")
+    parser.add_argument(
+        "--style", type=Style | None, default=None, help="style of the prompt; by default as in training"
+    )
     options, model, tokenizer = _parse_sampling(parser, arguments)
     how = trained(options.model)
     prompting = {
@@ -131,7 +133,7 @@ def show_denoising(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def data_report(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Lengths of a data set in tokens, and what a length limit does to it."""
+    """Lengths of a data set, and what a length limit does to it."""
     parser.add_argument("--tokenizer", type=str, required=True, help="folder or hub id, or bytes")
     options, reading, encoding = parse(parser, arguments, read_examples, encode, skip=_GIVEN)
     documents = tokenize(read_examples(**reading), load_tokenizer(options.tokenizer), **encoding)
@@ -139,11 +141,11 @@ def data_report(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def show(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Print one row as the model sees it: prompt, response, masked tokens."""
+    """Print one row as the model sees it, with masked tokens."""
     parser.add_argument("--tokenizer", type=str, required=True, help="folder or hub id, or bytes")
     parser.add_argument("--row", type=int, default=1, help="number of the record, from 1")
     parser.add_argument("--t", type=float, default=0.5, help="probability of a mask in the response, 0 for none")
-    parser.add_argument("--seed", type=int, default=0, help="of the mask")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mask")
     options, reading, encoding = parse(parser, arguments, read_examples, encode, skip=_GIVEN)
     check_range("t", options.t, least=0, most=1)
     check_range("seed", options.seed, least=0)
@@ -163,15 +165,15 @@ def show(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def export(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Write a checkpoint as a folder in the official format, or its adapters as a PEFT folder."""
+    """Write a checkpoint as a model folder, or its adapters."""
     parser.add_argument(
         *("--checkpoint", "--model"), type=str, required=True, help="a run, a checkpoint, adapters or a model folder"
     )
-    parser.add_argument("--folder", type=str, required=True, help="to write; new or empty")
+    parser.add_argument("--folder", type=str, required=True, help="the folder to write; new or empty")
     parser.add_argument("--pretrained", type=str | None, default=None, help="what training started from")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="folder, hub id or bytes; of pretrained")
-    parser.add_argument("--dtype", type=Literal["keep", "bfloat16"], default="bfloat16", help="of the weights")
-    parser.add_argument("--max_shard_size", type=str, default="5GB", help="of one file")
+    parser.add_argument("--dtype", type=Literal["keep", "bfloat16"], default="bfloat16", help="dtype of the weights")
+    parser.add_argument("--max_shard_size", type=str, default="5GB", help="largest size of one file")
     parser.add_argument("--adapter", type=bool, default=False, help="write the adapters alone, for PEFT")
     o = parser.parse_args(arguments)
     if o.adapter:

@@ -9,6 +9,7 @@ from torch._inductor import metrics
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import get_scheduler
 
 from dream_lightning import DreamModule
 from dream_lightning.training import optimizer as optim
@@ -131,7 +132,7 @@ def test_the_compiled_update_is_the_plain_one(shape, dtype, device, monkeypatch)
     here, there = (torch.nn.Parameter(weights(size).view(shape).to(d, dtype)) for d in ("cpu", device))
     plain, compiled = optim.AdamW8bit([here], lr=LR), optim.AdamW8bit([there], lr=LR)
     train(here, plain, steps=5)
-    monkeypatch.setattr(optim, "adamw_update", optim._compiled_update)
+    monkeypatch.setattr(optim, "adamw_update", optim._compiled_update())
     train(there, compiled, steps=5)
     a, b = (
         master(o, p).cpu() if dtype == torch.bfloat16 else p.detach().cpu().view(-1)
@@ -289,3 +290,11 @@ def test_numbers_of_any_optimizer_are_checked(sums, options, words):
 def test_bfloat16_weights_with_an_optimizer_that_loses_updates_are_refused(sums):
     with pytest.raises(ValueError, match=r"AdamW loses small updates.*AdamW8bit"):
         fit_on(sums, module(lambda groups: torch.optim.AdamW(groups, lr=1e-4)), max_steps=1)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant_with_warmup"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0, 7), (3, 10), (10, 10)])
+def test_schedules_are_those_of_transformers(shape, warmup, steps):
+    theirs = get_scheduler(shape, torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup, steps).lr_lambdas[0]
+    ours = optim.lr_factor(shape, warmup=warmup, steps=steps)
+    assert [ours(step) for step in range(steps + 1)] == [theirs(step) for step in range(steps + 1)]

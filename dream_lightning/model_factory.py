@@ -121,16 +121,19 @@ def accumulate_in_place(model: DreamModel, enable: bool) -> bool:
     return enable
 
 
-def install_kernels(model: DreamModel, *, training: bool) -> None:
+def install_kernels(model: DreamModel, *, training: bool, one_length: bool = False) -> None:
     """Use the kernels for packed rows on a CUDA GPU.
 
     `training` also enables cuDNN plans for all lengths, in the whole process: call this before the first attention.
+    For rows of `one_length` torch's own plans are faster.
     """
     if torch.cuda.is_available() and _has_kernels():
         from dream_lightning.kernels import packed_attention
 
-        if training:
+        if training and not one_length:
             packed_attention.enable_dynamic_cudnn_plans()
+        elif training:
+            packed_attention.refuse_dynamic_cudnn_plans()
         packed_attention.install(model)
 
 
@@ -160,6 +163,8 @@ def _for_any_length(layer: nn.Module, compiled: Callable[..., Tensor]) -> Callab
     """Mark the lengths in a training layer's inputs as dynamic: torch would compile for the first length alone."""
 
     def call(x: Tensor, rotation: tuple[Tensor, Tensor], mask: Any, *others: Any) -> Tensor:
+        if torch.compiler.is_compiling():  # the whole step, for one length
+            return layer.forward(x, rotation, mask, *others)
         if layer.training:
             lengths = [(x, 1), (rotation[0], 2), (rotation[1], 2)]
             for tensor in () if mask is None else vars(mask).values():

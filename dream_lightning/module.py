@@ -1,7 +1,8 @@
 """The LightningModule: composes the parts and logs."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -15,7 +16,7 @@ from dream_lightning import diffusion, model_factory
 from dream_lightning.adapters import LoraParams, Quantize, train_in_float8, trainable_summary
 from dream_lightning.answering import answer_questions
 from dream_lightning.batch import Answers, Batch, DocumentBounds, LossTerms, NoisedBatch, PromptBatch
-from dream_lightning.diffusion.denoiser import features
+from dream_lightning.diffusion.denoiser import align, features
 from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer, check_focal
@@ -141,6 +142,8 @@ class DreamModule(L.LightningModule):
         self.from_autoregressive, self.causal = from_autoregressive, causal
         self.anneal_causal_steps = anneal_causal_steps
         self.tokenizer_name, self.tokenizer = tokenizer or pretrained, load_tokenizer(tokenizer or pretrained)
+        # Numbers, because torch's compiler cannot look into a tokenizer.
+        self.mask_token_id, self.eos_token_id = self.tokenizer.mask_token_id, self.tokenizer.eos_token_id
         self.lora, self.quantize, self.strict_loading = lora, quantize, lora is None
         self.weights_dtype, self.float8_products = getattr(torch, dtype), float8_products
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
@@ -203,7 +206,9 @@ class DreamModule(L.LightningModule):
                 fsdp.ignore_frozen_in_ddp(self)
         if self.float8_products:
             train_in_float8(self.model, device)
-        model_factory.install_kernels(self.model, training=self._trainer is not None and self.trainer.training)
+        trains = self._trainer is not None and self.trainer.training
+        one_length = trains and getattr(self.trainer.datamodule, "preload", False)
+        model_factory.install_kernels(self.model, training=trains, one_length=one_length)
         if self.compile_layers:
             model_factory.compile_layers(self.model)
         if self.gradient_checkpointing:
@@ -242,12 +247,12 @@ class DreamModule(L.LightningModule):
         return logged_step(self.trainer) if self._saved_step is None else self._saved_step
 
     def loss(self, batch: Batch, noised: NoisedBatch, nll: Tensor) -> LossTerms:
-        """The objective: the token losses [M] weighted and reduced to a sum and a count.
+        """The objective: the token losses weighted and reduced to a sum and a count.
 
         Args:
             batch: the clean rows.
-            noised: the same rows with masks; `noised.where` are the M masked positions.
-            nll: [M] float32, −log p(x_0 | x_t) of the masked tokens.
+            noised: the same rows with masks.
+            nll: [B, L] float32, −log p(x_0 | x_t) of the masked tokens, 0 elsewhere.
         """
         weight = diffusion.token_weights(
             noised.is_masked,
@@ -259,7 +264,8 @@ class DreamModule(L.LightningModule):
         )
         return diffusion.reduce_nll(
             nll,
-            (weight * batch.extra_weight)[noised.where],
+            weight * batch.extra_weight,
+            masked_count=noised.is_masked.sum(),
             maskable_count=batch.maskable.sum(),
             normalizer=self.normalizer,
             focal_alpha=self.focal_alpha,
@@ -278,10 +284,10 @@ class DreamModule(L.LightningModule):
         return diffusion.corrupt(
             batch.input_ids,
             batch.maskable,
-            mask_token_id=self.tokenizer.mask_token_id,
+            mask_token_id=self.mask_token_id,
             t=t,
             u=uniform(self.seed, batch.epochs, batch.sample_ids, batch.position_ids),
-            eos_as_one=self.tokenizer.eos_token_id if eos_as_one else None,
+            eos_as_one=self.eos_token_id if eos_as_one else None,
             document_ids=batch.document_ids,
         )
 
@@ -293,22 +299,28 @@ class DreamModule(L.LightningModule):
         rows, options = batch.on_host, {"stratified": self.stratified_t, "eos_as_one": self.treat_eos_as_one}
         if self.complementary_masks:
             noised = self.noise(rows, t_max=1 - T_MIN, **options)
-            noised = diffusion.with_complements(rows, noised, mask_token_id=self.tokenizer.mask_token_id)
+            noised = diffusion.with_complements(rows, noised, mask_token_id=self.mask_token_id)
             batch = batch.twice()
         else:
             noised = self.noise(rows, **options)
         return batch, noised.to(batch.input_ids.device)
 
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
-        """−log p(x_0 | x_t) of the M masked tokens, [M] float32."""
+        """−log p(x_0 | x_t) of the masked tokens, [B, L] float32, 0 elsewhere."""
+        head, vocabulary = self.model.lm_head, self.model.config.vocab_size
+        if torch.compiler.is_compiling():  # a whole step, where the number of masked tokens would not be constant
+            h = align(self.model.model(noised.x_t, rotation=self._rotation)).flatten(0, 1)
+            nll = diffusion.token_nll(h, head, batch.input_ids.flatten(), chunk=len(h))
+            return torch.where(noised.is_masked, nll.view_as(batch.input_ids), 0.0)
         step = self.trainer.global_step if self.training and self._trainer is not None else self.anneal_causal_steps
         if step < self.anneal_causal_steps:
             mask = annealed_mask(batch, visible=step / self.anneal_causal_steps, seed=self.seed)
         else:
             mask = attention_mask(batch)
         h = features(self.model, noised.x_t, noised.where, mask, batch.position_ids)
-        targets, chunk = batch.input_ids[noised.where], chunk_of(self.model.config.vocab_size)
-        return diffusion.token_nll(h, self.model.lm_head, targets, chunk=chunk, compiled=self.compile_layers)
+        options = {"chunk": chunk_of(vocabulary), "compiled": self.compile_layers}
+        nll = diffusion.token_nll(h, head, batch.input_ids[noised.where], **options)
+        return nll.new_zeros(noised.x_t.shape).index_put(noised.where, nll)
 
     def on_train_start(self) -> None:
         checkpointing.resume(self, self._resumed)
@@ -338,9 +350,8 @@ class DreamModule(L.LightningModule):
         """The micro-batch's mean loss. In a Trainer of its own, its gradients become those of the whole step's mean."""
         if self.model is None:
             raise UserError("the model is not built yet: call DreamModule.configure_model() first")
-        batch, noised = self.training_noise(batch)
-        nll = self.masked_nll(batch, noised)
-        terms = self.loss(batch, noised, nll)
+        step = self.compiled_step if self.compiles_step(batch) else self.noised_loss
+        batch, noised, nll, terms = step(batch)
         if self._trainer is None or self.trainer.lightning_module is not self:
             warnings.warn(
                 "DreamModule.training_step runs outside of its own Trainer: each micro-batch is divided by its own "
@@ -354,6 +365,37 @@ class DreamModule(L.LightningModule):
         if ends_step(self.trainer):
             self._log_step()
         return loss
+
+    def noised_loss(self, batch: Batch) -> tuple[Batch, NoisedBatch, Tensor, LossTerms]:
+        """A micro-batch from clean rows to its loss: the rows to train on, their noise, token losses and terms."""
+        batch, noised = self.training_noise(batch)
+        nll = self.masked_nll(batch, noised)
+        return batch, noised, nll, self.loss(batch, noised, nll)
+
+    def compiles_step(self, batch: Batch) -> bool:
+        """Whether `noised_loss` is compiled as a whole: for `data.preload` on a GPU, if all logits fit at once.
+
+        The head then works at all positions: to count the masked ones would synchronize with the GPU.
+        """
+        made_on_gpu = batch.input_ids.is_cuda and batch.host is None
+        fits = batch.input_ids.numel() <= chunk_of(self.model.config.vocab_size)
+        return (
+            self.compile_layers
+            and made_on_gpu
+            and fits
+            and not (self.gradient_checkpointing or self.anneal_causal_steps)
+        )
+
+    def compiled_step(self, batch: Batch) -> tuple[Batch, NoisedBatch, Tensor, LossTerms]:
+        """`noised_loss` of rows of one document each, without padding."""
+        # Compiled code would compute the rotation again in every layer and row.
+        position_ids = torch.arange(batch.input_ids.shape[1], device=self.device)[None]
+        self._rotation = self.model.model.rotary(position_ids, self.weights_dtype)
+        return self._compiled_loss(batch)
+
+    @cached_property
+    def _compiled_loss(self) -> Callable:
+        return torch.compile(self.noised_loss, dynamic=False)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Divide the gradients by the count of the whole step, over micro-batches and ranks, before any hook."""
@@ -424,7 +466,7 @@ class DreamModule(L.LightningModule):
             # Always stratified and eos by eos, so that runs with different objectives compare.
             noised = self.noise(batch.on_host).to(batch.input_ids.device)
             nll = self.masked_nll(batch, noised)
-            weight = 1 / noised.t[noised.where]  # the ELBO
+            weight = 1 / noised.t  # the ELBO
             self.val_nll.update(diffusion.reduce_nll(nll, weight, maskable_count=batch.maskable.sum()))
             return None
         answers = self.answer(batch, with_history=batch_idx == 0)

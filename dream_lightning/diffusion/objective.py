@@ -36,12 +36,13 @@ def reduce_nll(
     nll: Tensor,
     weight: Tensor,
     *,
+    masked_count: Tensor | int | None = None,
     maskable_count: Tensor | int | None = None,
     normalizer: Normalizer = "maskable",
     focal_alpha: float = 1.0,
     focal_gamma: float = 0.0,
 ) -> LossTerms:
-    """Token losses [M] → sum and count. With M = 0 both are 0 and so is every gradient.
+    """Token losses → sum and count. If nothing is masked, the sum is 0 and so is every gradient.
 
     | normalizer    | the sum is divided by                                                            |
     |---------------|----------------------------------------------------------------------------------|
@@ -51,12 +52,15 @@ def reduce_nll(
     |               | the authors' trainer; depends on how a step is split into micro-batches          |
 
     Args:
+        nll: float32, [M] of the masked tokens, or [B, L] with 0 at the others.
+        weight: float32 in the same shape.
+        masked_count: number of masked tokens, for `masked` and `micro_batch`; of an nll [M] it is known.
         maskable_count: number of maskable positions of these rows, for `maskable`.
         focal_alpha, focal_gamma: multiply each token by alpha · (1 − exp(−nll))^gamma (the authors' yaml: 0.25 and 2);
             gamma 0 disables it, alpha included.
 
     Raises:
-        UserError: an unknown normalizer, or `maskable` without its count.
+        UserError: an unknown normalizer, or one without its count.
     """
     if normalizer not in get_args(Normalizer):
         raise UserError(f"normalizer is {normalizer!r}, wanted one of {', '.join(get_args(Normalizer))}")
@@ -65,12 +69,14 @@ def reduce_nll(
         unsure = (1 - torch.exp(-nll)).clamp(min=torch.finfo(nll.dtype).tiny)
         nll = focal_alpha * unsure**focal_gamma * nll
     total = (nll * weight).sum()
-    masked_count = torch.full((), nll.numel(), dtype=torch.float32, device=nll.device)
-    match normalizer:
-        case "masked":
-            return LossTerms(total, masked_count)
-        case "micro_batch":
-            return LossTerms(total / masked_count.clamp(min=1), torch.ones_like(masked_count))
-    if maskable_count is None:
-        raise UserError("the normalizer 'maskable' needs maskable_count, the number of maskable positions")
-    return LossTerms(total, torch.as_tensor(maskable_count, dtype=torch.float32, device=nll.device))
+    if masked_count is None and nll.dim() == 1:
+        masked_count = nll.numel()
+    count, name = (maskable_count, "maskable") if normalizer == "maskable" else (masked_count, "masked")
+    if count is None:
+        raise UserError(f"the normalizer {normalizer!r} needs {name}_count, the number of {name} tokens")
+    if not isinstance(count, Tensor):
+        count = torch.full((), count, device=nll.device)  # not copied from the host, which would synchronize
+    count = count.to(nll.device, torch.float32)
+    if normalizer == "micro_batch":
+        return LossTerms(total / count.clamp(min=1), torch.ones_like(count))
+    return LossTerms(total, count)

@@ -36,6 +36,12 @@ def enable_dynamic_cudnn_plans() -> None:
     os.environ.setdefault("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
 
 
+def refuse_dynamic_cudnn_plans() -> None:
+    """Where they are enabled already, give up cuDNN: torch's compiler cannot use them (see below)."""
+    if _has_dynamic_cudnn_plans(torch.device("cuda", torch.cuda.current_device())):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def install(model: DreamModel) -> None:
     model.model.make_attention = partial(make_packed_attention, head_dim=model.config.head_dim)
 
@@ -54,7 +60,7 @@ def make_packed_attention(
     In training with dynamic plans, rows without a mask are documents too, so that rows of one document and rows of
     several share one compiled graph. For causal attention there are no such kernels.
     """
-    if not x.is_cuda or causal:
+    if not x.is_cuda or causal or torch.compiler.is_compiling():  # a step compiled for rows of one length
         return make_attention(attention_mask, x, columns, causal=causal)
     dynamic = _has_dynamic_cudnn_plans(x.device)
     if in_half_precision(x) and head_dim % 8 == 0 and head_dim <= 128:  # what the kernels can do

@@ -171,6 +171,7 @@ class DreamBaseModel(DreamPreTrainedModel):
         cache: KeyValueCache | None = None,
         columns: Tensor | None = None,
         span: Span | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Hidden states [B, L, D] after the last norm. See `DreamModel.forward`.
 
@@ -181,13 +182,14 @@ class DreamBaseModel(DreamPreTrainedModel):
             columns: [W] int64, with a cache.
             span: first column and the one after the last: only their hidden states [B, W, D] are returned, and the last
                 layer computes no others. With neither a cache nor a mask of another shape than [B, L].
+            rotation: what `rotary` returns for the position ids, which are then not used.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)  # [B, L, D]
         options = {"training": self.training} | ({"causal": True} if self.config.causal else {})
         mask = self.make_attention(attention_mask, x, columns, **options)
-        rotation = self.rotary(position_ids, x.dtype)
+        rotation = rotation or self.rotary(position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
             if cache is not None:
                 x = layer(x, rotation, mask, cache.of_layer(i, columns))

@@ -118,9 +118,9 @@ def _documents(trainer: L.Trainer, module: L.LightningModule) -> list[dict[str, 
     documents = trainer.datamodule.train_set if isinstance(trainer.datamodule, S1KDataModule) else None
     found = []
     for batch, noised, nll in module.totals.parts:
-        order = batch.document_ids[noised.where]  # [M]
-        for number in order.unique():
-            own, (row, *_), (first, *_) = order == number, *(place[order == number] for place in noised.where)
+        for number in batch.document_ids[noised.is_masked].unique():
+            own = noised.is_masked & (batch.document_ids == number)  # [B, L]
+            row, first = own.nonzero()[0].tolist()
             sample = int(batch.sample_ids[row, first])
             found.append(
                 {

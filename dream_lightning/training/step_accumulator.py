@@ -29,7 +29,7 @@ class StepAccumulator:
         self._work = torch.zeros(3, dtype=torch.int64, device=device)
 
     def add(self, batch: Batch, noised: NoisedBatch, nll: Tensor, terms: LossTerms, accumulate: int) -> Tensor:
-        """Add one micro-batch, its token losses [M] and its terms of the objective.
+        """Add one micro-batch, its token losses [B, L] and its terms of the objective.
 
         Returns the micro-batch's mean loss, which callbacks see. Its gradients are those of the sum of the loss, times
         GRADIENT_SCALE and the number of micro-batches, by which Lightning divides.
@@ -45,14 +45,16 @@ class StepAccumulator:
 
     @torch.no_grad()
     def _count(self, batch: Batch, noised: NoisedBatch, nll: Tensor, terms: LossTerms) -> None:
-        self._step += torch.stack([terms.sum, terms.count, noised.is_masked.sum(), batch.maskable.sum()])
-        quartile = (noised.t[noised.where] * QUARTILES).long().clamp(max=QUARTILES - 1)  # [M]
-        self._quartiles[0].index_add_(0, quartile, nll)
-        self._quartiles[1].index_add_(0, quartile, torch.ones_like(nll))
+        masked = noised.is_masked.sum()
+        self._step += torch.stack([terms.sum, terms.count, masked, batch.maskable.sum()])
+        quartile = (noised.t * QUARTILES).long().clamp(max=QUARTILES - 1)  # [B, L]
+        for i in range(QUARTILES):
+            is_in = noised.is_masked & (quartile == i)
+            self._quartiles[:, i] += torch.stack([torch.where(is_in, nll, 0.0).sum(), is_in.sum()])
         real = batch.document_ids >= 0
         # A document of n tokens has positions 0 … n − 1 and n² pairs: the sum of 2p + 1.
         self._work[:2] += torch.stack([real.sum(), ((2 * batch.position_ids + 1) * real).sum()])
-        self._work[2] += nll.numel()
+        self._work[2] += masked
 
     def take_step(self, world_size: int) -> Tensor:
         """[4]: loss sum, loss count, masked and maskable tokens of all processes since the last call."""

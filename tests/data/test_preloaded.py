@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from material import tiny_module
 
 from dream_lightning import S1KDataModule, load_tokenizer
 from dream_lightning.errors import UserError
@@ -41,3 +42,27 @@ def test_documents_of_several_lengths_are_refused(tmp_path):
 def test_what_it_excludes():
     with pytest.raises(UserError, match="preload excludes packing"):
         S1KDataModule("bundled", tokenizer=load_tokenizer("bytes"), preload=True, packing=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighting": "linear", "focal_gamma": 1.0, "normalizer": "masked"},
+        {"weighting": "cart", "treat_eos_as_one": True, "complementary_masks": True},
+        {"causal": True, "normalizer": "micro_batch"},
+    ],
+    ids=str,
+)
+def test_a_step_traced_as_a_whole_is_the_ordinary_one(options, tmp_path):
+    """In one graph, with the head at all positions."""
+    module = tiny_module(**options)
+    module.configure_model()
+    batch = next(iter(batches(tmp_path, True)))
+    module._compiled_loss = torch.compile(module.noised_loss, backend="eager", fullgraph=True)
+    results = []
+    for step in (module.noised_loss, module.compiled_step):
+        _, noised, nll, terms = step(batch)
+        gradients = torch.autograd.grad(terms.mean, list(module.model.parameters()))
+        results.append([noised.x_t, nll, terms.sum, terms.count, *gradients])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)

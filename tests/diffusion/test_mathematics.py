@@ -93,6 +93,8 @@ def test_unknown_names_are_refused():
         token_weights(torch.ones(1, 2).bool(), torch.ones(1), weighting="cosine")
     with pytest.raises(ValueError, match="maskable, masked, micro_batch"):
         reduce_nll(torch.ones(2), torch.ones(2), normalizer="tokens")
+    with pytest.raises(ValueError, match="needs masked_count"):
+        reduce_nll(torch.ones(2, 3), torch.ones(2, 3), normalizer="masked")  # some of them may be zeros
 
 
 def test_the_sum_and_count_of_parts_are_those_of_the_whole():

@@ -3,9 +3,12 @@
 import difflib
 import math
 import re
+from abc import ABCMeta
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -58,6 +61,22 @@ def guess(word: str, known: Iterable[str]) -> str:
     known = list(known)
     alias = [_ALIASES[word]] if _ALIASES.get(word) in known else []
     return "".join(f"did you mean {name}? " for name in alias or difflib.get_close_matches(word, known, n=1))
+
+
+class GuessKeywords(ABCMeta):
+    """Metaclass: an unknown keyword argument raises a UserError with a guess."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = signature(cls.__init__).parameters
+        unknown = [] if any(p.kind is Parameter.VAR_KEYWORD for p in known.values()) else kwargs.keys() - known.keys()
+        for name in unknown:
+            remedy = guess(name, known) or f"it has {', '.join(list(known)[1:])}"
+            raise UserError(f"{cls.__name__} has no argument {name}: {remedy}".rstrip())
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def __signature__(cls) -> Signature:
+        return Signature(list(signature(cls.__init__).parameters.values())[1:])
 
 
 # Control characters but tab and newline, marks that change the direction of text, and halves of surrogate pairs.

@@ -21,7 +21,7 @@ from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer, check_focal
 from dream_lightning.diffusion.weighting import Weighting, check_cart_p
-from dream_lightning.errors import UserError, check_range
+from dream_lightning.errors import GuessKeywords, UserError, check_range
 from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
 from dream_lightning.model.autoregressive import from_qwen2
 from dream_lightning.model.flops import matmul_ceiling, training_cost
@@ -41,7 +41,7 @@ from dream_lightning.training.step_accumulator import StepAccumulator, ends_step
 T_MIN = 1e-3  # smallest masking probability
 
 
-class DreamModule(L.LightningModule):
+class DreamModule(L.LightningModule, metaclass=GuessKeywords):
     """Fine-tune, validate and question a Dream.
 
     The loss of an optimizer step is a sum over its tokens divided once by their count: micro-batch size, accumulation
@@ -57,7 +57,8 @@ class DreamModule(L.LightningModule):
         tokenizer: a folder or hub id, or `bytes` for the package's own; by default that of `pretrained`.
         dtype: type of the weights. To train all, float32 with `trainer.precision=bf16-mixed`, or bfloat16 with
             AdamW8bit.
-        lora: train low-rank adapters on frozen weights, and save only the adapters in checkpoints.
+        lora: train low-rank adapters on frozen weights, and save only the adapters in checkpoints. In Python also a
+            mapping, such as {"rank": 8}; so is `sampling`.
         quantize: store the frozen weights of the layers in 4 bits (`nf4`: smallest), the same with 8-bit floating-point
             products (`nf4_float8`), or in 8 bits (`float8`); needs `lora`. The latter two are fast on Hopper and later
             GPUs with `compile_layers`.

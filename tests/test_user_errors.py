@@ -1,10 +1,12 @@
+import inspect
 import json
 import math
 import os
+import re
 
 import pytest
 
-from dream_lightning import DreamModel
+from dream_lightning import DreamModel, DreamModule, LoraParams, S1KDataModule, SamplingParams
 from dream_lightning.errors import UserError, check_range, reading
 from dream_lightning.export import model_from_checkpoint
 
@@ -54,3 +56,28 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
         model_from_checkpoint(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe is a pipe or device: name the folder"):
         DreamModel.from_pretrained(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DreamModule("x", lora={"ranks": 8}), "LoraParams has no argument ranks: did you mean rank?"),
+        (lambda: LoraParams(lora_alpha=8), "LoraParams has no argument lora_alpha: did you mean alpha?"),
+        (lambda: DreamModule("x", learning_rate=1e-3), "DreamModule has no argument learning_rate: it has pretrained,"),
+        (lambda: DreamModule("x", weightng="cart"), "DreamModule has no argument weightng: did you mean weighting?"),
+        (lambda: S1KDataModule("bundled", max_lenght=9), "has no argument max_lenght: did you mean max_length?"),
+        (lambda: SamplingParams(step=4), "SamplingParams has no argument step: did you mean steps?"),
+    ],
+)
+def test_a_misspelled_argument_gets_a_guess(make, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        make()
+
+
+def test_guesses_leave_signatures_and_subclasses_alone():
+    class Mine(SamplingParams):
+        def __init__(self, own, **others):
+            super().__init__(**others)
+
+    assert Mine(1, steps=3).steps == 3 and list(inspect.signature(Mine).parameters) == ["own", "others"]
+    assert next(iter(inspect.signature(DreamModule).parameters)) == "pretrained"

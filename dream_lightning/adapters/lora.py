@@ -19,13 +19,13 @@ from dream_lightning.adapters.peft_folder import (
     read_peft_folder,
     read_peft_weights,
 )
-from dream_lightning.errors import UserError, check_range
+from dream_lightning.errors import GuessKeywords, UserError, check_range
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
-class LoraParams:
+class LoraParams(metaclass=GuessKeywords):
     """Which layers get adapters: W x → W x + alpha / rank · B A x, A [rank, in], B [out, rank].
 
     Raises:

@@ -23,7 +23,7 @@ from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.splits import keep_examples, split, warn_of_overlap
 from dream_lightning.data.streaming import ShardStream, StreamSampler
 from dream_lightning.data.tokenization import Overflow, check_encoding
-from dream_lightning.errors import UserError, check_range
+from dream_lightning.errors import GuessKeywords, UserError, check_range
 from dream_lightning.tasks import load_task, task_of
 
 # Batches per process that predict sorts by length together. In batches of 8, padding is then 13 % of the prompts'
@@ -31,7 +31,7 @@ from dream_lightning.tasks import load_task, task_of
 _WINDOW = 16
 
 
-class S1KDataModule(L.LightningDataModule):
+class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
     """s1K, s1K-1.1, chats or prompt/response records, for training, validation and answering.
 
     Args:

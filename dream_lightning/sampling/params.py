@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import nextafter
 from typing import Any, Literal, get_args
 
-from dream_lightning.errors import UserError
+from dream_lightning.errors import GuessKeywords, UserError
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 _MAX = 1e38  # of float32
@@ -13,7 +13,7 @@ CacheMode = Literal["none", "prefix", "dual"]
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(metaclass=GuessKeywords):
     """How to fill masks. Up to `eps`, names and meaning are those of the authors' `diffusion_generate`.
 
     For reasoning use `entropy`, temperature 0 … 0.2, and one step for every one or two new tokens. docs/sampling.md

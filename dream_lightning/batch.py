@@ -32,6 +32,7 @@ class Example:
     origin: str  # for error messages: "train.jsonl, row 17"
     task: str | None = None  # name of the task that grades the answer; None = the default task
     record: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the raw row, for graders
+    filled_at: list[int] | None = None  # the step at which a teacher filled each token of the response
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Document:
     prompt_ids: list[int]
     response_ids: list[int]
     response_weight: list[float]  # extra loss weight of every response token, 1.0 = none
+    trajectory: list[float] | None = None  # share of the response that a teacher filled after each of its tokens
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -69,6 +71,7 @@ class Batch:
     extra_weight: Tensor  # [B, L] float32, Document.response_weight, 1.0 elsewhere
     padded: bool = False  # some position is padding; a flag, because reading a tensor synchronizes with the GPU
     document_bounds: Tensor | None = None  # DocumentBounds.starts, on the CPU; None = one document a row, not padded
+    trajectory: Tensor | None = None  # [B, L] float32, Document.trajectory; masked where t is larger. None = at random
     # (the CPU batch that this was copied from, name → tensor and version at that time); init=False: `replace` clears it
     host: tuple[Any, dict[str, tuple[Tensor, int]]] | None = field(default=None, init=False, repr=False, compare=False)
 

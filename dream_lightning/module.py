@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import lightning as L
@@ -75,6 +75,9 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         normalizer: what the summed loss is divided by: `maskable`, `masked`, or `micro_batch` (the authors').
         focal_alpha: factor of the focal reweighting; used with `focal_gamma` above 0.
         focal_gamma: exponent of the focal reweighting (1 − p)^gamma; 0 switches it off.
+        certainty_weight: factor of the entropy of the masked tokens that the model predicts rightly, which is added to
+            their loss: certainty-forcing distillation, for more tokens a forward. 0 switches it off.
+        certainty_temperature: by which logits are divided for that entropy.
         treat_eos_as_one: mask or keep the final run of eos as one unit.
         stratified_t: spread t evenly over consecutive samples instead of drawing it independently; lower variance.
         complementary_masks: train every row twice in its step, with its mask and with the complement of it.
@@ -108,6 +111,8 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         normalizer: Normalizer = "maskable",
         focal_alpha: float = 0.25,
         focal_gamma: float = 0.0,
+        certainty_weight: float = 0.0,
+        certainty_temperature: float = 0.5,
         treat_eos_as_one: bool = False,
         stratified_t: bool = True,
         complementary_masks: bool = False,
@@ -139,6 +144,10 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
             )
         check_cart_p(cart_p)
         check_focal(focal_alpha, focal_gamma)
+        check_range("certainty_weight", certainty_weight, least=0)
+        check_range("certainty_temperature", certainty_temperature, least=1e-3)
+        if certainty_weight and focal_gamma:
+            raise UserError("certainty_weight sharpens what focal_gamma does not train on: set one of them to 0")
         self.pretrained, self.new_model = pretrained, new_model
         self.from_autoregressive, self.causal = from_autoregressive, causal
         self.anneal_causal_steps = anneal_causal_steps
@@ -150,6 +159,7 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
         self.weighting, self.cart_p, self.normalizer = weighting, cart_p, normalizer
         self.focal_alpha, self.focal_gamma, self.treat_eos_as_one = focal_alpha, focal_gamma, treat_eos_as_one
+        self.certainty_weight, self.certainty_temperature = certainty_weight, certainty_temperature
         self.stratified_t, self.complementary_masks, self.seed = stratified_t, complementary_masks, seed
         self.optimizer, self.lr_schedule, self.warmup_fraction = optimizer, lr_schedule, warmup_fraction
         self.sampling = sampling
@@ -287,7 +297,9 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
             batch.maskable,
             mask_token_id=self.mask_token_id,
             t=t,
-            u=uniform(self.seed, batch.epochs, batch.sample_ids, batch.position_ids),
+            u=uniform(self.seed, batch.epochs, batch.sample_ids, batch.position_ids)
+            if batch.trajectory is None
+            else batch.trajectory,
             eos_as_one=self.eos_token_id if eos_as_one else None,
             document_ids=batch.document_ids,
         )
@@ -308,11 +320,16 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
 
     def masked_nll(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """−log p(x_0 | x_t) of the masked tokens, [B, L] float32, 0 elsewhere."""
+        return self._of_masked(diffusion.token_nll, batch, noised)
+
+    def _of_masked(self, function: Callable, batch: Batch, noised: NoisedBatch) -> Tensor:
+        """What a function as `token_nll` gives for each masked token, [B, L, …]; 0 elsewhere."""
         head, vocabulary = self.model.lm_head, self.model.config.vocab_size
         if torch.compiler.is_compiling():  # a whole step, where the number of masked tokens would not be constant
             h = align(self.model.model(noised.x_t, rotation=self._rotation)).flatten(0, 1)
-            nll = diffusion.token_nll(h, head, batch.input_ids.flatten(), chunk=len(h))
-            return torch.where(noised.is_masked, nll.view_as(batch.input_ids), 0.0)
+            out = function(h, head, batch.input_ids.flatten(), chunk=len(h))
+            is_masked = noised.is_masked.view(-1, *[1] * (out.dim() - 1))
+            return torch.where(is_masked, out, 0.0).view(*noised.x_t.shape, *out.shape[1:])
         step = self.trainer.global_step if self.training and self._trainer is not None else self.anneal_causal_steps
         if step < self.anneal_causal_steps:
             mask = annealed_mask(batch, visible=step / self.anneal_causal_steps, seed=self.seed)
@@ -320,8 +337,8 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
             mask = attention_mask(batch)
         h = features(self.model, noised.x_t, noised.where, mask, batch.position_ids)
         options = {"chunk": chunk_of(vocabulary), "compiled": self.compile_layers}
-        nll = diffusion.token_nll(h, head, batch.input_ids[noised.where], **options)
-        return nll.new_zeros(noised.x_t.shape).index_put(noised.where, nll)
+        out = function(h, head, batch.input_ids[noised.where], **options)
+        return out.new_zeros(*noised.x_t.shape, *out.shape[1:]).index_put(noised.where, out)
 
     def on_train_start(self) -> None:
         checkpointing.resume(self, self._resumed)
@@ -370,8 +387,13 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
     def noised_loss(self, batch: Batch) -> tuple[Batch, NoisedBatch, Tensor, LossTerms]:
         """A micro-batch from clean rows to its loss: the rows to train on, their noise, token losses and terms."""
         batch, noised = self.training_noise(batch)
-        nll = self.masked_nll(batch, noised)
-        return batch, noised, nll, self.loss(batch, noised, nll)
+        if not self.certainty_weight:
+            nll = losses = self.masked_nll(batch, noised)
+        else:
+            with_doubt = partial(diffusion.token_nll_and_doubt, temperature=self.certainty_temperature)
+            nll, doubt = self._of_masked(with_doubt, batch, noised).unbind(-1)
+            losses = nll + self.certainty_weight * doubt
+        return batch, noised, nll, self.loss(batch, noised, losses)
 
     def compiles_step(self, batch: Batch) -> bool:
         """Whether `noised_loss` is compiled as a whole: for `data.preload` on a GPU, if all logits fit at once.

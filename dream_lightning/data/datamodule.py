@@ -61,6 +61,8 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         overflow: `truncate_trace` shortens the thinking of longer documents; the others: docs/data.md.
         eos_fill_to: fill shorter responses with eos to this many tokens; teaches the model to stop.
         extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}; also of the eos token.
+        trajectories: mask training documents in the order of their column `filled_at`, which write-trajectories writes,
+            instead of at random.
         batch_size: rows of a micro-batch on each process; questions of a batch in generation.
         packing: put several whole documents into a row.
         short_first: train on short documents first in every epoch, a curriculum, instead of shuffling them. Packed rows
@@ -106,6 +108,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         overflow: Overflow = "truncate_trace",
         eos_fill_to: int | None = None,
         extra_weight: dict[str, float] | None = None,
+        trajectories: bool = False,
         batch_size: int = 1,
         packing: bool = False,
         preload: bool = False,
@@ -123,6 +126,10 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         super().__init__()
         if packing and batch_cutoff:
             raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
+        if trajectories and batch_cutoff:
+            raise UserError(
+                "trajectories and batch_cutoff exclude each other: the cutoff changes the length of a response"
+            )
         if preload and (packing or batch_cutoff or num_workers):
             raise UserError("preload excludes packing, batch_cutoff and num_workers: it makes batches on the device")
         for name, value in {"batch_size": batch_size, "first_n": first_n, "validation_draws": validation_draws}.items():
@@ -145,6 +152,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         self.encoding = {**self.prompting, "thinking": thinking, "extra_weight": extra_weight}
         self.encoding |= {"max_length": max_length, "overflow": overflow, "eos_fill_to": eos_fill_to}
         check_encoding(**self.encoding)
+        self.training_encoding = self.encoding | {"trajectories": trajectories}
         self.batch_size, self.packing, self.batch_cutoff = batch_size, packing, batch_cutoff
         self.preload, self.too_long = preload, too_long
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
@@ -159,15 +167,17 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
     def prepare_data(self) -> None:
         # On one process of a machine; the others find the result in the cache.
         if self.trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn != "predict":
-            for examples in self.read()[self.streaming :]:
-                self.tokenized(examples)
+            training, validation = self.read()
+            self.tokenized(validation, self.encoding)
+            if not self.streaming:
+                self.tokenized(training, self.training_encoding)
 
     def stream(self) -> ShardStream:
         return ShardStream(
             self.source if isinstance(self.source, dict) else {self.source: 1.0},
             self.tokenizer,
             reading=self.reading,
-            encoding=self.encoding,
+            encoding=self.training_encoding,
             cache_dir=self.cache_dir,
             shuffle_mib=self.shuffle_mib,
             num_workers=self.num_workers,
@@ -194,9 +204,9 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
             warn_of_overlap(training, validation)
         return training, validation
 
-    def tokenized(self, examples: Sequence[Example], name: str = "") -> TokenizedSet:
+    def tokenized(self, examples: Sequence[Example], encoding: dict[str, Any], name: str = "") -> TokenizedSet:
         """Documents of the examples, cached; a `name` prints a summary."""
-        documents = tokenize(examples, self.tokenizer, cache_dir=self.cache_dir, **self.encoding)
+        documents = tokenize(examples, self.tokenizer, cache_dir=self.cache_dir, **encoding)
         if name:
             lengths, cut = documents.lengths, documents.cut_tokens
             rank_zero_info(
@@ -215,14 +225,16 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         training, validation = self.read()
         asked = _scored(validation)[: self.validation_questions]
         self._ask(validation, f"validation: {len(asked):,} questions are answered and scored", asked)
-        self.validation_set = self.tokenized(validation, "validation")
+        self.validation_set = self.tokenized(validation, self.encoding, "validation")
         if stage == "fit":
             self._check_responses(training)
             turns = any(sum(m["role"] != "system" for m in example.prompt) > 1 for example in training)
             self.several_turns = turns or (None if self.streaming else False)
-            self.train_set = self.stream() if self.streaming else self.tokenized(training, "training")
             if self.streaming:
+                self.train_set = self.stream()
                 rank_zero_info(self.train_set.summary())
+            else:
+                self.train_set = self.tokenized(training, self.training_encoding, "training")
 
     def ask(self, examples: list[Example], source: str) -> None:
         """Let `predict` answer these questions, which come from `source`, instead of those of `predict_source`."""

@@ -21,7 +21,7 @@ from dream_lightning.batch import Document, Example
 from dream_lightning.data.tokenization import Encoded, encode_documents
 from dream_lightning.errors import UserError, reading
 
-_FORMAT = 3  # part of the hash: raise it when encode() gives other documents for the same input
+_FORMAT = 4  # part of the hash: raise it when encode() gives other documents for the same input
 _PARALLEL_FROM = 500  # examples; with fewer, starting processes takes longer than they save
 
 
@@ -46,16 +46,20 @@ class TokenizedSet(Sequence[Document]):
     @classmethod
     def of(cls, encoded: Iterable[Encoded]) -> "TokenizedSet":
         ids, weights, names, counts = [np.zeros(0, np.int32)], [np.ones(0, np.float32)], [], []
+        trajectory = [np.zeros(0, np.float32)]
         for document, prompt_length, full_length, filled in encoded:
             counts.append((full_length, prompt_length, len(document.response_ids) if document else 0, filled))
             if document is not None:
                 ids.append(np.array(document.prompt_ids + document.response_ids, np.int32))
                 weights.append(np.array([1.0] * prompt_length + document.response_weight, np.float32))
                 names.append(document.id)
+                if document.trajectory is not None:
+                    trajectory.append(np.array([0.0] * prompt_length + document.trajectory, np.float32))
         weight = np.concatenate(weights)
         arrays = {
             "ids": np.concatenate(ids),  # [tokens]
             "weights": weight if (weight != 1).any() else weights[0],  # [tokens], or [0] if all are 1
+            "trajectory": np.concatenate(trajectory),  # [tokens], or [0] without
             "names": np.array(names, np.str_),  # [documents]
             "counts": np.array(counts, np.int64).reshape(-1, 4).T,  # [4, examples]
         }
@@ -85,12 +89,13 @@ class TokenizedSet(Sequence[Document]):
     def __getitem__(self, index: int) -> Document:
         end, length = self._ends[index], self.lengths[index]
         response = end - length + self.prompt_length[self.kept[index]]
-        weights = self.arrays["weights"]
+        weights, trajectory = self.arrays["weights"], self.arrays["trajectory"]
         return Document(
             id=str(self.arrays["names"][index]),
             prompt_ids=self.arrays["ids"][end - length : response].tolist(),
             response_ids=self.arrays["ids"][response:end].tolist(),
             response_weight=weights[response:end].tolist() if len(weights) else [1.0] * int(end - response),
+            trajectory=trajectory[response:end].tolist() if len(trajectory) else None,
         )
 
 
@@ -176,5 +181,5 @@ def settings_hash(tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) 
 def _content_hash(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> str:
     digest = hashlib.sha256(settings_hash(tokenizer, encoding).encode())
     for e in examples:
-        digest.update(json.dumps([e.id, e.prompt, e.thinking, e.answer, e.reference]).encode())
+        digest.update(json.dumps([e.id, e.prompt, e.thinking, e.answer, e.reference, e.filled_at]).encode())
     return digest.hexdigest()[:32]

@@ -48,6 +48,8 @@ def collate(rows: Sequence[KeyedRow], *, pad_token_id: int) -> Batch:
     batch.padded = min(map(sum, lengths)) < length
     if batch.padded or any(len(row) > 1 for row in rows):
         batch.document_bounds = _bounds(lengths, length)
+    if rows[0][0][1].trajectory is not None:
+        batch.trajectory = torch.zeros(len(rows), length)
     for b, row in enumerate(rows):
         start = 0
         for key, document in row:
@@ -137,3 +139,5 @@ def _write(batch: Batch, b: int, start: int, key: SampleKey, document: Document)
     batch.sample_ids[b, start:end] = key.index
     batch.epochs[b, start:end] = key.epoch
     batch.extra_weight[b, response:end] = torch.tensor(document.response_weight)
+    if batch.trajectory is not None:
+        batch.trajectory[b, response:end] = torch.tensor(document.trajectory)

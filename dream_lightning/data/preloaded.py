@@ -17,7 +17,9 @@ _SHARE = 0.25  # of a GPU's free memory that the documents may take
 
 
 class PreloadedSet:
-    """All documents of a set as tensors: `ids` [N, L] int32, `prompt_length` [N], `weights` [N, L] or None.
+    """All documents of a set as tensors: `ids` [N, L] int32, `prompt_length` [N].
+
+    `weights` and `trajectory` are [N, L], or None if the documents have none.
 
     Raises UserError if their lengths differ, or if they take more than a quarter of the GPU's free memory.
     """
@@ -29,15 +31,16 @@ class PreloadedSet:
                 f"data.preload needs documents of one length, these have {shortest:,} to {longest:,} tokens: set "
                 f"data.max_length and data.eos_fill_to both to {longest}, or data.preload to false"
             )
-        ids, weights = (documents.arrays[name].reshape(-1, longest) for name in ("ids", "weights"))
+        arrays = [documents.arrays[name].reshape(-1, longest) for name in ("ids", "weights", "trajectory")]
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
-        if (needed := ids.nbytes + weights.nbytes) > _SHARE * free:
+        if (needed := sum(array.nbytes for array in arrays)) > _SHARE * free:
             raise UserError(
                 f"data.preload needs {needed / 2**30:.1f} GiB on the GPU, of which {free / 2**30:.1f} GiB are free and "
                 f"a quarter may be taken: set it to false"
             )
-        self.ids = torch.from_numpy(np.array(ids)).to(device)
-        self.weights = torch.from_numpy(np.array(weights)).to(device) if len(weights) else None
+        self.ids, self.weights, self.trajectory = (
+            torch.from_numpy(np.array(array)).to(device) if len(array) else None for array in arrays
+        )
         self.prompt_length = torch.from_numpy(documents.prompt_length[documents.kept]).to(device)
 
     def batch(self, documents: np.ndarray, order: np.ndarray, epoch: int, counted: np.ndarray) -> Batch:
@@ -53,6 +56,7 @@ class PreloadedSet:
             sample_ids=index[:, None].expand(shape).contiguous(),
             epochs=torch.full(shape, epoch, device=device),
             extra_weight=torch.ones(shape, device=device) if self.weights is None else self.weights[index],
+            trajectory=None if self.trajectory is None else self.trajectory[index],
         )
 
 

@@ -11,6 +11,7 @@ the only one.
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from math import isqrt
@@ -22,7 +23,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from dream_lightning.atomic import write_texts
-from dream_lightning.errors import check_range
+from dream_lightning.errors import UserError, check_range
 
 Part = Literal["train", "test"]
 _LOW, _HIGH = 10, 100  # targets
@@ -43,6 +44,7 @@ def write_puzzles(
     numbers: int = 4,
     side: Literal[4, 9] = 9,
     clues: int = 34,
+    words: bool = False,
     seed: int = 0,
 ) -> None:
     """Write puzzles of one kind, each a record for `S1KDataModule`.
@@ -55,15 +57,18 @@ def write_puzzles(
         numbers: numbers of a Countdown, 3 to 5.
         side: rows of a Sudoku.
         clues: fewest digits that a Sudoku keeps.
+        words: a Countdown as a question with a reasoning trace, in the columns of s1K.
         seed: seed of the puzzles.
     """
     check_range("count", count, least=1, whole=True)
     check_range("numbers", numbers, least=3, most=5, whole=True)
     check_range("clues", clues, least=0, most=side * side, whole=True)
+    if words and kind != "countdown":
+        raise UserError(f"words is set and kind is {kind}, wanted countdown")
     rows = countdowns(numbers, part, seed) if kind == "countdown" else sudokus(side, clues, part, seed)
     seen: dict[str, str] = {}
     for row in rows:
-        seen.setdefault(row["prompt"], json.dumps(row))
+        seen.setdefault(row["prompt"], json.dumps(in_words(row) if words else row))
         if len(seen) == count:
             break
     write_texts(Path(out).parent, {Path(out).name: "".join(f"{line}\n" for line in seen.values())})
@@ -86,6 +91,56 @@ def countdowns(numbers: int, part: Part, seed: int) -> Iterator[dict[str, Any]]:
                 written = ",".join(map(str, values))
                 row = {"prompt": f"{written},{goal}", "response": ",".join(_steps(values, number))}
                 yield row | {"task": "countdown-bare", "numbers": written, "target": goal}
+
+
+def in_words(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `countdowns` as a question, a trace and an answer, in the columns of s1K.
+
+    The trace states the steps of the solution until three numbers are left. From there it tries every first step in
+    order, and what can follow, until the target is found: each line can be checked, and none is skipped.
+    """
+    left, target, steps = [int(n) for n in row["numbers"].split(",")], row["target"], row["response"].split(",")
+    question = f"Use each of the numbers {_listed(left)} once, with + - * /, to make {target}."
+    lines = []
+    for done, step in enumerate(steps[:-2]):
+        for used in re.findall(r"\d+", step.partition("=")[0]):
+            left.remove(int(used))
+        left.append(int(step.partition("=")[2]))
+        lines.append(f"{'Then' if done else 'I begin with'} {step}. That leaves {_listed(left)}.")
+    tried, found = _search(left, target)
+    steps = [*steps[:-2], *found]
+    answer = f"The steps are \\boxed{{{', '.join(steps)}}}."
+    about = {"task": "countdown", "numbers": row["numbers"], "target": target, "solution": str(target)}
+    return {"question": question, "thinking_trajectories": ["\n".join([*lines, *tried])], "attempt": answer} | about
+
+
+def _search(numbers: list[int], target: int) -> tuple[list[str], list[str]]:
+    """What is tried with three numbers, a line for each first step, and the two steps that make the target."""
+    tried = []
+    for (i, a), (j, b) in itertools.combinations(enumerate(numbers), 2):
+        (other,) = (number for k, number in enumerate(numbers) if k not in (i, j))
+        for first, result in _results(a, b):
+            if "*" in first and result > target + other and result != target * other:
+                tried.append(f"{first} is too large.")
+                continue
+            seconds = [(step, made) for step, made in _results(result, other) if "*" not in step or made <= target]
+            hit = next((k for k, (_, made) in enumerate(seconds) if made == target), None)
+            made = " or ".join(str(made) for _, made in seconds[: None if hit is None else hit + 1])
+            tried.append(f"{first}, with {other} that makes {made}{'. No.' if hit is None else '. Yes!'}")
+            if hit is not None:
+                return tried, [first, seconds[hit][0]]
+    raise AssertionError(f"{numbers} do not make {target}")
+
+
+def _results(a: int, b: int) -> list[tuple[str, int]]:
+    """The steps that two numbers allow, and their results, as in `_simplest`."""
+    a, b = max(a, b), min(a, b)
+    made = {"+": a + b, "-": a - b, "*": a * b, "/": 0 if a % b else a // b}
+    return [(f"{a}{sign}{b}={result}", result) for sign, result in made.items() if result > 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def _simplest(numbers: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -261,5 +261,6 @@ def _example(row: Row, schema: Schema, columns: Columns) -> Example:
         reference=row.optional_text(columns.reference),
         origin=row.origin,
         task=own_task if isinstance(own_task, str) and own_task else None,
+        filled_at=row.values.get("filled_at"),
         record=row.values,
     )

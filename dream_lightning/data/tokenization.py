@@ -6,6 +6,8 @@ Prompt and response are tokenized separately and concatenated, as in the authors
 import math
 import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -47,6 +49,7 @@ def encode(
     overflow: Overflow = "truncate_trace",
     eos_fill_to: int | None = None,
     extra_weight: dict[str, float] | None = None,
+    trajectories: bool = False,
 ) -> Encoded:
     """Ids of the prompt and of the response with its eos.
 
@@ -61,6 +64,7 @@ def encode(
         eos_fill_to: a shorter response is filled with eos to this many tokens, as far as max_length allows.
         extra_weight: text → loss weight of the response tokens that overlap an occurrence of that text; the text of
             the eos token weights eos, its filling included.
+        trajectories: give the document the order in which its column `filled_at` says that it was filled.
 
     Raises UserError if the record has no response or no answer, an option is out of range, or a document cannot be
     made to fit. One of over a million characters whose start alone is too long is not truncated.
@@ -105,7 +109,8 @@ def encode(
         filled = max(limit - len(response.ids), 0)
     ids = response.ids + [tokenizer.eos_token_id] * filled
     weight = _weights(response, ids, tokenizer, extra_weight) if extra_weight else [1.0] * len(ids)
-    document = Document(example.id, prompt_ids, ids, weight)
+    trajectory = _trajectory(example, len(ids)) if trajectories else None
+    document = Document(example.id, prompt_ids, ids, weight, trajectory)
     return Encoded(document, len(prompt_ids), full_length, filled)
 
 
@@ -115,7 +120,7 @@ def encode_documents(example: Example, tokenizer: PreTrainedTokenizerBase, **opt
     The first token of each is not maskable, as there is nothing to predict it from, and the last one ends with eos. No
     token is lost: `overflow` and `eos_fill_to` do not apply. A blank text is dropped.
     """
-    if example.prompt:
+    if example.prompt or options.get("trajectories"):
         return [encode(example, tokenizer, **options)]
     if not example.answer.strip():
         return [Encoded(None, 0, 0)]
@@ -182,6 +187,24 @@ def _shorten_trace(
     after = _with_eos(response.text[len(head) + len(thinking) :], tokenizer)
     kept = response.first(room - len(after.ids))
     return (kept if len(kept.text) >= len(head) else _Tokens.of(head, tokenizer)).then(after)
+
+
+def _trajectory(example: Example, length: int) -> list[float]:
+    """For each response token the share of the tokens that were filled at later steps: masked where t is larger.
+
+    So every t > 0 gives one of the teacher's states, that with the fewest masks among those with at least a share t.
+    """
+    steps = example.filled_at
+    if not isinstance(steps, list) or len(steps) != length or not all(isinstance(step, int) for step in steps):
+        got = f"{len(steps)} values" if isinstance(steps, list) else f"{steps!r:.40}"
+        raise UserError(
+            f"{example.origin} has {got} in filled_at, wanted one integer for each of the {length} tokens of its "
+            "response: train with the tokenizer, style, max_length and eos_fill_to with which the trajectories were "
+            "written, or set trajectories to false"
+        )
+    counts = Counter(steps)
+    up_to = dict(zip(sorted(counts), accumulate(counts[step] for step in sorted(counts)), strict=True))
+    return [1 - up_to[step] / length for step in steps]
 
 
 def _weights(

@@ -24,7 +24,8 @@ def corrupt(
         x_0: [B, L] int64, clean ids.
         maskable: [B, L] bool; prompt and padding are not, and never change.
         t: [B] or [B, L] float, the masking probability.
-        u: [B, L] uniform numbers, masked where u < t; by default drawn from `generator`.
+        u: [B, L] uniform numbers, masked where u < t; by default drawn from `generator`. With the share of a response
+            that a teacher filled after each of its tokens (`Batch.trajectory`), x_t is one of the teacher's states.
         eos_as_one: the eos id, to mask or keep the final run of eos of a response as one unit, decided by its first
             token (the authors' `treat_eos_as_one`); None treats eos like any token.
         document_ids: [B, L] int64, the document of each position; needed with `eos_as_one` in packed rows.

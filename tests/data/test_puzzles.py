@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
 
 from dream_lightning.cli import run
 from dream_lightning.data import puzzles
+from dream_lightning.data.prompt_format import response_text
 from dream_lightning.data.schemas import read_examples
+from dream_lightning.errors import UserError
 from dream_lightning.tasks.registry import grade_response
 
 
@@ -29,6 +32,32 @@ def test_written_puzzles_are_asked_in_digits_and_solved_by_their_responses(optio
             assert grade_response(example.answer, example).correct
             assert not grade_response(example.answer[:-1] + "x", example).correct
     assert len(asked["train"]) == len(asked["test"]) == 20 and not asked["train"] & asked["test"]
+
+
+@pytest.mark.parametrize("numbers", [3, 4])
+def test_in_words_every_step_is_tried_and_true_until_the_target_is_made(numbers, tmp_path):
+    file = tmp_path / "words.jsonl"
+    options = f"--kind countdown --words true --numbers {numbers} --count 40 --out {file}"
+    run(["make-puzzles", *options.split()])
+    for example in read_examples(str(file)):
+        assert response_text(example).startswith("<think>\n")
+        assert grade_response(response_text(example), example).correct
+        *dead, last = [line for line in example.thinking.splitlines() if "That leaves" not in line]
+        target = example.record["target"]
+        for line in (*dead, last):
+            a, sign, b, result, rest = re.match(r"(\d+)([-+*/])(\d+)=(\d+)(.*)", line).groups()
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[
+                sign
+            ] == int(result)
+            made = re.findall(r"\d+", rest.partition("makes")[2])
+            assert (str(target) in made) == (line == last)
+        left = re.findall("leaves (.*)\\.", example.thinking)[-1:] or [example.record["numbers"]]
+        a, b, c = map(int, re.findall(r"\d+", left[0]))
+        firsts = [max(x, y) + min(x, y) for x, y in ((a, b), (a, c), (b, c))]  # each pair is added first
+        tried = [line for line in (*dead, last) if "+" in line.partition("=")[0]]
+        assert [int(re.search(r"=(\d+)", line)[1]) for line in tried] == firsts[: len(tried)]
+    with pytest.raises(UserError, match="words is set and kind is sudoku"):
+        run(["make-puzzles", "--kind", "sudoku", "--words", "true", "--out", str(file)])
 
 
 def test_the_path_has_the_smallest_largest_result_and_there_is_none_without_a_solution():

@@ -22,7 +22,7 @@ COMMANDS = {  # name → the module with the function of this name, and the firs
     "show": ("viewer.commands", "Print one row as the model sees it, with masked tokens."),
     "export": ("viewer.commands", "Write a checkpoint as a model folder, or its adapters."),
     "make-puzzles": ("data.puzzles", "Write Countdown or Sudoku puzzles as JSON lines."),
-    "write-trajectories": ("evaluation.trajectories", "Write right answers and the order in which they were filled."),
+    "write-trajectories": ("evaluation.trajectories", "Write right answers, and the order in which they were filled."),
     "train-tokenizer": ("tokenizer_training", "Train a byte-level BPE tokenizer on files of text."),
     "configs": ("cli", "List the shipped configs, or copy one: configs copy NAME."),
     "completion": ("cli", "Print a script that completes commands and options in a shell."),

@@ -25,7 +25,7 @@ from dream_lightning.viewer.commands import open_model, parse
 
 
 def write_trajectories(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Answer training questions; write the right answers and the order in which they were filled, to distill."""
+    """Write right answers, and the order in which they were filled."""
     parser.add_argument("--out", type=str, required=True, help="the file, JSON lines")
     parser.add_argument("--count", type=int | None, default=None, help="answer only so many questions, the first ones")
     options, opened, reading, answering = parse(

@@ -133,9 +133,8 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         if not isinstance(gradient_checkpointing, bool):
             check_range("gradient_checkpointing", gradient_checkpointing, least=0, whole=True)
         check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
-        check_range(
-            "anneal_causal_steps (0 with causal)", anneal_causal_steps, least=0, most=0 if causal else 2**31, whole=True
-        )
+        steps = {"least": 0, "most": 0 if causal else 2**31, "whole": True}
+        check_range("anneal_causal_steps (0 with causal)", anneal_causal_steps, **steps)
         model_factory.check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
         if causal and (weighting not in ("original", "none") or complementary_masks or treat_eos_as_one):
             raise UserError(
@@ -149,8 +148,8 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         if certainty_weight and focal_gamma:
             raise UserError("certainty_weight sharpens what focal_gamma does not train on: set one of them to 0")
         self.pretrained, self.new_model = pretrained, new_model
-        self.from_autoregressive, self.causal = from_autoregressive, causal
-        self.anneal_causal_steps = anneal_causal_steps
+        self.from_autoregressive = from_autoregressive
+        self.causal, self.anneal_causal_steps = causal, anneal_causal_steps
         self.tokenizer_name, self.tokenizer = tokenizer or pretrained, load_tokenizer(tokenizer or pretrained)
         # Numbers, because torch's compiler cannot look into a tokenizer.
         self.mask_token_id, self.eos_token_id = self.tokenizer.mask_token_id, self.tokenizer.eos_token_id

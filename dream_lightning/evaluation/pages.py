@@ -20,7 +20,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; p
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse } td, th { border-bottom: 1px solid var(--line) }
 td, th { padding: .3rem .7rem; text-align: left; white-space: nowrap } td.n, th.n { text-align: right }
-svg { max-width: 100%; height: auto } figure { margin: 1rem 0; background: #fff; border-radius: .4rem }
+svg { max-width: 100%; height: auto } figure { margin: 1rem 0 }
+@media (prefers-color-scheme: dark) { svg { filter: invert(.93) hue-rotate(180deg) } }
 details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .4rem .7rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; border-radius: .4rem }
 .two { display: grid; gap: 1rem } @media (min-width: 45rem) { .two { grid-template-columns: 1fr 1fr } }

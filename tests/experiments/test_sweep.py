@@ -1,16 +1,20 @@
 """Sweeps of a tiny Dream and their report. The commands of the runs are called in this process."""
 
 import json
+import shutil
+import subprocess
 import sys
 from functools import partial
 
 import pytest
-from matplotlib import rcParams
+from matplotlib import image, rcParams
 
 from dream_lightning import cli
 from dream_lightning.errors import UserError
+from dream_lightning.evaluation.pages import new_figure, page, svg
 from dream_lightning.experiments import report
 from dream_lightning.experiments import sweep as train_variants
+from dream_lightning.experiments.pruning import open_study
 from dream_lightning.experiments.runs import find_runs
 from dream_lightning.experiments.sweep import Space, Variant
 
@@ -80,6 +84,19 @@ def test_a_search_killed_in_a_trial_resumes_it_and_asks_the_same(started, tiny, 
     assert len(commands) == 3  # nothing is left to do
 
 
+def test_a_trial_worse_than_the_median_is_pruned_and_saves_its_budget(started, tiny, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(module, "report", lambda *arguments, **options: None)
+    monkeypatch.setattr(Space, "suggest", lambda space, trial, name: (1e-1, 1e-7)[trial.number])
+    runs = tiny(search={"model.optimizer.lr": Space(1e-7, 1e-1)}, trials=2, startup_trials=1)
+    trials = open_study(str(tmp_path / "sweep/study.log"))[0].trials
+    assert [run.record["state"] for run in runs] == ["complete", "pruned"]
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED"]
+    assert [sorted(run.curves["val/nll"]) for run in runs] == [[1, 3], [1]]  # of four steps
+    assert runs[0].curves["val/nll"][1] < runs[1].curves["val/nll"][1]
+    assert [max(run.curves["train/loss"]) for run in runs] == [3, 1]
+
+
 def test_variants_are_checked_before_the_first_is_trained_and_seeds_get_an_interval(started, tiny, tmp_path, capsys):
     commands, _ = started
     variants = {"a": Variant(["objective/focal"], {"trainer.max_steps": 2})}
@@ -96,6 +113,20 @@ def test_variants_are_checked_before_the_first_is_trained_and_seeds_get_an_inter
     assert record["state"] == "complete" and record["command"][0] == "fit"
     report([tmp_path / "sweep/runs/a,seed=0"], out=tmp_path / "one")
     assert "val/nll" in (tmp_path / "one/report.md").read_text()
+
+
+def test_pages_and_their_figures_are_dark_where_the_reader_wants_it(tmp_path):
+    if not (browser := shutil.which("chromium")):
+        pytest.skip("needs chromium to look at a page")
+    figure, axes = new_figure(3)
+    axes.plot([0, 1])
+    (tmp_path / "page.html").write_text(page("Title", [svg(figure)]))
+    flags = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=800,400", tmp_path / "page.html"]
+    shares = []  # of bright pixels
+    for mode in ([], ["--force-dark-mode"]):
+        subprocess.run([*flags, *mode, f"--screenshot={tmp_path / 'page.png'}"], capture_output=True, check=True)
+        shares.append((image.imread(tmp_path / "page.png")[..., :3].mean(-1) > 0.5).mean())
+    assert shares[0] > 0.9 and 0.001 < shares[1] < 0.1
 
 
 def test_what_is_no_run_or_no_space_is_named(tmp_path, tiny):

@@ -2,18 +2,20 @@
 
 import html
 import re
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from material import logged, quiet_trainer, tiny_data, tiny_module
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from dream_lightning import SamplingParams, load_tokenizer
 from dream_lightning.batch import Answers, Prediction
-from dream_lightning.training import SampleLogger
+from dream_lightning.training import SampleLogger, Throughput
 from dream_lightning.training.samples import history_text, samples_text
 
 NEW_TOKENS = 24
@@ -55,32 +57,43 @@ def test_samples_and_a_history_are_logged_at_every_validation(sums, tmp_path):
         assert masks == sorted(masks, reverse=True) and masks[-1] == 0
 
 
-class Recording(Logger):
-    """With the methods of WandbLogger that are used."""
-
-    name, version = "recording", 0
+class Run:
+    """In place of a run of Weights & Biases."""
 
     def __init__(self):
-        self.scalars, self.tables = {}, {}
-
-    def log_metrics(self, metrics, step=None):
-        self.scalars |= {(name, step): value for name, value in metrics.items()}
-
-    def log_text(self, key, columns=None, data=None, dataframe=None, step=None):
-        self.tables[key, step] = columns, data
-
-    def log_hyperparams(self, *arguments):
-        pass
+        self.calls, self.config = [], {}
+        self.log = self.calls.append
 
 
-def test_another_logger_gets_the_same_numbers_and_tables_of_whole_texts(sums, tmp_path):
-    recording = Recording()
-    fit(sums, tmp_path, SampleLogger(count=3), [TensorBoardLogger(tmp_path), recording])
-    scalars = {key: value for key, value in recording.scalars.items() if key[0] != "epoch"}
-    written = {key: float(*values) for key, values in logged(tmp_path).items() if key in scalars}
-    assert written == pytest.approx(scalars, nan_ok=True) and ("val/nll", 3) in scalars
-    assert {name for name, _ in recording.tables} == {"val/samples", "val/denoising"}
-    columns, rows = recording.tables["val/samples", 3]
+@pytest.fixture
+def wandb_run(monkeypatch):
+    """Lightning's WandbLogger finds a package wandb that hands out this run."""
+    run = Run()
+    package = {"run": None, "init": lambda **_: run, "Table": lambda columns, data, dataframe: (columns, data)}
+    parts = {"wandb": package, "wandb.sdk.lib": {"RunDisabled": type(None)}, "wandb.wandb_run": {"Run": Run}}
+    for name, values in ({"wandb.sdk": {}} | parts).items():
+        monkeypatch.setitem(sys.modules, name, module := ModuleType(name))
+        vars(module).update(values)
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
+    return run
+
+
+def test_weights_and_biases_gets_the_numbers_of_tensorboard_and_tables_of_whole_texts(sums, tmp_path, wandb_run):
+    """Scalar by scalar, step by step, none more and none less."""
+    run_loggers = [TensorBoardLogger(tmp_path), WandbLogger()]
+    fit(sums, tmp_path, None, run_loggers, callbacks=[Throughput(), SampleLogger(count=3)], log_every_n_steps=1)
+    scalars, tables = {}, {}
+    for call in wandb_run.calls:
+        step = call.pop("trainer/global_step")
+        for name, value in call.items():
+            kept = tables if isinstance(value, tuple) else scalars
+            assert (name, step) not in kept or name == "epoch"
+            kept[name, step] = value
+    written = {key: values for key, values in logged(tmp_path).items() if not key[0].endswith("text_summary")}
+    assert {key: float(*values) for key, values in written.items()} == pytest.approx(scalars, nan_ok=True)
+    assert {("val/nll", 3), ("train/loss", 2), ("train/tokens_per_second", 1)} < scalars.keys()
+    assert {name for name, _ in tables} == {"val/samples", "val/denoising"}
+    columns, rows = tables["val/samples", 3]
     assert columns == ["question", "answer", "reference", "correct", "response"] and len(rows) == 3
     assert all("= ?" in row[0] and row[3] in ("True", "False") for row in rows)
 

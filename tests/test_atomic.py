@@ -1,16 +1,19 @@
 """Atomic writes: whatever happens, the old content or the new one is there, complete."""
 
 import errno
+import os
 import resource
 import signal
+import sys
 from contextlib import contextmanager
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 from kill_points import killed_before
 
 from dream_lightning import atomic
-from dream_lightning.atomic import atomic_write, disk_refuses, remove_partials
+from dream_lightning.atomic import atomic_write, disk_refuses, lock_file, remove_partials
 
 
 @contextmanager
@@ -130,3 +133,21 @@ def test_a_file_and_a_folder_do_not_replace_each_other(tmp_path, old_is_folder):
                 partial.mkdir()
     assert kept.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_without_fcntl_is_one_of_windows(tmp_path, monkeypatch):
+    """It locks one byte after the end of the file, and waits or not."""
+    asked = []
+
+    def locking(descriptor, mode, count):
+        asked.append((os.lseek(descriptor, 0, os.SEEK_CUR), mode, count))
+        if len(asked) < 3:
+            raise PermissionError(13, "locked")
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    with (tmp_path / "lock").open("ab", buffering=0) as file:
+        with pytest.raises(BlockingIOError):
+            lock_file(file, wait=False)
+        lock_file(file, wait=True, byte=7)
+    assert asked == [(1 << 30, 2, 1), (7, 2, 1), (7, 2, 1)]

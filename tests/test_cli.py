@@ -311,7 +311,9 @@ def test_a_wheel_holds_every_module_config_and_the_program(tmp_path):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    files = [f for pattern in ("*.py", "*.yaml", "*.html") for f in (tmp_path / "dream_lightning").rglob(pattern)]
+    files = [
+        f for pattern in ("*.py", "*.yaml", "*.html", "py.typed") for f in (tmp_path / "dream_lightning").rglob(pattern)
+    ]
     assert {str(file.relative_to(tmp_path)) for file in files} <= names
     assert {f"dream_lightning/configs/{name}.yaml" for name in shipped_configs()} <= names
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]

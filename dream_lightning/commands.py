@@ -16,6 +16,7 @@ COMMANDS = {  # name → the module with the function of this name, and the firs
     "contamination-report": ("evaluation.contamination", "List benchmark questions that are in training data."),
     "sweep": ("cli", "Train variants of a config: a list, a grid or a search."),
     "report": ("experiments.commands", "Write a page about runs: what differs, curves, scores, cost."),
+    "serve": ("serving.commands", "Serve a model as OpenAI's API does, with a page to chat."),
     "chat": ("viewer.commands", "Talk to a model in the terminal."),
     "show-denoising": ("viewer.commands", "Write a page that steps through the denoising of an answer."),
     "data-report": ("viewer.commands", "Lengths of a data set, and what a length limit does to it."),

@@ -45,6 +45,7 @@ BELOW = {
         *("diffusion", "locate"),
     },
     "experiments": {"errors", "atomic", "evaluation"},
+    "serving": {"errors", "batch", "data", "model", "sampling", "viewer"},
     "cli": {
         *(
             "errors",

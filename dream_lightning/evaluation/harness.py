@@ -5,7 +5,6 @@ lm_eval has no plug-ins for models: `lm_eval --model dream` knows Dream only in 
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 import lm_eval.models  # noqa: F401  (registers the others, which lm_eval does only while none is registered)
@@ -25,9 +24,8 @@ from dream_lightning.errors import UserError, check_range
 from dream_lightning.evaluation.likelihood import nll_bounds
 from dream_lightning.model import DreamModel
 from dream_lightning.sampling import SamplingParams
+from dream_lightning.sampling.params import resized, with_fields
 from dream_lightning.viewer.commands import open_model
-
-_SAMPLING = {field.name for field in fields(SamplingParams)}
 
 
 class DreamLM(TemplateLM):
@@ -84,7 +82,7 @@ class DreamLM(TemplateLM):
         check_range("max_length", max_length, least=2, most=positions, whole=True)
         self.max_length = max_length or min(2048, positions)
         self.draws, self.seed, self.add_bos_token, self.think_end_token = draws, seed, add_bos_token, think_end_token
-        self.params = _with_fields(SamplingParams(forbid_mask=True), {"seed": seed, **sampling}, "model_args")
+        self.params = with_fields(SamplingParams(forbid_mask=True), {"seed": seed, **sampling}, "model_args")
         self._device = self.model.device
 
     @property
@@ -121,7 +119,7 @@ class DreamLM(TemplateLM):
             if not {"temperature", "do_sample"} & given.keys():  # else a task that sets neither would be greedy
                 kwargs.pop("temperature", None)
             kwargs.pop("do_sample")
-            params = _resized(self.params, size, kwargs)
+            params = resized(self.params, size, kwargs, "generation_kwargs")
             room = self.model.config.max_position_embeddings - params.max_new_tokens
             prompts = [self._cut(self.tok_encode(requests[n].args[0]), room) for n in numbers]
             options = {"batch_size": self.batch_size, "stop": () if self.think_end_token else stop}
@@ -180,22 +178,6 @@ class DreamLM(TemplateLM):
                 f"a prompt of {len(tokens):,} tokens is cut to its last {room:,}: use fewer few-shot examples"
             )
         return tokens[-room:]
-
-
-def _with_fields(params: SamplingParams, given: dict[str, Any], where: str) -> SamplingParams:
-    if unknown := sorted(given.keys() - _SAMPLING):
-        raise UserError(
-            f"{where} has {', '.join(unknown)}, wanted fields of SamplingParams: {', '.join(sorted(_SAMPLING))}"
-        )
-    return replace(params, **given)
-
-
-def _resized(params: SamplingParams, size: int, given: dict[str, Any]) -> SamplingParams:
-    """For at least `size` new tokens, in whole blocks, with as many steps for each; then with the `given` fields."""
-    length = given.get("block_length", params.block_length) or size
-    blocks = -(-size // length)
-    steps = blocks * -(-length * params.steps // params.max_new_tokens)
-    return _with_fields(params, {"max_new_tokens": blocks * length, "steps": steps} | given, "generation_kwargs")
 
 
 def main() -> None:

@@ -57,8 +57,7 @@ class CachedForward:
         """Hidden states [B, W, D] of the columns that were computed, and the first of these columns."""
         real = self.canvas.real if self.canvas.padded else None
         if self.params.cache == "none":
-            positions = self.canvas.positions if self.canvas.padded else None
-            return self.model.model(x, real, positions, span=self.span), self.span[0] if self.span else 0
+            return self.model.model(x, real, self.canvas.positions, span=self.span), self.span[0] if self.span else 0
         length = x.shape[1]
         if self.cache is None:
             self.cache = self.model.model.new_cache(len(x), length)

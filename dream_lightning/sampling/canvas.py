@@ -24,6 +24,7 @@ class Canvas:
     positions: Tensor  # [B, L] int64, counted from the row's first real token; padding has position 1
     sample_ids: Tensor  # [B] int64, keys of the noise
     copies: Tensor  # [B] int64, number of the returned sequence among those of its prompt
+    earlier_steps: Tensor  # [B] int64, steps of the row before the first one here: its noise depends on all of them
     filled_at: Tensor  # [B, L] int64, the step at which a position was filled; -1 = not predicted
     confidence: Tensor  # [B, L] float32, the certainty at that step; 0 = not predicted
     forwards: Tensor  # [B] int64, number of forwards that filled something in the row
@@ -56,7 +57,8 @@ class Canvas:
 
     def uniforms(self, seed: int, step: int, purpose: int) -> Tensor:
         """Uniform noise [B, L] float32 in [0, 1) of the rows' samples; `purpose` is TOKEN or ORDER."""
-        return uniform(seed, self.sample_ids[:, None], step, self.positions, self.copies[:, None] * 2 + purpose)
+        copies, steps = self.copies[:, None] * 2 + purpose, self.earlier_steps[:, None] + step
+        return uniform(seed, self.sample_ids[:, None], steps, self.positions, copies)
 
     def select(self, rows: Tensor) -> "Canvas":
         """These rows [b] int64 only, in this order."""
@@ -113,6 +115,7 @@ def prepare(
         positions=(real.long().cumsum(-1) - 1).masked_fill(~real, 1),
         sample_ids=sample_ids.to(x.device),
         copies=x.new_zeros(len(x)),
+        earlier_steps=x.new_zeros(len(x)),
         filled_at=torch.full_like(x, -1),
         confidence=torch.zeros_like(x, dtype=torch.float32),
         forwards=x.new_zeros(len(x)),

@@ -88,8 +88,6 @@ def denoising_steps(
             a hook or rule returns another shape or dtype than it should.
     """
     params = params or SamplingParams()
-    if params.top_k is None:
-        params = replace(params, top_k=getattr(model.config, "default_top_k", None))
     compiled, sequences = params.compile or hasattr(model, "into_bucket"), num_return_sequences
     causal = getattr(model.config, "causal", False)
     deciding = ", ".join([*params.rules, *(["alg: origin"] if params.alg == "origin" else [])])
@@ -108,9 +106,19 @@ def denoising_steps(
             raise UserError(message)
     canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill).repeat(sequences)
     rule = unmasking or rule_of(params, rows_differ=infill or tokens_hook is not None)
-    model = _compiled(model) if compiled else model
     # A generator would check all this at the first step only.
-    return _run(model, canvas, params, rule, infill, run_every_step=run_every_step, **hooks)
+    return denoise_canvas(model, canvas, params, rule, infill=infill, run_every_step=run_every_step, **hooks)
+
+
+def denoise_canvas(
+    model: Any, canvas: Canvas, params: SamplingParams, rule: UnmaskingRule, *, infill: bool = False, **options: Any
+) -> Iterator[Canvas]:
+    """`denoising_steps` for a canvas of the caller's, which is not checked. Blocks begin at its `prompt_length`."""
+    if params.top_k is None:
+        params = replace(params, top_k=getattr(model.config, "default_top_k", None))
+    if params.compile or hasattr(model, "into_bucket"):
+        model = _compiled(model)
+    return _run(model, canvas, params, rule, infill, **options)
 
 
 def _run(

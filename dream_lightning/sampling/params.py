@@ -1,11 +1,11 @@
 """Options of generation."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import nextafter
 from typing import Any, Literal, get_args
 
-from dream_lightning.errors import GuessKeywords, UserError
+from dream_lightning.errors import GuessKeywords, UserError, check_range
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 _MAX = 1e38  # of float32
@@ -121,6 +121,24 @@ class SamplingParams(metaclass=GuessKeywords):
             needed = -(-(length or new) // self.tokens_per_step) * blocks
             yield steps < needed, f"tokens_per_step is {self.tokens_per_step} and steps {steps}: set at least {needed}"
         yield self.min_new_tokens > new, f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only {new}"
+
+
+def with_fields(params: SamplingParams, given: dict[str, Any], where: str) -> SamplingParams:
+    """The same with the `given` fields; UserError, naming `where` they are, if one is unknown."""
+    known = sorted(field.name for field in fields(SamplingParams))
+    if unknown := sorted(given.keys() - {*known}):
+        raise UserError(f"{where} has {', '.join(unknown)}, wanted fields of SamplingParams: {', '.join(known)}")
+    return replace(params, **given)
+
+
+def resized(params: SamplingParams, size: int, given: dict[str, Any], where: str) -> SamplingParams:
+    """For at least `size` new tokens, in whole blocks, with as many steps for each; then `with_fields`."""
+    length = given.get("block_length", params.block_length)
+    check_range("block_length", length, least=1, whole=True)
+    length = length or size
+    blocks = -(-size // length)
+    steps = blocks * -(-length * params.steps // params.max_new_tokens)
+    return with_fields(params, {"max_new_tokens": blocks * length, "steps": steps} | given, where)
 
 
 def _is_integer(value: Any) -> bool:

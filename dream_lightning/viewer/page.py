@@ -47,7 +47,7 @@ def denoising_page(
         confidence = round(float(output.confidence[0, position]), 4)
         is_prompt = position < len(prompt)
         tokens.append({"prompt": is_prompt, "start": ids[0], "changes": changes, "confidence": confidence})
-    texts = {i: _text(i, tokenizer) for i in states.unique().tolist()}
+    texts = {i: token_text(i, tokenizer) for i in states.unique().tolist()}
     data = {"steps": len(states) - 1, "mask": mask, "eos": eos, "texts": texts, "tokens": tokens}
     # "<" is the only character that could end the script element.
     encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -56,7 +56,7 @@ def denoising_page(
     return Template(_PAGE.read_text(encoding="utf-8")).substitute(title=html.escape(title), notes=listed, data=encoded)
 
 
-def _text(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def token_text(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """The token's text; bytes of a character that several tokens share as ⟨E2⟩."""
     text = tokenizer.decode([token_id])
     if "\N{REPLACEMENT CHARACTER}" not in text:

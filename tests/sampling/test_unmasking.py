@@ -42,7 +42,9 @@ def test_fast_dllm_fills_the_first_token_of_a_block_alone_if_the_block_has_more_
 
 def test_a_mask_token_in_the_padding_is_not_masked():
     x, real = torch.tensor([[MASK, 1, MASK]]), torch.tensor([[False, True, True]])
-    rest = dict.fromkeys(("positions", "sample_ids", "copies", "filled_at", "confidence", "forwards", "prompt_length"))
+    rest = dict.fromkeys(
+        ("positions", "sample_ids", "copies", "earlier_steps", "filled_at", "confidence", "forwards", "prompt_length")
+    )
     assert Canvas(x, real, **rest, padded=True, mask_token_id=MASK, eos_token_id=None).masked.tolist() == [
         [False, False, True]
     ]

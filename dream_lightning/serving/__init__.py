@@ -1,0 +1,1 @@
+"""A model behind HTTP: `engine` (continuous batching), `requests` (JSON → rows), `api` (endpoints), `server`."""

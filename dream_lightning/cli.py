@@ -39,6 +39,7 @@ from dream_lightning.sampling import SamplingParams
 from dream_lightning.training import Autosave, ProgressBar
 from dream_lightning.training.checkpointing import SafeCheckpointIO
 from dream_lightning.training.summary import score_lines
+from dream_lightning.validation_cost import plan_validation
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # for the fields of SamplingParams and LoraParams
 
@@ -157,7 +158,9 @@ class DreamCLI(LightningCLI):
         options = self.config[self.command]
         if self.command == "plan":
             check_range("gpu_memory_gib", options.gpu_memory_gib, least=0)
-            print(report(setting_from(options), options.gpu_memory_gib))
+            setting = setting_from(options)
+            print(report(setting, options.gpu_memory_gib))
+            print(plan_validation(options, setting))
             raise SystemExit(0)
         self._check_outputs(options)
         trainer = options.trainer

@@ -159,7 +159,7 @@ def test_what_cannot_work_is_refused(base, sums):
     for quantize in ("nf4", "nf4_float8"):
         with pytest.raises(ValueError, match=f"quantize is {quantize}, but quantized weights do not train"):
             DreamModule(base, quantize=quantize)
-    with pytest.raises(ValueError, match=r"lora is {'rank': 4}, wanted LoraParams"):
-        DreamModule(base, lora={"rank": 4})
+    with pytest.raises(ValueError, match=r"lora is 4, wanted LoraParams"):
+        DreamModule(base, lora=4)
     with pytest.raises(ValueError, match="bf16-mixed"):
         fit_on(sums, module(base), precision="bf16-true", max_steps=1)

@@ -36,6 +36,7 @@ BELOW = {
     "locate": {"errors", "adapters", "training"},
     "export": {"errors", "atomic", "model", "adapters", "training", "locate"},
     "memory": {"errors", "model", "adapters", "diffusion", "training", "model_factory"},
+    "validation_cost": {"errors", "memory", "model", "sampling"},
     "evaluation": {
         *("errors", "batch", "atomic", "data", "diffusion", "model", "sampling", "tasks", "answering", "predict"),
         *("export", "viewer", "training"),
@@ -59,6 +60,7 @@ BELOW = {
             "module",
             "memory",
             "locate",
+            "validation_cost",
             "evaluation",
             "experiments",
             "commands",

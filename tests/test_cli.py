@@ -332,7 +332,7 @@ def test_a_config_for_several_gpus_runs_on_two_processes(tmp_path, config):
         *(f"--model.pretrained={tmp_path / 'base'}", f"--data.source={tmp_path / 'sums.jsonl'}"),
         *(f"--data.cache_dir={tmp_path / 'cache'}", "--data.schema=auto", "--data.max_length=256"),
         *("--data.num_workers=0", "--data.validation_questions=3", "--model.compile_layers=false"),
-        "--model.sampling={max_new_tokens: 8, steps: 4, forbid_mask: true}",
+        "--model.sampling={max_new_tokens: 8, steps: 4, block_length: 8, compile: false}",
         *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.num_sanity_val_steps=0"),
         *("--trainer.accumulate_grad_batches=1", f"--trainer.logger.init_args.save_dir={tmp_path}"),
         *(f"--{saver}.dirpath={tmp_path / 'checkpoints'}" for saver in ("checkpoint", "autosave")),

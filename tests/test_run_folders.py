@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -61,7 +62,12 @@ def inside(run, monkeypatch):
 
 
 def test_fit_ends_with_scores_checkpoints_and_commands(run):
-    said = run[1][run[1].index("Trained to step 2 in") :]
+    first, _, said = run[1].partition("Trained to step 2 in")
+    assert re.search(
+        r"Validation: 2 questions, 2 at once, of \d+ \+ 30 tokens: at most 15 forwards, [\d.]+ s on this CPU; "
+        r"likelihood of \d+ tokens, [\d.]+ s; 2 validations, \d+% of the fit",
+        first,
+    )
     assert "of it validation" in said and "kWh" not in said
     assert "0 of 2, 95 % interval 0.0% to 65.8%" in said and "nats a token" in said
     for line in (

@@ -63,7 +63,8 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         extra_weight: text → loss weight of its tokens in responses, such as {"</think>": 2.0}; also of the eos token.
         trajectories: mask training documents in the order of their column `filled_at`, which write-trajectories writes,
             instead of at random.
-        batch_size: rows of a micro-batch on each process; questions of a batch in generation.
+        batch_size: rows of a micro-batch on each process.
+        question_batch_size: questions that each process answers at once; None is `batch_size`.
         packing: put several whole documents into a row.
         short_first: train on short documents first in every epoch, a curriculum, instead of shuffling them. Packed rows
             go by their longest document.
@@ -110,6 +111,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         extra_weight: dict[str, float] | None = None,
         trajectories: bool = False,
         batch_size: int = 1,
+        question_batch_size: int | None = None,
         packing: bool = False,
         preload: bool = False,
         short_first: bool = False,
@@ -138,6 +140,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
             check_range(name, value, least=0, whole=True)
         whole = {"first_n": first_n, "training_filters": training_filters, "short_first": short_first or None}
         _check_streaming(source, streaming, shuffle_mib, whole | {"subset": subset, "preload": preload or None})
+        check_range("question_batch_size", question_batch_size, least=1, whole=True)
         check_range("validation_fraction", validation_fraction, least=0, most=1)
         check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
         self.save_hyperparameters(ignore="tokenizer", logger=False)
@@ -154,6 +157,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         check_encoding(**self.encoding)
         self.training_encoding = self.encoding | {"trajectories": trajectories}
         self.batch_size, self.packing, self.batch_cutoff = batch_size, packing, batch_cutoff
+        self.question_batch_size = question_batch_size or batch_size
         self.preload, self.too_long = preload, too_long
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
         self.train_set: TokenizedSet | ShardStream | None = None
@@ -325,17 +329,17 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
 
     def val_dataloader(self) -> list[DataLoader]:
         sampler = self._sampler(self._rows(self.validation_set), shuffle=False, repeats=self.validation_draws)
-        likelihood = self._loader(self.validation_set, sampler, collate)
+        likelihood = self._loader(self.validation_set, sampler, collate, self.batch_size)
         return [likelihood, self._question_loader(range(len(self.questions)))] if self.questions else [likelihood]
 
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader | list:
-        """The questions without an answer, bucketed by length; an answer does not depend on its batch."""
+        """The questions without an answer."""
         numbers = [n for n in range(len(self.questions)) if n not in self._answered]
         if self._answered:
             rank_zero_info(f"{len(self.questions) - len(numbers)} of {len(self.questions)} are answered already")
-        return self._question_loader(numbers, bucket=True) if numbers else []
+        return self._question_loader(numbers) if numbers else []
 
     def _rows(self, documents: TokenizedSet) -> list[list[int]]:
         if self.packing:
@@ -351,20 +355,28 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         lengths = self.train_set.lengths.tolist() if self.short_first else None
         return self._sampler(self._rows(self.train_set), seed=self.seed, lengths=lengths)
 
-    def _sampler(self, rows: Any, *, kind: type[RowSampler] = RowSampler, **options: Any) -> RowSampler:
+    def _sampler(
+        self, rows: Any, *, kind: type[RowSampler] = RowSampler, batch_size: int | None = None, **options: Any
+    ) -> RowSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return kind(rows, batch_size=self.batch_size, rank=rank, world_size=world_size, **options)
+        return kind(rows, batch_size=batch_size or self.batch_size, rank=rank, world_size=world_size, **options)
 
-    def _loader(self, items: Any, sampler: RowSampler, collation: Callable) -> DataLoader:
+    def _loader(self, items: Any, sampler: RowSampler, collation: Callable, batch_size: int) -> DataLoader:
         collation = partial(collation, pad_token_id=self.tokenizer.pad_token_id)
-        return DataLoader(KeyedItems(items), batch_size=self.batch_size, sampler=sampler, collate_fn=collation)
+        return DataLoader(KeyedItems(items), batch_size=batch_size, sampler=sampler, collate_fn=collation)
 
-    def _question_loader(self, numbers: Sequence[int], *, bucket: bool = False) -> DataLoader:
-        if bucket:
-            window = _WINDOW * self.batch_size * (self.trainer.world_size if self.trainer else 1)
-            numbers = bucket_by_length(numbers, [len(self._prompts[n]) for n in numbers], window=window)
+    def _question_loader(self, numbers: Sequence[int]) -> DataLoader:
+        """Bucketed by length; an answer does not depend on its batch."""
+        size = self.question_batch_size
+        window = _WINDOW * size * (self.trainer.world_size if self.trainer else 1)
+        numbers = bucket_by_length(numbers, self.prompt_lengths(numbers), window=window)
         items = list(zip(self.questions, self._prompts, strict=True))
-        return self._loader(items, self._sampler([[n] for n in numbers], shuffle=False), collate_prompts)
+        sampler = self._sampler([[n] for n in numbers], shuffle=False, batch_size=size)
+        return self._loader(items, sampler, collate_prompts, size)
+
+    def prompt_lengths(self, numbers: Sequence[int] | None = None) -> list[int]:
+        """Tokens of these questions' prompts, by default of all."""
+        return [len(self._prompts[n]) for n in (range(len(self._prompts)) if numbers is None else numbers)]
 
 
 class KeyedItems(Dataset):

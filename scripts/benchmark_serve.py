@@ -9,7 +9,6 @@ the shape of a batch, and an answer counts as mixed up if it is more like that t
 """
 
 import asyncio
-import json
 import os
 import socket
 import statistics
@@ -17,9 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
+from tempfile import TemporaryDirectory
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -37,13 +37,14 @@ from dream_lightning.sampling import denoising_steps
 
 
 @contextmanager
-def running_server(pretrained: str, params: SamplingParams, max_batch_size: int, log: str) -> Iterator[str]:
+def running_server(pretrained: str, tokenizer: str, max_batch_size: int, log: str) -> Iterator[str]:
     """The URL of a server in processes of its own, which end with the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {"model": pretrained, "port": port, "max_batch_size": max_batch_size}
-    words = [f"--{n}={x}" for n, x in (options | {"params": json.dumps(asdict(params))}).items()]
+    options = {"model": pretrained, "tokenizer": tokenizer, "port": port, "max_batch_size": max_batch_size}
+    options |= {"params.compile": torch.cuda.is_available()}
+    words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "dream_lightning", "serve", *words]
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -66,16 +67,20 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-async def load(url: str, prompts: list[list[int]], clients: int, rounds: int) -> tuple[float, list[tuple]]:
+async def load(
+    url: str, prompts: list[list[int]], params: SamplingParams, clients: int, rounds: int
+) -> tuple[float, list[tuple]]:
     """Seconds, and of every request: number of the prompt, answer or error, its tokens, seconds."""
     key = os.environ.get("DREAM_API_KEY", "none")
+    sampling = {n: x for n, x in asdict(params).items() if n not in ("compile", "max_new_tokens", "seed")}
+    options = {"max_tokens": params.max_new_tokens, "extra_body": {"sampling": sampling}}
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=3600) as client:
         model = (await client.models.list()).data[0].id
 
         async def ask(number: int) -> tuple:
             began = time.perf_counter()
             try:
-                answer = await client.completions.create(model=model, prompt=prompts[number])
+                answer = await client.completions.create(model=model, prompt=prompts[number], **options)
                 result = answer.choices[0].text, answer.usage.completion_tokens
             except openai.APIError as error:
                 result = error, 0
@@ -114,7 +119,7 @@ def main(
         tokens_per_step: filled by every forward.
         max_batch_size: of the server.
         prompts: different ones.
-        url: of a server that runs already, with this model and `max_batch_size`, and these parameters.
+        url: of a server that runs already, with this model and `max_batch_size`.
         log: what the server prints.
     """
     gpu = torch.cuda.is_available()
@@ -126,6 +131,8 @@ def main(
     device = "cuda" if gpu else "cpu"
     model = DreamModel.from_pretrained(pretrained).to(device).eval()
     tokenizer, bench = load_tokenizer(pretrained), Bench(device, prompt, new_tokens, block)
+    if not url:  # a text for every token, so that answers can be compared
+        tokenizer.add_tokens([f" t{i}" for i in range(len(tokenizer), model.config.vocab_size)])
     fast, alone = CompiledDenoiser(model) if gpu else model, {}
     for rows in sorted({min(number, max_batch_size) for number in clients}):
         times, _ = bench.milliseconds(partial(denoising_steps, fast, bench.ids(rows), params=params))
@@ -135,10 +142,14 @@ def main(
     asked = torch.randint(0, 100, (prompts, prompt), generator=dice).tolist()
     texts = [tokenizer.decode(answer_ids(fast, [ids], params)[0], skip_special_tokens=True) for ids in asked]
     lines, failed = [], False
-    with running_server(pretrained, params, max_batch_size, log) if not url else nullcontext(url) as url:
+    with ExitStack() as stack:
+        if not url:
+            words = stack.enter_context(TemporaryDirectory())
+            tokenizer.save_pretrained(words)
+            url = stack.enter_context(running_server(pretrained, words, max_batch_size, log))
         for number in clients:
-            asyncio.run(load(url, asked, number, 1))
-            seconds, answers = asyncio.run(load(url, asked, number, rounds))
+            asyncio.run(load(url, asked, params, number, 1))
+            seconds, answers = asyncio.run(load(url, asked, params, number, rounds))
             lost = [text for _, text, _, _ in answers if not isinstance(text, str)]
             got = [(n, text) for n, text, _, _ in answers if isinstance(text, str)]
             equal = sum(text == texts[n] for n, text in got)
@@ -162,9 +173,10 @@ def main(
 
 
 def is_mixed_up(text: str, number: int, texts: list[str]) -> bool:
-    """Whether a fifth more characters are those of the answer to another prompt than of its own."""
-    same = [sum(a == b for a, b in zip(text, other)) for other in texts]  # noqa: B905
-    return max(same) > same[number] + len(text) / 5
+    """Whether a fifth more words are those of the answer to another prompt than of its own."""
+    words = text.split()
+    same = [sum(a == b for a, b in zip(words, other.split())) for other in texts]  # noqa: B905
+    return max(same) > same[number] + len(words) / 5
 
 
 if __name__ == "__main__":

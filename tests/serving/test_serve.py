@@ -9,6 +9,8 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
 
 import openai
 import pytest
@@ -263,29 +265,34 @@ def test_options_are_checked_before_anything_starts(folder):
             make_server({"model": str(folder)}, **options)
 
 
-def test_the_command_starts_its_processes_and_ends_them(folder, capfd):
+def test_the_command_and_its_load_test(folder, capfd, monkeypatch):
+    """In processes of its own, which SIGTERM ends."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    benchmark = import_module("benchmark_serve")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    answers = []
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    shapes = {"clients": [1, 3], "rounds": 1, "prompt": 8, "new_tokens": 8, "block": 4, "prompts": 3}
+    errors = []
 
     def use():
         try:
             for _ in range(600):
+                if benchmark.is_healthy(url):
+                    break
                 time.sleep(0.1)
-                try:
-                    if requests.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                        break
-                except requests.ConnectionError:
-                    pass
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-            answers.append(client.completions.create(model="tiny", prompt="a", max_tokens=4).choices[0].text)
+            benchmark.main(str(folder), url=url, **shapes)
+        except BaseException as error:
+            errors.append(error)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
     user = threading.Thread(target=use)
     user.start()
-    run(["serve", f"--model={folder}", "--device=cpu", f"--port={port}"])
+    run(["serve", f"--model={folder}", "--device=cpu", f"--port={url.rpartition(':')[2]}"])
     user.join()
-    assert len(answers) == 1
-    assert f"http://127.0.0.1:{port}" in capfd.readouterr().out
+    assert not errors
+    assert re.findall(r"\| (\d \| \d) \|.*(\| 0 \| \d \| 0 \|)\n", capfd.readouterr().out)[-2:] == [
+        ("1 | 1", "| 0 | 1 | 0 |"),
+        ("3 | 3", "| 0 | 3 | 0 |"),
+    ]

@@ -46,7 +46,7 @@ BELOW = {
         *("diffusion", "locate"),
     },
     "experiments": {"errors", "atomic", "evaluation"},
-    "serving": {"errors", "batch", "data", "model", "sampling", "viewer"},
+    "serving": {"errors", "batch", "data", "model", "sampling", "viewer", "locate"},
     "cli": {
         *(
             "errors",

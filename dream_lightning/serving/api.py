@@ -40,13 +40,16 @@ class Endpoints(LitSpec):
         most_rows: answers that may run or wait at a time; more are refused.
         timeout: seconds until a request is given up.
         cancelled: flags shared with the workers; request n has flag n modulo their number.
+        history: whether the page sends earlier messages, too.
     """
 
-    def __init__(self, name: str, defaults: SamplingParams, most_rows: int, timeout: float, cancelled: Any) -> None:
+    def __init__(
+        self, name: str, defaults: SamplingParams, most_rows: int, timeout: float, cancelled: Any, history: bool
+    ) -> None:
         super().__init__()
         self.api_path = CHAT_PATH  # by which LitServe finds the queue
         self.name, self.defaults, self.most_rows, self.timeout = name, defaults, most_rows, timeout
-        self.cancelled, self._numbers, self._rows = cancelled, itertools.count(), 0
+        self.cancelled, self.history, self._numbers, self._rows = cancelled, history, itertools.count(), 0
         self.registry = prometheus.CollectorRegistry()
         of, buckets = {"registry": self.registry}, (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
         self.requests = prometheus.Counter("dream_requests", "By status; 499: the client has left", ["status"], **of)
@@ -81,7 +84,8 @@ class Endpoints(LitSpec):
         files = resources.files("dream_lightning")
         look = files.joinpath("viewer/page.html").read_text("utf-8").partition("<style>")[2].partition("</style>")[0]
         page = files.joinpath("serving/chat.html").read_text("utf-8")
-        return HTMLResponse(Template(page).substitute(look=look, name=html.escape(self.name)))
+        values = {"look": look, "name": html.escape(self.name), "history": json.dumps(self.history)}
+        return HTMLResponse(Template(page).substitute(values))
 
     async def failed(self, request: fastapi.Request, error: HTTPException) -> Response:
         """Any error as OpenAI's clients read it."""

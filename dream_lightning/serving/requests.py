@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Example, Message
 from dream_lightning.data.prompt_format import encode_prompt, encode_rendered
 from dream_lightning.errors import UserError, check_range
+from dream_lightning.locate import Trained
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.sampling.params import resized
-from dream_lightning.serving.engine import Row
+from dream_lightning.serving.engine import Engine, Row
 
 
 class _Strict(BaseModel):
@@ -92,19 +92,19 @@ class Request(_Strict):
                 raise UserError(message)
         return params
 
-    def rows(
-        self, owner: Any, params: SamplingParams, tokenizer: PreTrainedTokenizerBase, vocabulary: int, limit: int
-    ) -> Iterator[Row]:
+    def rows(self, owner: Any, params: SamplingParams, engine: Engine, how: Trained, limit: int) -> Iterator[Row]:
         """The rows, all answers to the first prompt first; UserError for a prompt that does not fit into `limit`."""
         options = {"sample_id": self.seed, "stop": self.stop, "watched": self.stream_canvas}
-        said = tuple(
-            Message(role=m.role.replace("developer", "system"), content=m.content) for m in self.messages or ()
-        )
+        roles, tokenizer = {"developer": "system"}, engine.tokenizer
+        said = tuple(Message(role=roles.get(m.role, m.role), content=m.content) for m in self.messages or ())
+        system = None if any(m["role"] == "system" for m in said) else how.system_prompt
         for number, prompt in enumerate(self.prompt or [Example("asked", said, None, "", None, "the request")]):
-            encode = encode_prompt if said else encode_rendered
-            ids = prompt if isinstance(prompt, list) else encode(prompt, tokenizer)
+            if said:
+                ids = encode_prompt(prompt, tokenizer, style=how.style, system_prompt=system)
+            else:
+                ids = prompt if isinstance(prompt, list) else encode_rendered(prompt, tokenizer)
             for token in {*ids, *(params.banned_tokens or [])}:
-                check_range("a token id", token, least=0, most=vocabulary - 1)
+                check_range("a token id", token, least=0, most=engine.model.config.vocab_size - 1)
             if tokenizer.mask_token_id in ids or not ids:
                 raise UserError(f"prompt {number} is empty or has the mask token: wanted at least one other token")
             name = "the number of tokens of the prompt and of max_tokens in whole blocks"

@@ -15,6 +15,7 @@ from litserve.utils import LitAPIStatus, LoopResponseType
 from starlette.exceptions import HTTPException
 
 from dream_lightning.errors import UserError, check_range
+from dream_lightning.locate import Trained, trained
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.serving.api import Endpoints
 from dream_lightning.serving.engine import Engine, Event, Row
@@ -28,7 +29,7 @@ DEFAULTS = SamplingParams(
 KEY = "DREAM_API_KEY"  # environment variable: an option would show in the list of processes
 _OPEN = ("/", "/health")  # need no key
 _FLAGS = 1 << 16  # far more than requests that run or wait at a time
-_LARGEST = 8 << 20  # bytes of a request
+_LARGEST = 1 << 20  # bytes of a request, whose encoding takes at most a second
 
 
 class EngineLoop(LitLoop):
@@ -60,9 +61,11 @@ class EngineLoop(LitLoop):
 class DreamAPI(ls.LitAPI):
     """The model in a worker; the arguments are those of `make_server`."""
 
-    def __init__(self, opened: dict[str, Any], max_length: int, endpoints: Endpoints, **options: Any) -> None:
+    def __init__(
+        self, opened: dict[str, Any], how: Trained, max_length: int, endpoints: Endpoints, **options: Any
+    ) -> None:
         super().__init__(spec=endpoints, loop=EngineLoop(), **options)
-        self.opened, self.max_length, self.key = opened, max_length, os.environ.get(KEY)
+        self.opened, self.how, self.max_length, self.key = opened, how, max_length, os.environ.get(KEY)
 
     def setup(self, device: str) -> None:
         """Load the model and answer a first request with it."""
@@ -83,8 +86,7 @@ class DreamAPI(ls.LitAPI):
 
     def decode_request(self, request: Request, *, params: SamplingParams, owner: Any) -> list[Row]:
         """UserError if a prompt cannot be answered."""
-        engine = self.engine
-        return list(request.rows(owner, params, engine.tokenizer, engine.model.config.vocab_size, self.max_length))
+        return list(request.rows(owner, params, self.engine, self.how, self.max_length))
 
     def authorize(self, request: fastapi.Request) -> None:
         """Called by LitServe before every endpoint."""
@@ -130,8 +132,10 @@ def make_server(
         raise UserError(f"device is {device}, wanted auto, cpu or cuda: CUDA_VISIBLE_DEVICES chooses among GPUs")
     Request(prompt="?").params(params)
     cancelled = get_context("spawn").Array("b", _FLAGS, lock=False)
-    endpoints = Endpoints(name or Path(opened["model"]).name, params, max_waiting, timeout, cancelled)
-    api = DreamAPI(opened, max_length, endpoints, max_batch_size=max_batch_size, batch_timeout=0.01)
+    how = trained(opened["model"])
+    history = how.several_turns is not False and how.style == "chat"
+    endpoints = Endpoints(name or Path(opened["model"]).name, params, max_waiting, timeout, cancelled, history)
+    api = DreamAPI(opened, how, max_length, endpoints, max_batch_size=max_batch_size, batch_timeout=0.01)
     hardware = {"accelerator": device, "devices": devices, "workers_per_device": workers_per_device}
     server = ls.LitServer(api, **hardware, timeout=timeout, max_payload_size=_LARGEST, disable_openapi_url=True)
     endpoints.most_rows += max_batch_size * len(server.devices) * workers_per_device

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -27,6 +28,7 @@ from dream_lightning.model_factory import random_model
 
 uvicorn, litserve = (pytest.importorskip(n, reason="needs the extra serve") for n in ("uvicorn", "litserve"))
 from dream_lightning.serving.api import CHAT_PATH  # noqa: E402
+from dream_lightning.serving.requests import Request  # noqa: E402
 from dream_lightning.serving.server import make_server  # noqa: E402
 
 TOKENIZER = load_tokenizer("bytes")
@@ -253,6 +255,20 @@ def test_the_page_needs_nothing_from_outside(here):
     page = requests.get(here.url).text
     assert "<title>tiny</title>" in page and "--accent" in page and "$" not in page
     assert not re.search(r"https?:|\bsrc=|@import|url\(", page)
+
+
+def test_a_checkpoint_says_how_to_ask(tmp_path):
+    settings = {"data.style": "bare", "data.system_prompt": "Add.", "data.several_turns": False}
+    torch.save({"settings": settings, "state_dict": {}}, tmp_path / "last.ckpt")
+    api = make_server({"model": str(tmp_path / "last.ckpt"), "device": "cpu"}).lit_api
+    assert "const several = false" in asyncio.run(api.spec.page()).body.decode()
+    api.engine = SimpleNamespace(tokenizer=TOKENIZER, model=SimpleNamespace(config=SimpleNamespace(vocab_size=320)))
+    system, user = {"role": "system", "content": "Sum."}, {"role": "user", "content": "1+1"}
+    for messages, prompt in (([user], "Add.\n\n1+1\n"), ([system, user], "Sum.\n\n1+1\n")):
+        (row,) = api.decode_request(Request(messages=messages), params=PARAMS, owner=None)
+        assert TOKENIZER.decode(row.prompt) == prompt
+    with pytest.raises(ValueError, match="several messages, the bare style holds one"):
+        api.decode_request(Request(messages=[user, user]), params=PARAMS, owner=None)
 
 
 def test_options_are_checked_before_anything_starts(folder):

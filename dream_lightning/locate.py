@@ -80,6 +80,7 @@ class Trained:
     sampling: dict[str, Any]  # fields of SamplingParams
     style: str = "chat"
     system_prompt: str | None = None
+    tokenizer: str | None = None
     several_turns: bool | None = None  # whether some training example had earlier messages; None: not known
 
 
@@ -91,9 +92,8 @@ def trained(name: str | Path) -> Trained:
     rest = read_rest_of(found.path)
     settings = rest.get("settings", {})
     known = {option: settings.get(f"data.{option}") for option in ("system_prompt", "several_turns")}
-    return Trained(
-        rest.get("hyper_parameters", {}).get("sampling") or {}, settings.get("data.style") or "chat", **known
-    )
+    sampling = rest.get("hyper_parameters", {}).get("sampling") or {}
+    return Trained(sampling, settings.get("data.style") or "chat", tokenizer=rest.get("tokenizer"), **known)
 
 
 def with_checkpoint(command: str, words: list[str], gpu: bool) -> list[str]:

@@ -136,17 +136,7 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         steps = {"least": 0, "most": 0 if causal else 2**31, "whole": True}
         check_range("anneal_causal_steps (0 with causal)", anneal_causal_steps, **steps)
         model_factory.check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
-        if causal and (weighting not in ("original", "none") or complementary_masks or treat_eos_as_one):
-            raise UserError(
-                f"causal has no masks: weighting is {weighting}, wanted original or none, which are the same, with "
-                f"complementary_masks ({complementary_masks}) and treat_eos_as_one ({treat_eos_as_one}) false"
-            )
-        check_cart_p(cart_p)
-        check_focal(focal_alpha, focal_gamma)
-        check_range("certainty_weight", certainty_weight, least=0)
-        check_range("certainty_temperature", certainty_temperature, least=1e-3)
-        if certainty_weight and focal_gamma:
-            raise UserError("certainty_weight sharpens what focal_gamma does not train on: set one of them to 0")
+        _check_objective(locals())
         self.pretrained, self.new_model = pretrained, new_model
         self.from_autoregressive = from_autoregressive
         self.causal, self.anneal_causal_steps = causal, anneal_causal_steps
@@ -534,6 +524,22 @@ def annealed_mask(batch: Batch, *, visible: float, seed: int) -> Tensor:
     u = uniform(seed, batch.epochs[:, :, None], batch.sample_ids[:, :, None], query, key)  # [B, L, L]
     same = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]
     return (same & ((key <= query) | (u < visible)))[:, None]
+
+
+def _check_objective(o: dict[str, Any]) -> None:
+    """Raise UserError for options of the objective that are out of range, or exclude each other."""
+    masks = o["complementary_masks"], o["treat_eos_as_one"]
+    if o["causal"] and (o["weighting"] not in ("original", "none") or any(masks)):
+        raise UserError(
+            f"causal has no masks: weighting is {o['weighting']}, wanted original or none, which are the same, with "
+            f"complementary_masks ({masks[0]}) and treat_eos_as_one ({masks[1]}) false"
+        )
+    check_cart_p(o["cart_p"])
+    check_focal(o["focal_alpha"], o["focal_gamma"])
+    check_range("certainty_weight", o["certainty_weight"], least=0)
+    check_range("certainty_temperature", o["certainty_temperature"], least=1e-3)
+    if o["certainty_weight"] and o["focal_gamma"]:
+        raise UserError("certainty_weight sharpens what focal_gamma does not train on: set one of them to 0")
 
 
 def attention_mask(batch: Batch) -> Tensor | DocumentBounds | None:

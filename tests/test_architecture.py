@@ -39,7 +39,7 @@ BELOW = {
     "validation_cost": {"errors", "memory", "model", "sampling"},
     "evaluation": {
         *("errors", "batch", "atomic", "data", "diffusion", "model", "sampling", "tasks", "answering", "predict"),
-        *("export", "viewer", "training"),
+        *("export", "viewer", "training", "locate"),
     },
     "viewer": {
         *("errors", "batch", "adapters", "data", "model", "sampling", "tasks", "model_factory", "export"),

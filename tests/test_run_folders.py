@@ -156,6 +156,11 @@ def test_chat_needs_no_options_and_asks_every_question_alone(inside, monkeypatch
         assert printed.count("trained on single questions") == notes and len(contexts) <= 3
 
 
+def test_evaluate_asks_as_in_training(inside, capsys):
+    cli.run(["evaluate", "--model=logs/tiny", "--tasks=rows.jsonl", "--show_prompts=1"])
+    assert "Let's think step by step." in capsys.readouterr().out  # the style plain
+
+
 def test_several_turns_are_known_and_a_logger_of_a_script_names_the_run(tmp_path):
     chats = [{"messages": [{"role": r, "content": f"{r} {n}"} for r in ("user", "assistant") * 2]} for n in range(8)]
     source = write_jsonl(tmp_path / "chats.jsonl", chats)

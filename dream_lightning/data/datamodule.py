@@ -126,23 +126,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if packing and batch_cutoff:
-            raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
-        if trajectories and batch_cutoff:
-            raise UserError(
-                "trajectories and batch_cutoff exclude each other: the cutoff changes the length of a response"
-            )
-        if preload and (packing or batch_cutoff or num_workers):
-            raise UserError("preload excludes packing, batch_cutoff and num_workers: it makes batches on the device")
-        for name, value in {"batch_size": batch_size, "first_n": first_n, "validation_draws": validation_draws}.items():
-            check_range(name, value, least=1, whole=True)
-        for name, value in {"validation_questions": validation_questions, "num_workers": num_workers}.items():
-            check_range(name, value, least=0, whole=True)
-        whole = {"first_n": first_n, "training_filters": training_filters, "short_first": short_first or None}
-        _check_streaming(source, streaming, shuffle_mib, whole | {"subset": subset, "preload": preload or None})
-        check_range("question_batch_size", question_batch_size, least=1, whole=True)
-        check_range("validation_fraction", validation_fraction, least=0, most=1)
-        check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
+        _check_options(locals())
         self.save_hyperparameters(ignore="tokenizer", logger=False)
         self.tokenizer, self.cache_dir, self.seed, self.num_workers = tokenizer, cache_dir, seed, num_workers
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
@@ -390,6 +374,25 @@ class KeyedItems(Dataset):
 
     def __getitem__(self, row: KeyRow) -> list[tuple[SampleKey, Any]]:
         return [(key, self.items[key.index]) for key in row]
+
+
+def _check_options(o: dict[str, Any]) -> None:
+    """Raise UserError for options that are out of range, or exclude each other."""
+    if o["packing"] and o["batch_cutoff"]:
+        raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
+    if o["trajectories"] and o["batch_cutoff"]:
+        raise UserError("trajectories and batch_cutoff exclude each other: the cutoff changes the length of a response")
+    if o["preload"] and (o["packing"] or o["batch_cutoff"] or o["num_workers"]):
+        raise UserError("preload excludes packing, batch_cutoff and num_workers: it makes batches on the device")
+    for name in ("batch_size", "question_batch_size", "first_n", "validation_draws"):
+        check_range(name, o[name], least=1, whole=True)
+    for name in ("validation_questions", "num_workers"):
+        check_range(name, o[name], least=0, whole=True)
+    whole = {name: o[name] or None for name in ("short_first", "preload")}
+    whole |= {name: o[name] for name in ("first_n", "training_filters", "subset")}
+    _check_streaming(o["source"], o["streaming"], o["shuffle_mib"], whole)
+    check_range("validation_fraction", o["validation_fraction"], least=0, most=1)
+    check_range("seed", o["seed"], least=0, most=2**32 - 1, whole=True)
 
 
 def _check_streaming(source: Any, streaming: bool, shuffle_mib: float, whole: dict[str, Any]) -> None:

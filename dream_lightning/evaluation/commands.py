@@ -13,6 +13,7 @@ from dream_lightning.evaluation.evaluate import benchmark, questions_of
 from dream_lightning.evaluation.evaluate import evaluate as evaluate_model
 from dream_lightning.evaluation.grid import evaluate_grid as answer_grid
 from dream_lightning.export import base_of
+from dream_lightning.locate import trained
 from dream_lightning.model import load_tokenizer
 from dream_lightning.viewer.commands import open_model, parse
 
@@ -74,7 +75,8 @@ def _base(opened: dict) -> str:
 
 
 def _show_prompts(tasks: list[str], count: int, opened: dict, asked: dict) -> None:
-    tokenizer = load_tokenizer(opened["tokenizer"] or opened["pretrained"] or opened["model"])
+    saved = trained(opened["model"]).tokenizer
+    tokenizer = load_tokenizer(opened["tokenizer"] or opened["pretrained"] or saved or opened["model"])
     prompting = {name: asked[name] for name in ("style", "system_prompt")}
     for name, found in (benchmark(task, asked["sources"] or {}) for task in tasks):
         for example in questions_of(found, count=count, few_shot=asked["few_shot"], shots=asked["shots"]):

@@ -63,16 +63,18 @@ def parse(
 ) -> list[Any]:
     """The parsed options, then those that are the keyword arguments of each function; of the last without `skip`.
 
-    The defaults of sampling are those that the model was validated with, if it is a checkpoint.
+    The defaults of sampling and prompts are those that the model was trained with, if it is a checkpoint.
     """
     names = [
         parser.add_function_arguments(f, as_positional=False, skip=set(skip) if f is functions[-1] else set())
         for f in functions
     ]
     given = parser.parse_args(arguments)
-    if open_model in functions and (saved := trained(given.model).sampling):
-        group = "params" if "params" in given else "sampling"
-        parser.set_defaults({f"{group}.{name}": value for name, value in saved.items()})
+    if open_model in functions and (how := trained(given.model)).sampling:
+        groups = [name for name, value in vars(given).items() if hasattr(value, "max_new_tokens")]
+        defaults = {f"{group}.{name}": value for group in groups for name, value in how.sampling.items()}
+        prompting = {"style": how.style, "system_prompt": how.system_prompt}
+        parser.set_defaults(defaults | {name: value for name, value in prompting.items() if name in given})
         given = parser.parse_args(arguments)
     options = parser.instantiate(given)
     return [options, *({name: options[name] for name in group} for group in names)]
@@ -103,7 +105,7 @@ def chat(parser: ArgumentParser, arguments: list[str]) -> None:
     options, model, tokenizer = _parse_sampling(parser, arguments)
     how = trained(options.model)
     history = options.history if options.history is not None else how.several_turns is not False and how.style == "chat"
-    prompting = {"style": how.style, "system_prompt": options.system_prompt or how.system_prompt, "history": history}
+    prompting = {"style": how.style, "system_prompt": options.system_prompt, "history": history}
     note = "" if history or options.history is not None else SINGLE
     Chat(Conversation(model, tokenizer, options.params, **prompting), note=note).run()
 
@@ -116,11 +118,7 @@ def show_denoising(parser: ArgumentParser, arguments: list[str]) -> None:
         "--style", type=Style | None, default=None, help="style of the prompt; by default as in training"
     )
     options, model, tokenizer = _parse_sampling(parser, arguments)
-    how = trained(options.model)
-    prompting = {
-        "style": options.style or how.style,
-        "system_prompt": options.system_prompt or how.system_prompt,
-    }
+    prompting = {"style": options.style or "chat", "system_prompt": options.system_prompt}
     params, question, out = options.params, options.question, Path(options.out)
     example = Example("shown", (Message(role="user", content=question),), None, "", None, "the question")
     prompt = torch.tensor(encode_prompt(example, tokenizer, **prompting))

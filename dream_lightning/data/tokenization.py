@@ -76,18 +76,17 @@ def encode(
             f"{example.origin} has no response to train on, or thinking without an answer: set response_column, delete "
             "that row, or only predict with it"
         )
-    questions = "".join(message["content"] for message in example.prompt)
-    if too_long := longer_than(max_length, questions + text, tokenizer):
+    whole = "".join([*(message["content"] for message in example.prompt), text])
+    if too_long := longer_than(max_length, whole, tokenizer):
         if overflow in ("drop", "truncate_trace_else_drop"):
             return Encoded(None, 0, too_long)
         raise UserError(
-            f"{example.origin} has {len(questions + text):,} characters, about {too_long:,} tokens, max_length is "
+            f"{example.origin} has {len(whole):,} characters, about {too_long:,} tokens, max_length is "
             f"{max_length:,}: delete or shorten that row, or set overflow to drop"
         )
     prompt_ids = encode_prompt(example, tokenizer, style=style, system_prompt=system_prompt)
     response = _with_eos(text, tokenizer)
-    full_length = len(prompt_ids) + len(response.ids)
-    dropped = Encoded(None, len(prompt_ids), full_length)
+    dropped = Encoded(None, len(prompt_ids), full_length := len(prompt_ids) + len(response.ids))
     room = max_length - len(prompt_ids) if max_length is not None else len(response.ids)  # tokens of the response
     if len(response.ids) > room:
         if overflow == "drop":
@@ -103,14 +102,11 @@ def encode(
                 f"{example.origin} has {full_length:,} tokens ({len(prompt_ids):,} of them the prompt), max_length is "
                 f"{max_length:,}: {_REMEDIES[overflow]}, or raise max_length"
             )
-    filled = 0
-    if eos_fill_to is not None and response.ids[-1] == tokenizer.eos_token_id:
-        limit = eos_fill_to if max_length is None else min(eos_fill_to, room)
-        filled = max(limit - len(response.ids), 0)
+    limit = (eos_fill_to or 0) if max_length is None else min(eos_fill_to or 0, room)
+    filled = max(limit - len(response.ids), 0) if response.ids[-1] == tokenizer.eos_token_id else 0
     ids = response.ids + [tokenizer.eos_token_id] * filled
     weight = _weights(response, ids, tokenizer, extra_weight) if extra_weight else [1.0] * len(ids)
-    trajectory = _trajectory(example, len(ids)) if trajectories else None
-    document = Document(example.id, prompt_ids, ids, weight, trajectory)
+    document = Document(example.id, prompt_ids, ids, weight, _trajectory(example, len(ids)) if trajectories else None)
     return Encoded(document, len(prompt_ids), full_length, filled)
 
 

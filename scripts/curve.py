@@ -2,6 +2,7 @@
 
 dream-lightning export --checkpoint lightning_logs/tiny/checkpoints/last.ckpt --folder tiny --tokenizer bytes
 python scripts/curve.py --pretrained tiny --new_tokens 30 --block 10 --out curve.md
+python scripts/draw_curve.py --table curve.md --out curve.svg
 """
 
 import time

@@ -36,6 +36,9 @@ _SCORES = {  # name → key of a card's task, share or number
     "thinking tokens": ("mean_thinking_tokens", False),
     "tokens / forward": ("tokens_per_forward", False),
 }
+# Of lines: colors that color-blind readers can tell apart (Okabe and Ito), each with a marker of its own.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f5539")
+STYLES = [{"color": color, "marker": marker} for color, marker in zip(_COLORS, "os^DvPX*", strict=True)]
 _ACCURACY = "accuracy, 95 % interval"
 _MOST_TEXTS = 200  # on a page; items.jsonl has all
 
@@ -117,7 +120,7 @@ def grid_page(grid: dict[str, Any]) -> str:
             point, (low, high) = (row[key], row["accuracy"]), row["interval"]
             numbers.setdefault(point, []).append(str(number))
             error = [[max(row["accuracy"] - low, 0)], [max(high - row["accuracy"], 0)]]
-            axes.errorbar(*point, yerr=error, fmt="o", color="#0072b2", capsize=4)
+            axes.errorbar(*point, yerr=error, fmt="o", color=_COLORS[0], capsize=4)
         for point, names in numbers.items():
             axes.annotate(", ".join(names), point, (6, -3), textcoords="offset points", fontsize=9)
         axes.set_xlabel(f"{label}; numbers are rows of the table")
@@ -213,9 +216,8 @@ def intervals(points: Sequence[tuple[str, float, float, float]], label: str, *, 
     """Estimates with their intervals, one line for each name."""
     figure, axes = new_figure(0.9 + 0.35 * len(points))
     for y, (_, value, low, high) in enumerate(points):
-        axes.errorbar(
-            value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color="#0072b2", capsize=4
-        )
+        error = [[max(value - low, 0)], [max(high - value, 0)]]
+        axes.errorbar(value, y, xerr=error, fmt="o", color=_COLORS[0], capsize=4)
     axes.set_yticks(range(len(points)), [name for name, *_ in points])
     axes.set_ylim(len(points) - 0.5, -0.5)
     axes.set_xlabel(label)
@@ -229,10 +231,10 @@ def intervals(points: Sequence[tuple[str, float, float, float]], label: str, *, 
 def _lengths(items: Sequence[Item]) -> str:
     """Histogram of the answers' lengths, right and wrong ones."""
     figure, axes = new_figure(3)
-    kinds = ((True, "right", "#0072b2"), (False, "wrong", "#d55e00"), (None, "not scored", "#999999"))
-    kept = [(name, color, n) for v, name, color in kinds if (n := [i["tokens"] for i in items if i["correct"] is v])]
-    options = {"label": [name for name, *_ in kept], "color": [color for _, color, _ in kept]}
-    axes.hist([n for *_, n in kept], bins=30, stacked=True, **options)
+    kinds = ((True, "right", _COLORS[0], ""), (False, "wrong", _COLORS[1], "//"), (None, "not scored", "#999", ".."))
+    kept = [(*kind, n) for v, *kind in kinds if (n := [i["tokens"] for i in items if i["correct"] is v])]
+    label, color, hatch, lengths = map(list, zip(*kept, strict=True))
+    axes.hist(lengths, bins=30, stacked=True, label=label, color=color, hatch=hatch, edgecolor="white")
     axes.set_xlabel("tokens of an answer")
     axes.set_ylabel("answers")
     axes.legend(frameon=False)

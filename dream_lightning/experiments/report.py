@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from matplotlib import colormaps, pyplot, rc_context
+from matplotlib import pyplot, rc_context
 
 from dream_lightning.atomic import write_texts
 from dream_lightning.evaluation.card import percent
-from dream_lightning.evaluation.pages import intervals, new_figure, page, svg, table
+from dream_lightning.evaluation.pages import STYLES, intervals, new_figure, page, svg, table
 from dream_lightning.evaluation.statistics import student_interval
 from dream_lightning.experiments.pruning import import_optuna, open_study
 from dream_lightning.experiments.runs import Run, differing, find_runs
@@ -112,15 +112,15 @@ def _settings(runs: list[Run], differ: dict[str, list[Any]]) -> tuple[list[str],
 
 
 def _curve(tag: str, runs: list[Run], named: list[Run]) -> list[Block]:
-    if not any(run.curves.get(tag) for run in runs):
+    if not (runs := [run for run in runs if run.curves.get(tag)]):
         return []
     figure, axes = new_figure(3.5)
     for run in runs:
-        points = sorted(run.curves.get(tag, {}).items())
-        is_named = run in named
-        style = {"color": colormaps["tab10"](named.index(run)) if is_named else "#bbb", "zorder": 2 + is_named}
-        options = style | {"label": run.name if is_named else None, "marker": "." if len(points) < 30 else None}
-        axes.plot([step for step, _ in points], [value for _, value in points], linewidth=1, **options)
+        points = sorted(run.curves[tag].items())
+        style = {"color": "#bbb"}
+        if run in named:
+            style = STYLES[named.index(run)] | {"label": run.name, "zorder": 3, "markevery": -(-len(points) // 15)}
+        axes.plot([step for step, _ in points], [value for _, value in points], linewidth=1, markersize=4, **style)
     axes.set_xlabel("step")
     axes.set_ylabel(tag)
     axes.legend(frameon=False, fontsize=8)
@@ -144,7 +144,10 @@ def _study_plots(file: Path, mode: str) -> list[str]:
 
     drawn = []
     with rc_context():  # Optuna sets a style
-        for plot in (plots.plot_optimization_history, plots.plot_intermediate_values, plots.plot_slice):
+        drawable = [plots.plot_optimization_history, plots.plot_slice]
+        if any(trial.intermediate_values for trial in study.trials):
+            drawable.insert(1, plots.plot_intermediate_values)
+        for plot in drawable:
             axes = plot(study)
             figure = getattr(axes, "figure", None) or axes.flat[0].figure
             drawn.append(svg(figure))

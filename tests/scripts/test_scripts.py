@@ -60,6 +60,9 @@ def test_curve(script, folder, tmp_path):
     lines = out.read_text().splitlines()
     fixed = "| tokens_per_step 4 | 4.00 · 0.0% | 4.00 · 0.0% | 4.00 · 0.0% | – |"
     assert lines.count(fixed) == 4 and len([line for line in lines if line.startswith("| steps 2 | –")]) == 4
+    script("draw_curve").main(str(out), str(tmp_path / "curve.svg"))
+    drawn = (tmp_path / "curve.svg").read_text()
+    assert drawn.count("cache dual") == 1 and "accuracy of 3 questions" in drawn and "prefers-color-scheme" in drawn
 
 
 def rows_of(printed):

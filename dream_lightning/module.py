@@ -126,17 +126,7 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         self.save_hyperparameters(ignore="optimizer", logger=False)  # those of a checkpoint make `load_from_checkpoint`
         lora = LoraParams(**lora) if isinstance(lora, Mapping) else lora
         sampling = SamplingParams(**sampling) if isinstance(sampling, Mapping) else sampling
-        model_factory.check_start(pretrained, from_autoregressive, new_model)
-        if tokenizer is None and pretrained is None:
-            raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
-        check_range("warmup_fraction", warmup_fraction, least=0, most=1)
-        if not isinstance(gradient_checkpointing, bool):
-            check_range("gradient_checkpointing", gradient_checkpointing, least=0, whole=True)
-        check_range("seed", seed, least=0, most=2**32 - 1, whole=True)
-        steps = {"least": 0, "most": 0 if causal else 2**31, "whole": True}
-        check_range("anneal_causal_steps (0 with causal)", anneal_causal_steps, **steps)
-        model_factory.check_kind(pretrained, lora=lora, quantize=quantize, float8_products=float8_products)
-        _check_objective(locals())
+        _check_options(locals())
         self.pretrained, self.new_model = pretrained, new_model
         self.from_autoregressive = from_autoregressive
         self.causal, self.anneal_causal_steps = causal, anneal_causal_steps
@@ -274,6 +264,8 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
 
     def noise(self, batch: Batch, *, stratified=True, t_max: float = 1.0, eos_as_one: bool = False) -> NoisedBatch:
         """x_0 → x_t, with the noise of each document's (seed, epoch, sample); none for a causal model."""
+        if self.causal and batch.trajectory is not None:
+            raise UserError("model.causal has no masks, data.trajectories says which to use: set one of them to false")
         if self.causal:  # the first token of a document has nothing before it
             is_predicted = batch.maskable & (batch.position_ids > 0)
             return NoisedBatch(batch.input_ids, is_predicted, torch.ones_like(is_predicted, dtype=torch.float32))
@@ -526,8 +518,18 @@ def annealed_mask(batch: Batch, *, visible: float, seed: int) -> Tensor:
     return (same & ((key <= query) | (u < visible)))[:, None]
 
 
-def _check_objective(o: dict[str, Any]) -> None:
-    """Raise UserError for options of the objective that are out of range, or exclude each other."""
+def _check_options(o: dict[str, Any]) -> None:
+    """Raise UserError for options of `DreamModule` that are out of range, or exclude each other."""
+    model_factory.check_start(o["pretrained"], o["from_autoregressive"], o["new_model"])
+    if o["tokenizer"] is None and o["pretrained"] is None:
+        raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
+    model_factory.check_kind(o["pretrained"], **{name: o[name] for name in ("lora", "quantize", "float8_products")})
+    check_range("warmup_fraction", o["warmup_fraction"], least=0, most=1)
+    if not isinstance(o["gradient_checkpointing"], bool):
+        check_range("gradient_checkpointing", o["gradient_checkpointing"], least=0, whole=True)
+    check_range("seed", o["seed"], least=0, most=2**32 - 1, whole=True)
+    steps = {"least": 0, "most": 0 if o["causal"] else 2**31, "whole": True}
+    check_range("anneal_causal_steps (0 with causal)", o["anneal_causal_steps"], **steps)
     masks = o["complementary_masks"], o["treat_eos_as_one"]
     if o["causal"] and (o["weighting"] not in ("original", "none") or any(masks)):
         raise UserError(

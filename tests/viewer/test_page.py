@@ -1,8 +1,11 @@
 """The page's data is the history, nothing in it can break out, and it needs nothing from outside."""
 
+import html
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -162,3 +165,28 @@ def test_a_checkpoint_needs_its_own_tokenizer(model, tmp_path):
     torch.save({"state_dict": state, "dream_config": model.config.to_dict()}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="holds no tokenizer: set tokenizer"):
         open_model(str(tmp_path / "last.ckpt"))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_on_a_phone_buttons_are_in_one_row_and_a_tap_shows_details(model, tmp_path):
+    prompt = torch.tensor(TOKENIZER("hello")["input_ids"])
+    params = SamplingParams(max_new_tokens=20, steps=4, forbid_mask=True)
+    page = denoising_page(
+        diffusion_generate(model, prompt[None], params=params, return_history=True), prompt, TOKENIZER
+    )
+    ask = """<script>
+      const tops = [...document.querySelector(".row").children].map(x => x.getBoundingClientRect());
+      const rows = new Set(tops.map(box => Math.round((box.top + box.bottom) / 20))).size;
+      document.querySelector("#prompt span").dispatchEvent(
+        new PointerEvent("click", { bubbles: true, pointerType: "touch" }));
+      const width = document.documentElement.scrollWidth;
+      parent.document.title = [rows, width, at("tip").hidden, at("tip").textContent].join("|");
+    </script>"""
+    frame = html.escape(page.replace("</body>", ask + "</body>"))
+    (tmp_path / "phone.html").write_text(f'<iframe width=390 height=800 style="border:0" srcdoc="{frame}"></iframe>')
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    shown = subprocess.run(
+        ["chromium", *options, f"file://{tmp_path}/phone.html"], capture_output=True, text=True, timeout=60
+    )
+    (title,) = re.findall("<title>(.*?)</title>", shown.stdout, re.DOTALL)
+    assert title.split() == ['1|390|false|"h"', "given"]

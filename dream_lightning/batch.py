@@ -6,7 +6,7 @@ M masked positions of a batch · P prompt positions · N new (generated) positio
 
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from torch import Tensor
 class Message(TypedDict):
     """One message of a chat."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]  # of the assistant: {"function": {"name": …, "arguments": {…}}}
+    name: NotRequired[str]  # of a tool, as is the next one; the chat template may use them
+    tool_call_id: NotRequired[str]
 
 
 @dataclass  # not frozen: for precisions such as bf16-true Lightning rebuilds every dataclass in a batch
@@ -25,7 +28,7 @@ class Example:
     """One record as text, whatever file it came from."""
 
     id: str
-    prompt: tuple[Message, ...]  # every message before the response; the last one is the user's
+    prompt: tuple[Message, ...]  # every message before the response; the last one is the user's or a tool's
     thinking: str | None  # the reasoning trace, without tags
     answer: str  # what follows the thinking; "" if a record has only a question
     reference: str | None  # what a prediction is scored against
@@ -33,6 +36,8 @@ class Example:
     task: str | None = None  # name of the task that grades the answer; None = the default task
     record: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the raw row, for graders
     filled_at: list[int] | None = None  # the step at which a teacher filled each token of the response
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of what the assistant may call
+    tool_calls: list[dict[str, Any]] | None = None  # of the response, after the answer; as in Message
 
 
 @dataclass(frozen=True)

@@ -383,7 +383,7 @@ def run(arguments: list[str]) -> None:
         if "{" in text:
             check_yaml(text, option, None)
     if command in COMMANDS:
-        if command == "sweep":
+        if command in ("sweep", "show", "data-report"):
             find_configs(rest)
         function = function_of(command)
         function(_Parser(prog=f"dream-lightning {command}", description=function.__doc__), rest)

@@ -20,7 +20,7 @@ COMMANDS = {  # name → the module with the function of this name, and the firs
     "chat": ("viewer.commands", "Talk to a model in the terminal."),
     "show-denoising": ("viewer.commands", "Write a page that steps through the denoising of an answer."),
     "data-report": ("viewer.commands", "Lengths of a data set, and what a length limit does to it."),
-    "show": ("viewer.commands", "Print one row as the model sees it, with masked tokens."),
+    "show": ("viewer.commands", "Print one row as the model sees it: what is trained and masked."),
     "export": ("viewer.commands", "Write a checkpoint as a model folder, or its adapters."),
     "make-puzzles": ("data.puzzles", "Write Countdown or Sudoku puzzles as JSON lines."),
     "write-trajectories": ("evaluation.trajectories", "Write right answers, and the order in which they were filled."),

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import lightning as L
@@ -20,9 +21,9 @@ from dream_lightning.data.packing import collate, collate_prompts, collate_with_
 from dream_lightning.data.preloaded import PreloadedLoader, PreloadedSet
 from dream_lightning.data.prompt_format import Style, encode_prompt, longer_than, response_text
 from dream_lightning.data.schemas import read_examples
-from dream_lightning.data.splits import keep_examples, split, warn_of_overlap
+from dream_lightning.data.splits import keep_examples, mix, split, warn_of_overlap
 from dream_lightning.data.streaming import ShardStream, StreamSampler
-from dream_lightning.data.tokenization import Overflow, check_encoding
+from dream_lightning.data.tokenization import Overflow, TrainOn, check_encoding, trained_turns
 from dream_lightning.errors import GuessKeywords, UserError, check_range
 from dream_lightning.tasks import load_task, task_of
 
@@ -36,8 +37,8 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
 
     Args:
         source: training records: a .jsonl, .json, .parquet or .csv file, a folder of them or of `save_to_disk`, a hub
-            id such as simplescaling/s1K-1.1, or `bundled` for the package's own arithmetic set. With `streaming` also
-            source → weight, to mix several.
+            id such as simplescaling/s1K-1.1, or `bundled` for the package's own arithmetic set. Of a mixture,
+            source → share of the text of an epoch.
         tokenizer: tokenizer of the model; the command line sets it.
         validation_source: a separate source for validation; None splits `validation_fraction` off `source`.
         validation_fraction: share of `source` held out, whole questions, chosen by `seed`.
@@ -57,6 +58,8 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
             `bare` the question, a line break and the response.
         system_prompt: replaces the record's or the template's.
         thinking: False trains on answers alone.
+        train_on: `last` trains on the last response of a chat; `all` also on each earlier one, as a document of its
+            own after everything before it.
         max_length: most tokens of prompt and response; also the length of a packed row.
         overflow: `truncate_trace` shortens the thinking of longer documents; the others: docs/data.md.
         eos_fill_to: fill shorter responses with eos to this many tokens; teaches the model to stop.
@@ -105,6 +108,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         style: Style = "chat",
         system_prompt: str | None = None,
         thinking: bool = True,
+        train_on: TrainOn = "last",
         max_length: int = 8192,
         overflow: Overflow = "truncate_trace",
         eos_fill_to: int | None = None,
@@ -130,13 +134,14 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         self.save_hyperparameters(ignore="tokenizer", logger=False)
         self.tokenizer, self.cache_dir, self.seed, self.num_workers = tokenizer, cache_dir, seed, num_workers
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
+        self.sources = source if isinstance(source, dict) else {source: 1.0}  # → weight
         self.validation_fraction, self.first_n, self.short_first = validation_fraction, first_n, short_first
         self.training_filters, self.streaming, self.shuffle_mib = training_filters, streaming, shuffle_mib
         self.reading = {"subset": subset, "schema": schema, "filters": filters, "reference_column": reference_column}
         self.reading |= {"prompt_column": prompt_column, "response_column": response_column}
         self.reading["task"] = None if task is None else load_task(task)
         self.prompting = {"style": style, "system_prompt": system_prompt}
-        self.encoding = {**self.prompting, "thinking": thinking, "extra_weight": extra_weight}
+        self.encoding = {**self.prompting, "thinking": thinking, "extra_weight": extra_weight, "train_on": train_on}
         self.encoding |= {"max_length": max_length, "overflow": overflow, "eos_fill_to": eos_fill_to}
         check_encoding(**self.encoding)
         self.training_encoding = self.encoding | {"trajectories": trajectories}
@@ -162,7 +167,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
 
     def stream(self) -> ShardStream:
         return ShardStream(
-            self.source if isinstance(self.source, dict) else {self.source: 1.0},
+            self.sources,
             self.tokenizer,
             reading=self.reading,
             encoding=self.training_encoding,
@@ -175,19 +180,22 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
 
     def read(self) -> tuple[list[Example], list[Example]]:
         """Examples to train on, of a stream those of its first shard, and to validate with."""
+        validation = None
+        if self.validation_source is not None:
+            validation = read_examples(self.validation_source, split="validation", **self.reading)
         if self.streaming:
             stream = self.stream()
-            if self.validation_source is None:
+            if validation is None:
                 validation = [example for number in stream.held for example in stream.examples(number)]
-            else:
-                validation = read_examples(self.validation_source, split="validation", **self.reading)
             return list(stream.examples(stream.groups[0][0])), validation
-        training = read_examples(self.source, split="train", **self.reading)
-        if self.validation_source is None:
+        parts = [read_examples(source, split="train", **self.reading) for source in self.sources]
+        training = list(chain(*parts))
+        if validation is None:
             training, validation = split(training, validation_fraction=self.validation_fraction, seed=self.seed)
-        else:
-            validation = read_examples(self.validation_source, split="validation", **self.reading)
         training = keep_examples(training, self.training_filters or {})[: self.first_n]
+        if len(parts) > 1:
+            kept = set(map(id, training))
+            training = mix([[e for e in part if id(e) in kept] for part in parts], self.sources)
         if self.validation_source is not None:
             warn_of_overlap(training, validation)
         return training, validation
@@ -265,8 +273,8 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         pattern = re.compile("|".join(map(re.escape, special)))
         unseen = set(self.encoding["extra_weight"] or {}) - {self.tokenizer.eos_token}
         style, thinking, spelled = self.encoding["style"], self.encoding["thinking"], []
-        for example in examples:
-            text = response_text(example, style=style, thinking=thinking)
+        for example in chain.from_iterable(trained_turns(e, self.encoding["train_on"]) for e in examples):
+            text = response_text(example, style=style, thinking=thinking, tokenizer=self.tokenizer)
             unseen -= {part for part in unseen if part in text}
             if found := pattern.search(text):
                 spelled.append(f"{found[0]} in {example.origin}")
@@ -378,31 +386,29 @@ class KeyedItems(Dataset):
 
 def _check_options(o: dict[str, Any]) -> None:
     """Raise UserError for options that are out of range, or exclude each other."""
-    if o["packing"] and o["batch_cutoff"]:
-        raise UserError("packing and batch_cutoff exclude each other: the cutoff is drawn for one document a row")
-    if o["trajectories"] and o["batch_cutoff"]:
-        raise UserError("trajectories and batch_cutoff exclude each other: the cutoff changes the length of a response")
+    for one, other, reason in (
+        ("packing", o["batch_cutoff"] and "batch_cutoff", "the cutoff is drawn for one document a row"),
+        ("trajectories", o["batch_cutoff"] and "batch_cutoff", "the cutoff changes the length of a response"),
+        ("trajectories", o["train_on"] == "all" and "train_on all", "filled_at is of the last response"),
+    ):
+        if o[one] and other:
+            raise UserError(f"{one} and {other} exclude each other: {reason}")
     if o["preload"] and (o["packing"] or o["batch_cutoff"] or o["num_workers"]):
         raise UserError("preload excludes packing, batch_cutoff and num_workers: it makes batches on the device")
     for name in ("batch_size", "question_batch_size", "first_n", "validation_draws"):
         check_range(name, o[name], least=1, whole=True)
     for name in ("validation_questions", "num_workers"):
         check_range(name, o[name], least=0, whole=True)
-    whole = {name: o[name] or None for name in ("short_first", "preload")}
-    whole |= {name: o[name] for name in ("first_n", "training_filters", "subset")}
-    _check_streaming(o["source"], o["streaming"], o["shuffle_mib"], whole)
+    check_range("shuffle_mib", o["shuffle_mib"], least=0)
     check_range("validation_fraction", o["validation_fraction"], least=0, most=1)
     check_range("seed", o["seed"], least=0, most=2**32 - 1, whole=True)
-
-
-def _check_streaming(source: Any, streaming: bool, shuffle_mib: float, whole: dict[str, Any]) -> None:
-    """Raise UserError for a mixture that is no stream, and with a stream for the options that need a whole set."""
-    check_range("shuffle_mib", shuffle_mib, least=0)
-    if isinstance(source, dict) and not (streaming and source):
-        raise UserError(f"source is {source!r:.200}, a mixture: set streaming, and at least one source")
-    for name, weight in source.items() if isinstance(source, dict) else ():
-        check_range(f"weight of {name}", weight, least=1e-9)
-    if streaming and (odd := [name for name, value in whole.items() if value is not None]):
+    if isinstance(o["source"], dict):
+        if not o["source"] or o["first_n"]:
+            raise UserError(f"source is {o['source']!r:.200}, a mixture: name a source at least, and leave first_n out")
+        for name, weight in o["source"].items():
+            check_range(f"weight of {name}", weight, least=1e-9)
+    whole = ("short_first", "preload", "first_n", "training_filters", "subset")
+    if o["streaming"] and (odd := [name for name in whole if o[name] not in (None, False)]):
         raise UserError(f"{', '.join(odd)} needs all records at once, and streaming reads them as it goes: unset it")
 
 

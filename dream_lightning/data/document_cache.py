@@ -28,8 +28,8 @@ _PARALLEL_FROM = 500  # examples; with fewer, starting processes takes longer th
 class TokenizedSet(Sequence[Document]):
     """The documents of a set, memory-mapped from disk if cached, and what happened to every example.
 
-    Arrays have one entry an example, or a document of a plain text: `full_length` before truncation and filling,
-    `prompt_length`, and `response_length` as kept, with eos and its filling, 0 for a dropped one.
+    Arrays have one entry an example, or a trained turn or a document of a plain text: `full_length` before truncation
+    and filling, `prompt_length`, and `response_length` as kept, with eos and its filling, 0 for a dropped one.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
@@ -112,7 +112,7 @@ def tokenize(
     Args:
         num_proc: processes; None takes 1 below 500 examples, up to 8 from there.
         cache_dir: a later call with the same arguments reads the result from here; several processes may fill it.
-        encoding: options of `tokenization.encode`.
+        encoding: options of `tokenization.encode_documents`.
 
     Raises UserError without examples, if every document is dropped or the disk is full, and as `encode`.
     """
@@ -181,5 +181,6 @@ def settings_hash(tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) 
 def _content_hash(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> str:
     digest = hashlib.sha256(settings_hash(tokenizer, encoding).encode())
     for e in examples:
-        digest.update(json.dumps([e.id, e.prompt, e.thinking, e.answer, e.reference, e.filled_at]).encode())
+        texts = [e.id, e.prompt, e.thinking, e.answer, e.reference, e.filled_at, e.tools, e.tool_calls]
+        digest.update(json.dumps(texts).encode())
     return digest.hexdigest()[:32]

@@ -9,8 +9,9 @@ puts a mask token into the clean input. All other text gets exactly the authors'
 (`<tool_call>`, `<|fim_prefix|>`).
 """
 
+import json
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,10 +31,12 @@ def encode_prompt(
         system = Message(role="system", content=system_prompt)
         messages = [system, *(m for m in messages if m["role"] != "system")]
     if style == "chat":
-        return _template_ids(messages, tokenizer)
+        return _template_ids(messages, example, tokenizer)
     system_texts = [m["content"] for m in messages if m["role"] == "system"]
-    if len(messages) - len(system_texts) > 1:
-        raise UserError(f"{example.origin} has several messages, the {style} style holds one: use the chat style")
+    if len(messages) - len(system_texts) > 1 or example.tools:
+        raise UserError(
+            f"{example.origin} has several messages or tools, {style} holds one message: use the chat style"
+        )
     lead = "\n".join(system_texts)
     question = f"{messages[-1]['content']}\n"
     if style == "plain":
@@ -60,13 +63,21 @@ def longer_than(limit: int | None, text: str, tokenizer: PreTrainedTokenizerBase
     return round(count * len(text) / AT_ONCE) if count > limit else None
 
 
-def response_text(example: Example, *, style: Style = "chat", thinking: bool = True) -> str:
-    """What the model learns to write, without eos; "" for a record that has only a question."""
-    trace = example.thinking if thinking else None
+def response_text(
+    example: Example, *, style: Style = "chat", thinking: bool = True, tokenizer: PreTrainedTokenizerBase | None = None
+) -> str:
+    """What the model learns to write, without eos; "" for a record that has only a question.
+
+    The tokenizer's template words tool calls, which are left out without one.
+    """
+    trace, text = example.thinking if thinking else None, example.answer
     if style == "chat":
-        return f"<think>\n{trace}\n</think>\n{example.answer}" if trace else example.answer
+        text = f"<think>\n{trace}\n</think>\n{text}" if trace else text
+        return _with_calls(example, text, tokenizer) if example.tool_calls and tokenizer else text
+    if example.tool_calls:
+        raise UserError(f"{example.origin} has tool_calls, which the {style} style does not word: use the chat style")
     if style == "bare":
-        return f"{trace}\n{example.answer}" if trace else example.answer
+        return f"{trace}\n{text}" if trace else text
     answer = _final_answer(example)
     if not trace:
         return f"Therefore, the final answer is: {answer}" if answer else ""
@@ -86,17 +97,35 @@ def _final_answer(example: Example) -> str:
     return reference if reference and "\n" not in reference else example.answer
 
 
-def _template_ids(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _render(messages: list[Message], example: Example, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """The text of a chat; raises UserError if the template would leave out tools or their calls."""
+    used = ["tools"] * bool(options.get("tools")) + ["tool_calls"] * any("tool_calls" in m for m in messages)
+    if missing := [name for name in used if name not in (tokenizer.chat_template or "")]:
+        raise UserError(f"{example.origin} has {missing[0]}, which the tokenizer's template leaves out: use Dream's")
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def _with_calls(example: Example, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text and the tool calls after it: what the template puts between the start and the end of a response."""
+    start = _render([*example.prompt], example, tokenizer, add_generation_prompt=True)
+    plain = Message(role="assistant", content="x")
+    end = _render([*example.prompt, plain], example, tokenizer).removeprefix(f"{start}x")
+    whole = {**plain, "content": text, "tool_calls": example.tool_calls}
+    rendered = _render([*example.prompt, whole], example, tokenizer)
+    if not rendered.startswith(start) or not rendered.endswith(end):
+        raise UserError(f"{example.origin} has tool_calls, and the tokenizer's template changes the prompt before them")
+    return rendered.removeprefix(start).removesuffix(end)
+
+
+def _template_ids(messages: list[Message], example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The rendered template, with special tokens only where the template itself wrote them."""
     # An unused character is inserted into what looks like a special token in a message, and removed after rendering.
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     pattern = re.compile("|".join(map(re.escape, special)))
-    content = "".join(m["content"] for m in messages)
-    unused = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in content)
-    guarded = [
-        {**m, "content": pattern.sub(lambda found: found[0][0] + unused + found[0][1:], m["content"])} for m in messages
-    ]
-    rendered = tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
+    chat = json.dumps([messages, example.tools], ensure_ascii=False)
+    unused = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in chat)
+    messages, tools = json.loads(pattern.sub(lambda found: found[0][0] + unused + found[0][1:], chat))
+    rendered = _render(messages, example, tokenizer, tools=tools, add_generation_prompt=True)
     ids, start = [], 0
     for found in pattern.finditer(rendered):
         ids += [*_plain_ids(rendered[start : found.start()].replace(unused, ""), tokenizer), special[found[0]]]

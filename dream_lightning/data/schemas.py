@@ -5,36 +5,39 @@
 | `s1k` | question, thinking_trajectories (a list, the first is taken), attempt, solution |
 | `s1k-1.1` | question, deepseek_thinking_trajectory, deepseek_attempt, solution |
 | `s1k-1.1-gemini` | the same rows, gemini_thinking_trajectory and gemini_attempt |
-| `messages` | messages: a list of {role: system, user or assistant; content} |
-| `conversations` | conversations: a list of {from: system, human or gpt; value} |
-| `prompt-response` | one text column each; a row without a response is a question to answer |
+| `messages` | messages: a list of {role: system, user, assistant or tool; content} |
+| `conversations` | conversations: a list of {from: system, human, gpt or tool; value} |
+| `alpaca` | instruction, input (may be empty), output |
+| `prompt-response` | one column each, texts or lists of messages; a row without a response is a question to answer |
 | `text` | text: a document to learn from its first token on, without a question |
 
 A response that starts with `<think>…</think>` is split into thinking and answer; a field `reasoning_content` next to it
-is its thinking. A column `system` or `system_prompt` is the system message. What else would change the text of a chat,
-such as tools, is refused. To read other records, add a `Schema` of your own to the table `SCHEMAS` (docs/data.md shows
-one).
+is its thinking. A column `system` or `system_prompt` is the system message, `tools` is what a chat may call. What else
+would change a text, such as an image in a content, is refused. To read other records, add a `Schema` of your own to the
+table `SCHEMAS` (docs/data.md shows one).
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence, Set
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dream_lightning.batch import Example, Message
-from dream_lightning.data.sources import Row, read_rows
+from dream_lightning.data.sources import Row, parse_json, read_rows
 from dream_lightning.data.splits import keep_rows
-from dream_lightning.errors import UserError
+from dream_lightning.errors import UserError, reading
 from dream_lightning.tasks import apply_task, load_task
 
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input")
 _RESPONSES = ("response", "completion", "output")
 _IDS = ("id", "unique_id")
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+_MORE = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("name", "tool_call_id")}  # further fields, by role
 _THINKING = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*(.*)", re.DOTALL)
 
-Content = tuple[list[Message], str | None, str]  # prompt, thinking, answer
+Content = tuple[Any, ...]  # prompt, thinking, answer; of a chat also its tools and the tool calls of its response
 
 
 class Columns(NamedTuple):
@@ -169,45 +172,88 @@ def _read_s1k_11(row: Row, columns: Columns, *, model: str) -> Content:
 
 
 def _read_chat(row: Row, columns: Columns, *, column: str) -> Content:
-    chat = row.value(column)
+    return _read_messages(row, row.value(column), column)
+
+
+def _read_messages(row: Row, chat: Any, column: str) -> Content:
     if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
         raise UserError(f"{row.origin}: {column} is not a list of messages; wanted [{{'role': …, 'content': …}}, …]")
-    if unread := [name for name in ("tools", "functions") if row.values.get(name)]:
-        raise UserError(f"{row.origin} has {unread[0]}, which is not read: put it into the messages, or remove it")
+    if row.values.get("functions"):
+        raise UserError(f"{row.origin} has functions, which is not read: rename it to tools, or remove it")
     messages = _system(row)
     for number, message in enumerate(chat, 1):
-        origin = f"{row.origin}, message {number}"
-        used = ["role" if message.get("role") else "from", "content" if message.get("content") is not None else "value"]
-        role, content = str(message.get(used[0])), message.get(used[1])
-        used += ["reasoning_content"] * (_ROLES.get(role) == "assistant")
-        unread = [key for key, value in message.items() if key not in used and value not in (None, "", [], {})]
-        if unread:
-            raise UserError(
-                f"{origin} ({role:.40}) has {', '.join(unread)}, which is not read: remove it, or delete that row"
-            )
-        if role not in _ROLES or not isinstance(content, str):
-            raise UserError(
-                f"{origin} has the role {role!r:.40} and a {type(content).__name__}, wanted one of "
-                f"{', '.join(_ROLES)} and a text: correct or delete that row"
-            )
-        if _ROLES[role] == "system" and _system(row):
+        messages.append(_message(message, origin := f"{row.origin}, message {number}"))
+        if messages[-1]["role"] == "system" and _system(row):
             raise UserError(f"{origin} is a system message, and so is the column system: remove one")
-        content = _with_thinking(message.get("reasoning_content"), content, origin)
-        messages.append(Message(role=_ROLES[role], content=content))
     roles = ", ".join(message["role"] for message in messages)
-    response = messages.pop()["content"] if roles.endswith("assistant") else ""
-    if not messages or messages[-1]["role"] != "user":
+    response = messages.pop() if roles.endswith("assistant") else {}
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise UserError(
             f"{row.origin}: no user message before the response, the roles are {roles}, wanted user and assistant (or "
             "user alone, to be answered) at the end: correct or delete that row"
         )
-    return messages, *split_thinking(response)
+    tools = _objects(row.values.get("tools"), f"{row.origin}: tools")
+    return messages, *split_thinking(response.get("content", "")), tools, response.get("tool_calls")
+
+
+def _message(message: dict[str, Any], origin: str) -> Message:
+    used = ["role" if message.get("role") else "from", "content" if message.get("content") is not None else "value"]
+    role, content = str(message.get(used[0])), message.get(used[1])
+    used += _MORE.get(_ROLES.get(role), ())
+    if unread := [key for key, value in message.items() if key not in used and value not in (None, "", [], {})]:
+        raise UserError(f"{origin} ({role:.40}) has {', '.join(unread)}, which is not read: remove it or the row")
+    more = {name: message[name] for name in _MORE["tool"] if message.get(name)}
+    if calls := _objects(message.get("tool_calls"), f"{origin}: tool_calls"):
+        more["tool_calls"] = [_call(call, f"{origin}: a tool call") for call in calls]
+    if isinstance(content, list):  # parts, as in OpenAI's interface
+        kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
+        if other := [kind for kind in kinds if kind != "text"]:
+            raise UserError(f"{origin} has a content part {other[0]!r:.40}, wanted text alone: delete that row")
+        content = "".join(str(part.get("text")) for part in content)
+    content = "" if content is None and calls else content
+    if role not in _ROLES or not isinstance(content, str):
+        raise UserError(
+            f"{origin} has the role {role!r:.40} and a {type(content).__name__}, wanted one of "
+            f"{', '.join(_ROLES)} and a text: correct or delete that row"
+        )
+    content = _with_thinking(message.get("reasoning_content"), content, origin)
+    return Message(role=_ROLES[role], content=content, **more)
+
+
+def _objects(value: Any, origin: str) -> list[dict[str, Any]] | None:
+    """A list of objects, which may be JSON text; None if it is empty."""
+    value = parse_json(value.encode(), origin) if isinstance(value, str) and value else value
+    if value and not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
+        raise UserError(f"{origin} is {value!r:.60}, wanted a list of objects: correct or delete that row")
+    return value or None
+
+
+def _call(call: dict[str, Any], origin: str) -> dict[str, Any]:
+    """With the arguments as an object, which OpenAI writes as JSON text."""
+    with reading(origin, "object {'function': {'name': …, 'arguments': {…}}}", "correct or delete that row"):
+        name, arguments = (call.get("function", call)[key] for key in ("name", "arguments"))
+        arguments = parse_json(arguments.encode(), origin) if isinstance(arguments, str) else arguments
+        return {"type": "function", "function": {"name": name, "arguments": {**arguments}}}
 
 
 def _read_prompt_response(row: Row, columns: Columns) -> Content:
-    response = row.text(columns.response) if row.values.get(columns.response) is not None else ""
+    both = {"user": row.value(columns.prompt), "assistant": row.values.get(columns.response)}
+    if any(isinstance(value, list) for value in both.values()):  # messages, as TRL has them
+        parts = [x if isinstance(x, list) else [{"role": r, "content": x}] for r, x in both.items() if x is not None]
+        return _read_messages(row, list(chain(*parts)), f"{columns.prompt} or its response")
+    return _answered(row, row.text(columns.prompt), columns.response)
+
+
+def _read_alpaca(row: Row, columns: Columns) -> Content:
+    if row.values.get("history"):
+        raise UserError(f"{row.origin} has a history, which is not read: write the row as messages")
+    return _answered(row, "\n".join(filter(None, (row.text("instruction"), row.optional_text("input")))), "output")
+
+
+def _answered(row: Row, prompt: str, column: str | None) -> Content:
+    response = row.text(column) if row.values.get(column) is not None else ""
     response = _with_thinking(row.values.get("reasoning_content"), response, row.origin)
-    return _system(row) + question(row.text(columns.prompt)), *split_thinking(response)
+    return _system(row) + question(prompt), *split_thinking(response)
 
 
 def _read_text(row: Row, columns: Columns) -> Content:
@@ -218,6 +264,7 @@ def _read_text(row: Row, columns: Columns) -> Content:
 SCHEMAS: dict[str, Schema] = {
     "text": Schema(lambda names: "text" in names, _read_text, ()),
     "prompt-response": Schema(lambda names: not names.isdisjoint(_PROMPTS), _read_prompt_response),
+    "alpaca": Schema(lambda names: {"instruction", "input", "output"} <= names, _read_alpaca),
     "conversations": Schema(lambda names: "conversations" in names, partial(_read_chat, column="conversations")),
     "messages": Schema(lambda names: "messages" in names, partial(_read_chat, column="messages")),
     "s1k-1.1-gemini": Schema(
@@ -235,7 +282,7 @@ def _detect(names: Set[str], file: str) -> str:
         if schema.detect(names):
             return name
     raise UserError(
-        f"{file} has the columns {', '.join(names)}; wanted those of s1K, messages, conversations, or one of "
+        f"{file} has the columns {', '.join(names)}; wanted those of s1K, messages, conversations, Alpaca, or one of "
         f"{', '.join(_PROMPTS)}: set prompt_column (and response_column) to yours, or add a schema"
     )
 
@@ -248,7 +295,7 @@ def _find(names: Iterable[str], usual: tuple[str, ...], remedy: str) -> str | No
 
 
 def _example(row: Row, schema: Schema, columns: Columns) -> Example:
-    prompt, thinking, answer = schema.read(row, columns)
+    prompt, thinking, answer, *calls = schema.read(row, columns)
     if prompt and not any(message["content"].strip() for message in prompt if message["role"] == "user"):
         raise UserError(f"{row.origin} has an empty prompt: correct or delete that row")
     own_id = next((row.values[name] for name in _IDS if isinstance(row.values.get(name), str | int)), None)
@@ -263,4 +310,5 @@ def _example(row: Row, schema: Schema, columns: Columns) -> Example:
         task=own_task if isinstance(own_task, str) and own_task else None,
         filled_at=row.values.get("filled_at"),
         record=row.values,
+        **dict(zip(("tools", "tool_calls"), calls, strict=False)),
     )

@@ -54,8 +54,7 @@ def find_shards(source: str | Path, size: int, split: str = "train") -> list[Sha
 def _text_shards(file: Path, size: int) -> list[Shard]:
     status = file.stat()
     bounds = [*range(0, status.st_size, size), status.st_size]
-    changed = status.st_mtime_ns
-    return [Shard(str(file), changed, a, b, b - a) for a, b in pairwise(bounds)]
+    return [Shard(str(file), status.st_mtime_ns, a, b, b - a) for a, b in pairwise(bounds)]
 
 
 def _parquet_shards(file: Path, size: int) -> list[Shard]:

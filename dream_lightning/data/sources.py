@@ -141,17 +141,19 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
 
 
 def parse_line(line: bytes, origin: str) -> Any:
-    return _parse_json(line, origin) if line.strip() else _BLANK
+    return parse_json(line, origin) if line.strip() else _BLANK
 
 
 def _read_json(path: Path) -> list[Any]:
-    records = _parse_json(path.read_bytes(), path.name)
+    records = parse_json(path.read_bytes(), path.name)
     if not isinstance(records, list):
         raise UserError(f"{path.name} holds a {type(records).__name__}, wanted a list of objects: use .jsonl instead")
     return records
 
 
-def _parse_json(content: bytes, origin: str) -> Any:
+def parse_json(content: bytes, origin: str) -> Any:
+    """Raises UserError for what is no JSON, or has a key twice."""
+
     def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         _refuse_repeated([key for key, _ in pairs], origin)
         return dict(pairs)

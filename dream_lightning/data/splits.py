@@ -1,4 +1,4 @@
-"""Which records are used: filters, the split into training and validation, overlap with a test set."""
+"""Which records are used: filters, the split into training and validation, mixtures, overlap with a test set."""
 
 import hashlib
 import re
@@ -8,6 +8,7 @@ from itertools import compress
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dream_lightning.batch import Example
+from dream_lightning.data.prompt_format import response_text
 from dream_lightning.data.sources import Row
 from dream_lightning.errors import UserError
 
@@ -52,6 +53,19 @@ def split(
             f"examples for training and {len(validation)} for validation: change it, or set validation_source"
         )
     return training, validation
+
+
+def mix(parts: list[list[Example]], weights: dict[str, float]) -> list[Example]:
+    """An epoch of several sources, in which the weights are the shares of the text.
+
+    Every example occurs at least once; those of a source with more weight than text are repeated, evenly.
+    """
+    sizes = [sum(len(m["content"]) for e in p for m in (*e.prompt, {"content": response_text(e)})) for p in parts]
+    if empty := [name for name, size in zip(weights, sizes, strict=True) if not size]:
+        raise UserError(f"{empty[0]} has no text left to train on: change filters or validation_fraction, or drop it")
+    repeats = [weight / size for weight, size in zip(weights.values(), sizes, strict=True)]
+    counts = [round(len(part) * r / min(repeats)) for part, r in zip(parts, repeats, strict=True)]
+    return [part[k * len(part) // n] for part, n in zip(parts, counts, strict=True) for k in range(n)]
 
 
 def warn_of_overlap(training: list[Example], validation: list[Example]) -> None:

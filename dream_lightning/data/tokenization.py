@@ -7,6 +7,8 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Document, Example
 from dream_lightning.data.prompt_format import AT_ONCE, Style, encode_prompt, longer_than, response_text
+from dream_lightning.data.schemas import split_thinking
 from dream_lightning.errors import UserError, check_range
 
+TrainOn = Literal["last", "all"]
 Overflow = Literal["drop", "error", "truncate_trace", "truncate_trace_else_drop", "truncate_right"]
 
 
@@ -70,8 +74,8 @@ def encode(
     made to fit. One of over a million characters whose start alone is too long is not truncated.
     """
     check_encoding(max_length=max_length, eos_fill_to=eos_fill_to, extra_weight=extra_weight)
-    text = response_text(example, style=style, thinking=thinking)
-    if not text.strip() or not example.answer.strip():
+    text = response_text(example, style=style, thinking=thinking, tokenizer=tokenizer)
+    if not text.strip() or not (example.answer.strip() or example.tool_calls):
         raise UserError(
             f"{example.origin} has no response to train on, or thinking without an answer: set response_column, delete "
             "that row, or only predict with it"
@@ -110,14 +114,17 @@ def encode(
     return Encoded(document, len(prompt_ids), full_length, filled)
 
 
-def encode_documents(example: Example, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Encoded]:
-    """`encode`; a plain text, which has no prompt, becomes as many documents of at most `max_length` as it needs.
+def encode_documents(
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, train_on: TrainOn = "last", **options: Any
+) -> list[Encoded]:
+    """`encode` of the last response of a chat, or of `all`: each with everything before it as its prompt.
 
-    The first token of each is not maskable, as there is nothing to predict it from, and the last one ends with eos. No
-    token is lost: `overflow` and `eos_fill_to` do not apply. A blank text is dropped.
+    A plain text, which has no prompt, becomes as many documents of at most `max_length` as it needs. The first token of
+    each is not maskable, as there is nothing to predict it from, and the last one ends with eos. No token is lost:
+    `overflow` and `eos_fill_to` do not apply. A blank text is dropped.
     """
     if example.prompt or options.get("trajectories"):
-        return [encode(example, tokenizer, **options)]
+        return [encode(turn, tokenizer, **options) for turn in trained_turns(example, train_on)]
     if not example.answer.strip():
         return [Encoded(None, 0, 0)]
     parts = (example.answer[start : start + AT_ONCE] for start in range(0, len(example.answer), AT_ONCE))
@@ -138,6 +145,17 @@ def encode_documents(example: Example, tokenizer: PreTrainedTokenizerBase, **opt
         encoded.append(Encoded(document, 1, end - start))
         start = end
     return encoded
+
+
+def trained_turns(example: Example, train_on: TrainOn) -> Iterator[Example]:
+    """The example, after one of each earlier response to a question where all are trained."""
+    asked = next((i for i, m in enumerate(example.prompt) if m["role"] == "user"), 0)
+    places = [i for i, m in enumerate(example.prompt) if m["role"] == "assistant" and i > asked]
+    for number, i in enumerate(places if train_on == "all" else (), 1):
+        (thinking, answer), calls = split_thinking(example.prompt[i]["content"]), example.prompt[i].get("tool_calls")
+        said = {"thinking": thinking, "answer": answer, "tool_calls": calls, "prompt": example.prompt[:i]}
+        yield replace(example, origin=f"{example.origin}, response {number}", **said)
+    yield example
 
 
 _REMEDIES = {

@@ -1,11 +1,15 @@
 """The commands of `dream-lightning` that load a model or data to look at them, or to export it."""
 
+import argparse
+import json
 from collections.abc import Callable, Set
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.text import Text
@@ -15,16 +19,16 @@ from dream_lightning.batch import Example, Message
 from dream_lightning.data import read_examples, tokenize
 from dream_lightning.data.prompt_format import Style, encode_prompt
 from dream_lightning.data.report import report
-from dream_lightning.data.tokenization import encode
+from dream_lightning.data.tokenization import TrainOn, encode, encode_documents
 from dream_lightning.diffusion import corrupt
-from dream_lightning.errors import UserError, check_range, visible
+from dream_lightning.errors import UserError, check_range, reading, visible
 from dream_lightning.export import AUTHORS_CODE, export_adapter, export_checkpoint, model_from_checkpoint
 from dream_lightning.locate import trained
 from dream_lightning.model import DreamModel, check_tokenizer, load_tokenizer
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 from dream_lightning.viewer.conversation import Conversation
 from dream_lightning.viewer.page import denoising_page
-from dream_lightning.viewer.terminal import LEGEND, SINGLE, Chat, render_row
+from dream_lightning.viewer.terminal import LEGEND, SINGLE, Chat, render_row, render_tokens
 
 
 def open_model(
@@ -130,36 +134,62 @@ def show_denoising(parser: ArgumentParser, arguments: list[str]) -> None:
     print(f"{out.resolve()}: {params.steps} steps, {output.sequences.shape[1] - len(prompt)} new tokens")
 
 
+def _parse_data(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The parsed options, and those of `read_examples` and of `encode_documents`; a config of `fit` sets defaults."""
+    parser.add_argument("--tokenizer", type=str, required=True, help="folder or hub id, or bytes")
+    parser.add_argument("--train_on", type=TrainOn, default="last", help="the last response of a chat, or all")
+    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    configs.add_argument("-c", "--config", action="append", default=[])
+    known, given = configs.parse_known_args(arguments)
+    own = {*signature(read_examples).parameters, *signature(encode).parameters, "train_on"}
+    words = []
+    for file in known.config:
+        with reading(Path(file), "a config of fit, with the sections data and model", "name one"):
+            config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            model, values = config.get("model") or {}, dict(config["data"])
+        if isinstance(source := values.get("source"), dict):
+            values["source"] = next(iter(source))
+        values = {name: value for name, value in values.items() if name in own}
+        values["tokenizer"] = model.get("tokenizer") or model.get("pretrained")
+        words += [f"--{n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in values.items() if v is not None]
+    options, reads, encoding = parse(parser, words + given, read_examples, encode, skip=_GIVEN)
+    return options, reads, encoding | {"train_on": options.train_on}
+
+
 def data_report(parser: ArgumentParser, arguments: list[str]) -> None:
     """Lengths of a data set, and what a length limit does to it."""
-    parser.add_argument("--tokenizer", type=str, required=True, help="folder or hub id, or bytes")
-    options, reading, encoding = parse(parser, arguments, read_examples, encode, skip=_GIVEN)
-    documents = tokenize(read_examples(**reading), load_tokenizer(options.tokenizer), **encoding)
+    options, reads, encoding = _parse_data(parser, arguments)
+    documents = tokenize(read_examples(**reads), load_tokenizer(options.tokenizer), **encoding)
     print(report(documents, max_length=options.max_length, overflow=options.overflow))
 
 
 def show(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Print one row as the model sees it, with masked tokens."""
-    parser.add_argument("--tokenizer", type=str, required=True, help="folder or hub id, or bytes")
+    """Print one row as the model sees it: what is trained and masked."""
     parser.add_argument("--row", type=int, default=1, help="number of the record, from 1")
     parser.add_argument("--t", type=float, default=0.5, help="probability of a mask in the response, 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="seed of the mask")
-    options, reading, encoding = parse(parser, arguments, read_examples, encode, skip=_GIVEN)
+    parser.add_argument("--tokens", type=bool, default=False, help="one line a token: id, loss weight, text")
+    options, reads, encoding = _parse_data(parser, arguments)
     check_range("t", options.t, least=0, most=1)
     check_range("seed", options.seed, least=0)
-    examples, row, tokenizer = read_examples(**reading), options.row, load_tokenizer(options.tokenizer)
+    examples, row, tokenizer = read_examples(**reads), options.row, load_tokenizer(options.tokenizer)
     check_range(f"row of {options.source}", row, least=1, most=len(examples))
-    document = encode(examples[row - 1], tokenizer, **encoding).document
-    if document is None:
-        raise UserError(f"row {row} is longer than max_length {options.max_length} and dropped: raise max_length")
-    x_0 = torch.tensor([document.prompt_ids + document.response_ids])  # [1, L]
-    maskable = torch.arange(x_0.shape[1])[None] >= len(document.prompt_ids)  # [1, L]
-    generator, t = torch.Generator().manual_seed(options.seed), torch.tensor([options.t])
-    noised = corrupt(x_0, maskable, mask_token_id=tokenizer.mask_token_id, t=t, generator=generator)
-    console = Console(highlight=False)
+    generator, console = torch.Generator().manual_seed(options.seed), Console(highlight=False)
     console.print(Text(visible(f"{examples[row - 1].origin} · {examples[row - 1].id} · ")) + LEGEND)
-    flags = maskable[0].tolist(), noised.is_masked[0].tolist()
-    console.print(render_row(x_0[0].tolist(), *flags, tokenizer), soft_wrap=True)
+    for document, *_ in encode_documents(examples[row - 1], tokenizer, **encoding):
+        if document is None:
+            raise UserError(f"row {row} is longer than max_length {options.max_length} and dropped: raise max_length")
+        weights = [None] * len(document.prompt_ids) + document.response_weight
+        ids = document.prompt_ids + document.response_ids
+        x_0 = torch.tensor([ids])  # [1, L]
+        maskable = torch.tensor([[weight is not None for weight in weights]])  # [1, L]
+        t = torch.tensor([options.t])
+        noised = corrupt(x_0, maskable, mask_token_id=tokenizer.mask_token_id, t=t, generator=generator)
+        flags = maskable[0].tolist(), noised.is_masked[0].tolist()
+        if options.tokens:
+            console.print(render_tokens(ids, weights, noised.is_masked[0].tolist(), tokenizer), soft_wrap=True)
+        else:
+            console.print(render_row(ids, *flags, tokenizer), soft_wrap=True)
 
 
 def export(parser: ArgumentParser, arguments: list[str]) -> None:

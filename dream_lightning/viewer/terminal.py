@@ -26,7 +26,7 @@ _HELP = {
     "/quit": "leave; so does Ctrl-D. Ctrl-C interrupts an answer",
 }
 LEGEND = Text.assemble(
-    *(("prompt", "cyan"), " · ", ("response", "green"), " · "),
+    *(("prompt", "cyan"), " · ", ("response: trained", "green"), " · "),
     *(("⟦masked⟧", "black on yellow"), " · ", ("⏹ eos", "bold red")),
 )
 
@@ -169,4 +169,17 @@ def render_row(ids: list[int], maskable: list[bool], is_masked: list[bool], toke
             plain_style = "bold red" if ends else "green" if is_response else "cyan"
             text.append(f"⟦{shown}⟧" if hidden else shown, "black on yellow" if hidden else plain_style)
         text.append("\n")
+    return text
+
+
+def render_tokens(
+    ids: list[int], weights: list[float | None], is_masked: list[bool], tokenizer: PreTrainedTokenizerBase
+) -> Text:
+    """A line for each token: its id, its weight in the loss (– = not trained), and its text, as in `render_row`."""
+    text = Text()
+    for token, weight, hidden in zip(ids, weights, is_masked, strict=True):
+        style = "black on yellow" if hidden else "cyan" if weight is None else "green"
+        shown = repr(visible(tokenizer.decode([token])))
+        text.append(f"{token:>7} {'–' if weight is None else f'{weight:g}':>5}  ")
+        text.append(f"⟦{shown}⟧\n" if hidden else f"{shown}\n", style)
     return text

@@ -139,6 +139,11 @@ def test_special_tokens_in_responses_and_weights_without_effect_are_named(tmp_pa
     warned = " ".join(told(tiny_data(source, tmp_path, extra_weight=weights, **options))[1])
     assert "2 of 8 responses hold a special token as text, first <|endoftext|> in rows.jsonl, row 4" in warned
     assert re.findall(r"extra_weight: '(.*?)' is in no response", warned) == ["</thnik>"]
+    chat = [{"role": r, "content": x} for r, x in zip(("user", "assistant") * 2, "awby", strict=True)]
+    chats = str(write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}] * 3))
+    for train_on, count in (("last", 1), ("all", 0)):
+        data = tiny_data(chats, tmp_path, extra_weight={"w": 2.0}, train_on=train_on, **options)
+        assert sum("extra_weight: 'w'" in warning for warning in told(data)[1]) == count
     harmless = str(write_jsonl(tmp_path / "harmless.jsonl", rows()))
     assert told(tiny_data(harmless, tmp_path, **options))[1] == []
 
@@ -158,3 +163,31 @@ def test_training_filters_leave_the_validation_set(tmp_path, told):
     told(data)
     order = [data.train_set.lengths[key.index] for (key,) in data.train_dataloader().sampler]
     assert order == sorted(order)
+
+
+def test_mixtures_and_all_responses_change_what_is_trained(tmp_path):
+    chats = [{"messages": [{"role": r, "content": f"{n} {r}"} for r in ("user", "assistant") * 2]} for n in range(20)]
+    parts = [str(write_jsonl(tmp_path / f"{i}.jsonl", x)) for i, x in enumerate((chats, rows(40)))]
+    options = {"tokenizer": BYTES, "cache_dir": str(tmp_path / "cache")}
+
+    def read(**more):
+        data = S1KDataModule(dict(zip(parts, (1.0, 3.0), strict=True)), **options | more)
+        return (data, *data.read())
+
+    data, training, validation = read()
+    ids = {e.origin for e in training}, {e.origin for e in validation}
+    assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == 60 and len(ids[1]) == 6
+    count = sum("0.jsonl" in e.origin for e in training)
+    assert count <= 20 and len(training) - count > 5 * count
+    lengths = {
+        t: len(read(train_on=t)[0].tokenized(training, data.encoding | {"train_on": t})) for t in ("last", "all")
+    }
+    assert lengths["all"] == lengths["last"] + count == len(training) + count
+    for bad, message in (
+        ({"first_n": 3}, "a mixture: .* leave first_n out"),
+        ({"train_on": "all"}, "exclude each other"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(**bad, trajectories=True)
+    with pytest.raises(UserError, match=f"weight of {parts[0]} is 0"):
+        S1KDataModule({parts[0]: 0}, **options)

@@ -119,6 +119,31 @@ def test_prompt_and_response_by_usual_and_by_given_names(tmp_path):
     assert (got.prompt[0]["content"], got.thinking, got.answer, got.reference) == ("o", None, "q", "o")
 
 
+ASK = [{"role": "user", "content": "1+1?"}]
+SAY = [{"role": "assistant", "content": "<think>\nt\n</think>\n2"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]}, *SAY]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "1+1?", "input": "", "output": SAY[0]["content"]},
+        {"instruction": "1+1?", "input": None, "output": "2", "reasoning_content": "t"},
+        {"prompt": "1+1?", "completion": SAY[0]["content"]},
+        {"prompt": ASK, "completion": SAY},
+        {"prompt": ASK, "completion": SAY[0]["content"]},
+        {"prompt": "1+1?", "completion": SAY},
+        {"messages": PARTS},
+    ],
+)
+def test_formats_of_other_programs(tmp_path, row):
+    both = {"instruction": "Add.", "input": "1+1", "output": "2"}  # for `auto`, some row has an input
+    rows = [row | {"system": "S"}, *([both] if "instruction" in row else [])]
+    got, *more = read_examples(write(tmp_path, rows))
+    assert got.prompt == ({"role": "system", "content": "S"}, *ASK) and (got.thinking, got.answer) == ("t", "2")
+    assert all(e.prompt[0]["content"] == "Add.\n1+1" for e in more)
+
+
 @pytest.mark.parametrize(
     ("file", "count", "reference", "answered"),
     [
@@ -188,10 +213,18 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ([QA[0], "[" * 10**5 + "]" * 10**5], {}, "row 2 is damaged or no valid JSON .RecursionError"),
         ([{**QA[0], "reasoning_content": "t", "response": "<think>x</think>2"}], {}, "row 1: reasoning_content"),
         ([{**QA[0], "reasoning_content": ["t"]}], {}, "row 1: reasoning_content is no text"),
-        ([{**chat(("user", "q")), "tools": [1]}], {}, "row 1 has tools, which is not read"),
+        ([{**chat(("user", "q")), "functions": [1]}], {}, "row 1 has functions, which is not read"),
+        ([{**chat(("user", "q")), "tools": [1]}], {}, r"row 1: tools is \[1\], wanted a list of objects"),
+        ([{**chat(("user", "q")), "tools": "[{"}], {}, "row 1: tools is damaged or no valid JSON"),
+        ([chat(("user", [{"type": "image_url"}]))], {}, "message 1 has a content part 'image_url', wanted text"),
+        ([chat(("user", ["x"]))], {}, "message 1 has a content part 'str', wanted text"),
+        ([{"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]}], {}, "row 1 has a history"),
+        ([{"prompt": [{"role": "user", "content": "q"}], "completion": 3}], {}, "row 1, message 2 .* a int, wanted"),
         ([{**chat(("system", "s"), ("user", "q")), "system": "S"}], {}, "message 1 is a system message, and so is"),
         ([{"messages": [{"role": "user", "content": "q", "name": "n"}]}], {}, r"message 1 \(user\) has name, which"),
-        ([{"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}], {}, "has tool_calls, which"),
+        ([{"messages": [{"role": "assistant", "tool_calls": [1]}]}], {}, r"message 1: tool_calls is \[1\], wanted"),
+        ([{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}], {}, "a tool call is .*'arguments'"),
+        ([{"messages": [{"role": "user", "content": "q", "tool_calls": [{}]}]}], {}, r"\(user\) has tool_calls, which"),
         ([{"messages": [{"role": "user", "content": "q", "reasoning_content": "t"}]}], {}, "has reasoning_content,"),
         ([QA[0], {"question": None, "response": "r"}], {}, "row 2: question is null, wanted text"),
         ([{"question": "q", "response": 3}], {}, "row 1: response is a int, wanted text"),
@@ -206,7 +239,7 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ([{**QA[0], "id": 1}, {**QA[1], "id": 1}], {}, "row 2 has the id '1', and so has train.jsonl, row 1"),
         ([chat(("assistant", "a"))], {}, "row 1: no user message"),
         ([chat(("user", "q"), ("system", "s"))], {}, "no user message before .* the roles are user, system"),
-        ([chat(("user", "q"), ("tool", "a"))], {}, "message 2 has the role 'tool' and a str, wanted one of system"),
+        ([chat(("user", "q"), ("bot", "a"))], {}, "message 2 has the role 'bot' and a str, wanted one of system"),
         ([chat(("user", None), ("assistant", "a"))], {}, "message 1 has the role 'user' and a NoneType"),
         ([chat(("user", ""), ("assistant", "a"))], {}, "empty prompt"),
         ([{"messages": "hello"}], {}, "not a list of messages"),

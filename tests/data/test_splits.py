@@ -5,7 +5,7 @@ import pytest
 from dream_lightning.batch import Example
 from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.sources import Row
-from dream_lightning.data.splits import keep_rows, question_key, split, without_overlap
+from dream_lightning.data.splits import keep_rows, mix, question_key, split, without_overlap
 from dream_lightning.errors import UserError
 
 
@@ -54,3 +54,17 @@ def test_the_three_s1k_questions_of_math_500(shared):
         read_examples(shared("data/s1k/s1k_questions_1000.jsonl")), read_examples(shared("data/math500/test.jsonl"))
     )
     assert (len(kept), len(dropped)) == (997, 3)
+
+
+def test_mixtures_have_the_shares_of_their_weights_and_every_example():
+    parts = [[example("long question " * 5, i) for i in range(50)], [example("short", i) for i in range(7)]]
+    for weights in ((1, 1), (1, 3), (9, 1)):
+        mixed = mix(parts, dict(zip("ab", weights, strict=True)))
+        long = sum(len(e.prompt[0]["content"]) + 1 for e in mixed if "long" in e.prompt[0]["content"])
+        sizes = [long, sum(len(e.prompt[0]["content"]) + 1 for e in mixed) - long]
+        assert sizes[0] / sum(sizes) == pytest.approx(weights[0] / sum(weights), rel=0.02)
+        counts = [[sum(e is one for e in mixed) for one in part] for part in parts]
+        assert all(min(count) >= 1 and max(count) <= min(count) + 1 for count in counts)
+    assert mix(parts[:1], {"a": 3.0}) == parts[0]
+    with pytest.raises(UserError, match="b has no text left to train on"):
+        mix([parts[0], []], {"a": 1, "b": 1})

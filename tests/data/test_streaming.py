@@ -8,7 +8,6 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from material import Recorder, short_trainer, tiny_data, tiny_module, write_jsonl
 
-from dream_lightning import S1KDataModule, load_tokenizer
 from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.shards import find_shards, read_shard
 from dream_lightning.errors import UserError
@@ -106,10 +105,8 @@ def test_sources_are_mixed_by_weight_and_what_a_stream_cannot_do_is_refused(tmp_
     for name, value in {"first_n": 3, "short_first": True, "training_filters": {"a": ["b"]}, "subset": "main"}.items():
         with pytest.raises(UserError, match=f"{name} needs all records at once"):
             tiny_data(source, tmp_path, streaming=True, **{name: value})
-    with pytest.raises(UserError, match="a mixture: set streaming"):
-        S1KDataModule({str(source): 1.0}, tokenizer=load_tokenizer("bytes"))
     mixed = tiny_data("x", tmp_path, streaming=True, shuffle_mib=WINDOW, validation_source="bundled")
-    mixed.source = {str(source): 1.0, str(small): 3.0}
+    mixed.sources = {str(source): 1.0, str(small): 3.0}
     mixed.setup("fit")
     used = [mixed.train_set.shards[shard] for _, shard in mixed.train_set.order(0, 0)]
     share = sum(s.size for s in used if "small" in s.file) / sum(s.size for s in used)

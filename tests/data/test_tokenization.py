@@ -9,8 +9,9 @@ import pytest
 
 from dream_lightning.batch import Example
 from dream_lightning.data.prompt_format import encode_prompt, response_text
-from dream_lightning.data.schemas import read_examples
-from dream_lightning.data.tokenization import encode
+from dream_lightning.data.schemas import choose_reader, read_examples
+from dream_lightning.data.sources import Row
+from dream_lightning.data.tokenization import encode, encode_documents
 from dream_lightning.errors import UserError
 from dream_lightning.model.tokenizer import load_tokenizer
 
@@ -153,6 +154,53 @@ def test_what_cannot_be_encoded_is_named():
     messages = [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]
     with pytest.raises(UserError, match="use the chat style"):
         encode(replace(example(), prompt=tuple(messages)), BYTES, style="plain")
+
+
+def of_chat(chat, **columns):
+    rows = [Row({"messages": chat, **columns}, "train.jsonl", 17)]
+    return choose_reader(rows).read(*rows)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "é <|im_end|>", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": '"é" <|im_end|>'}}}
+CHAT = [
+    {"role": "assistant", "content": "Hello!"},  # after no question: not trained
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2 <|im_end|>"},
+    {"role": "assistant", "content": "<think>\nt\n</think>\nIt is 2."},
+    {"role": "user", "content": "Again, twice."},
+    {"role": "assistant", "content": "So", "tool_calls": [CALL, CALL]},
+]
+
+
+def test_all_responses_are_trained_and_tools_worded_as_dreams_template_does(dream):
+    text = {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"])}
+    calls = [{"id": "1", "type": "function", "function": text}]  # as OpenAI has them
+    chat = [*CHAT[:2], {"role": "assistant", "content": None, "tool_calls": calls}, *CHAT[3:]]
+    given = of_chat(chat, tools=json.dumps(TOOLS))
+    documents = [e.document for e in encode_documents(given, dream, train_on="all")]
+    for document, end in zip(documents, (2, 4, 6), strict=True):
+        alone = encode(of_chat(CHAT[: end + 1], tools=TOOLS), dream).document
+        assert (document.prompt_ids, document.response_ids) == (alone.prompt_ids, alone.response_ids)
+        read = dream.decode(document.prompt_ids) + dream.decode(document.response_ids[:-1]) + "<|im_end|>\n"
+        assert read == dream.apply_chat_template(CHAT[: end + 1], tools=TOOLS, tokenize=False)
+        im_end = dream.convert_tokens_to_ids("<|im_end|>")
+        assert im_end not in document.response_ids and document.prompt_ids.count(im_end) == end + 1
+    assert [e.document for e in encode_documents(given, dream)] == documents[-1:]
+
+
+def test_tools_that_no_template_or_style_words_are_refused():
+    for chat, columns, name in ((CHAT[:4], {}, "tool_calls"), (CHAT[:3], {}, "tool_calls"), (CHAT[:2], TOOLS, "tools")):
+        with pytest.raises(UserError, match=f"row 17 has {name}, which the tokenizer's template leaves out"):
+            one = of_chat(chat, tools=columns)
+            encode(replace(one, answer="2"), BYTES)
+    for one in (of_chat(CHAT[1:3]), of_chat(CHAT[1:2], tools=TOOLS)):
+        with pytest.raises(UserError, match=r"row 17 has .*tool.*: use the chat style"):
+            encode(replace(one, answer="2"), BYTES, style="plain")
+    with pytest.raises(UserError, match="row 17, response 1 has no response"):
+        empty = [CHAT[1], {"role": "assistant", "content": ""}, *CHAT[4:6], CHAT[0]]
+        encode_documents(of_chat(empty), BYTES, train_on="all")
 
 
 @pytest.mark.parametrize("fill", [1, 30, 40])

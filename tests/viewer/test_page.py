@@ -121,6 +121,19 @@ def test_the_report_and_a_row_of_a_file(capsys, tmp_path, monkeypatch):
         run(["show", *source, f"--t={t}"])
         printed = capsys.readouterr().out
         assert "train.jsonl, row 1" in printed and shown in printed
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {{source: {{{file}: 1}}, max_length: 90, batch_size: 3}}\nmodel: {{tokenizer: bytes}}\n")
+    run(["data-report", f"--config={config}"])
+    assert "max_length 90" in capsys.readouterr().out
+    messages = [{"role": role, "content": f"{n} {role}"} for n in (1, 2) for role in ("user", "assistant")]
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    for train_on, trained in (("last", ["2 assistant"]), ("all", ["1 assistant", "2 assistant"])):
+        run(["show", f"--config={config}", f"--train_on={train_on}", "--max_length=400", "--t=0"])
+        assert re.findall(r"── response.*\n(.*)⏹", capsys.readouterr().out) == trained
+    run(["show", f"--config={config}", "--max_length=400", "--t=0", "--tokens=true", "--extra_weight={as: 2.5}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{ord('2'):>7}     1  '2'" in lines and f"{ord('s'):>7}   2.5  's'" in lines
+    assert f"{ord('1'):>7}     –  '1'" in lines
     file.write_text(json.dumps({"id": "\x1b[2J", "question": "\x1b]52;c;aGk=\x07", "response": "\x9b8m"}) + "\n")
     run(["show", *source, "--t=0"])
     printed = capsys.readouterr().out

@@ -22,6 +22,7 @@ COMMANDS = {  # name → the module with the function of this name, and the firs
     "data-report": ("viewer.commands", "Lengths of a data set, and what a length limit does to it."),
     "show": ("viewer.commands", "Print one row as the model sees it: what is trained and masked."),
     "export": ("viewer.commands", "Write a checkpoint as a model folder, or its adapters."),
+    "push-to-hub": ("hub", "Upload a model, its adapters and a card to the Hugging Face hub."),
     "make-puzzles": ("data.puzzles", "Write Countdown or Sudoku puzzles as JSON lines."),
     "write-trajectories": ("evaluation.trajectories", "Write right answers, and the order in which they were filled."),
     "train-tokenizer": ("tokenizer_training", "Train a byte-level BPE tokenizer on files of text."),

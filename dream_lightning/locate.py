@@ -18,7 +18,7 @@ _KEYWORDS = ("last", "best", "hpc", "registry")  # of Lightning's ckpt_path
 
 @dataclass(frozen=True)
 class Found:
-    """A model by its kind; only a `hub` id has no path."""
+    """A model by its kind; only a `hub` id, which may end in `@revision`, has no path."""
 
     kind: Literal["checkpoint", "adapters", "model", "hub"]
     name: str

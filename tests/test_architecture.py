@@ -41,6 +41,7 @@ BELOW = {
         *("errors", "batch", "atomic", "data", "diffusion", "model", "sampling", "tasks", "answering", "predict"),
         *("export", "viewer", "training", "locate"),
     },
+    "hub": {"errors", "evaluation", "export", "locate"},
     "viewer": {
         *("errors", "batch", "adapters", "data", "model", "sampling", "tasks", "model_factory", "export"),
         *("diffusion", "locate"),

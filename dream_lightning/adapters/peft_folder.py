@@ -95,7 +95,9 @@ def read_peft_folder(folder_or_hub_id: str | Path) -> PeftFolder:
         layers = adapted_layers(config, shapes, path)
     if config.pop("exclude_modules", None):  # PEFT 0.13 does not know it
         config["target_modules"] = sorted(layers)
-    base = {"name": fields.get("base_model_name_or_path"), "hash": base_hash}
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    name = f"{name}@{revision}" if name and revision and not Path(name).exists() else name
+    base = {"name": name, "hash": base_hash}
     return PeftFolder(path, config, layers, {name: text for name, text in base.items() if text})
 
 
@@ -154,7 +156,9 @@ def save_peft_folder(
     `state` is that of `lora.adapter_state`, `config` that of `LoraParams.config`, `base` has the `name`, a folder or
     hub id, and perhaps the `hash`. `export.export_adapter` writes atomically.
     """
-    fields = {"base_model_name_or_path": base["name"], "bias": "none", "peft_type": "LORA"} | config
+    name, _, revision = (base["name"], "", "") if Path(base["name"]).exists() else base["name"].partition("@")
+    fields = {"base_model_name_or_path": name, "bias": "none", "peft_type": "LORA"} | config
+    fields |= {"revision": revision} if revision else {}
     Path(folder).mkdir(exist_ok=True)
     metadata = {"format": "pt"} | ({"base_hash": base["hash"]} if "hash" in base else {})
     save_file({n: t.cpu().contiguous() for n, t in state.items()}, Path(folder, WEIGHTS), metadata=metadata)

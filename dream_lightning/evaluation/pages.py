@@ -129,8 +129,13 @@ def grid_page(grid: dict[str, Any]) -> str:
     return page(f"Sampling of {grid['model']}", blocks)
 
 
-def model_card(card: dict[str, Any]) -> str:
-    """README.md of a hub repository: the scores as metadata that the hub reads, and as a table."""
+def model_card(card: dict[str, Any], *, sections: Sequence[str] = (), **about: Any) -> str:
+    """README.md of a hub repository: the scores as metadata that the hub reads, and as a table.
+
+    Args:
+        sections: lines before the scores.
+        about: more fields of huggingface_hub's `ModelCardData`.
+    """
     results = [
         EvalResult(
             task_type="text-generation",
@@ -143,21 +148,16 @@ def model_card(card: dict[str, Any]) -> str:
         if "accuracy" in s
     ]
     name = card["model"]["name"].rstrip("/").rpartition("/")[2] or "model"
-    options = {"model_name": name, "eval_results": results} if results else {}
+    options = about | ({"model_name": name, "eval_results": results} if results else {})
     data = ModelCardData(library_name="dream_lightning", tags=["masked-diffusion", "dream"], **options)
-    lines = ["| benchmark | n | accuracy [95 % interval] | tokens per forward |", "|---|---:|---:|---:|"]
-    for task, s in card["tasks"].items():
-        score = percent(s["accuracy"], s["interval"]) if "accuracy" in s else "not scored"
-        lines.append(f"| {task} | {s['scored']} | {score} | {s['tokens_per_forward']:.2f} |")
-    sampling = json.dumps(card["settings"]["sampling"])
-    return "\n".join(
-        [
-            f"---\n{data.to_yaml()}\n---\n",
-            f"# {name}\n",
-            *lines,
-            f"\nSampling: `{sampling}`. All settings: card.json.\n",
-        ]
-    )
+    lines = [f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", *sections]
+    if card["tasks"]:
+        lines += ["| benchmark | n | accuracy [95 % interval] | tokens per forward |", "|---|---:|---:|---:|"]
+        for task, s in card["tasks"].items():
+            score = percent(s["accuracy"], s["interval"]) if "accuracy" in s else "not scored"
+            lines.append(f"| {task} | {s['scored']} | {score} | {s['tokens_per_forward']:.2f} |")
+        lines.append(f"\nSampling: `{json.dumps(card['settings']['sampling'])}`. All settings: card.json.\n")
+    return "\n".join(lines)
 
 
 def page(title: str, blocks: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The configuration of a Dream, as in the official `config.json`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ _IMPLEMENTED = {
     **{"hidden_act": "silu", "attention_dropout": 0, "attention_bias": True, "mlp_bias": False, "qk_norm": False},
     **{"use_qk_norm": False, "use_sliding_window": False, "use_mrope": False, "partial_rotary_factor": 1},
     **{"tie_word_embeddings": False, "quantization_config": None, "logit_scale": 1, "final_logit_softcapping": None},
-    **{"attn_logit_softcapping": None},
+    **{"attn_logit_softcapping": None, "block_size": None},
 }
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
 _HEADS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -56,6 +57,7 @@ class DreamConfig(PreTrainedConfig):
     eos_token_id: int | None = 151_643
     auto_map: dict | None = None
     causal: bool = False  # attend to no later position: an autoregressive baseline; the authors' code does not know it
+    expand_token_id: int | None = None  # of DreamOn: a mask in which it is predicted becomes two masks
     default_top_k: int | None = None  # `top_k` of a config.json; the official one has none
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -89,6 +91,8 @@ class DreamConfig(PreTrainedConfig):
             raise UserError(
                 f"layer_types has {', '.join(sorted(odd))}: another network than Dream's, all full_attention"
             )
+        if odd := [name for name in self.architectures or () if not re.fullmatch(r"Dream\w*Model", name)]:
+            raise UserError(f"architectures has {odd[0]!r:.80}: another network than Dream's, which is DreamModel")
         head_dim = others.pop("head_dim", None)
         if head_dim is not None and head_dim * self.num_attention_heads != self.hidden_size:
             raise UserError(
@@ -110,7 +114,7 @@ class DreamConfig(PreTrainedConfig):
             raise UserError(f"num_attention_heads is {heads}, wanted a multiple of num_key_value_heads ({kv_heads})")
         if self.mask_token_id is None:
             raise UserError(f"mask_token_id is null, wanted an id below vocab_size {self.vocab_size}")
-        for name in ("mask_token_id", "pad_token_id"):
+        for name in ("mask_token_id", "pad_token_id", "expand_token_id"):
             check_range(name, getattr(self, name), least=0, most=self.vocab_size - 1, whole=True)
 
     @property
@@ -139,8 +143,9 @@ class DreamConfig(PreTrainedConfig):
         official = super().to_dict()
         if (top_k := official.pop("default_top_k")) is not None:
             official["top_k"] = top_k
-        if not official["causal"]:
-            del official["causal"]
+        for name, absent in (("causal", False), ("expand_token_id", None)):
+            if official[name] is absent:
+                del official[name]
         return official
 
     def to_diff_dict(self) -> dict[str, Any]:

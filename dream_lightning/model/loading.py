@@ -19,7 +19,7 @@ CHECKPOINT = ("*.json", "*.safetensors", "merges.txt")  # configuration, tokeniz
 
 
 def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOINT, revision: str | None = None) -> Path:
-    """The folder of a local checkpoint, or of a downloaded hub checkpoint.
+    """The folder of a local checkpoint, or of a downloaded hub checkpoint, also `owner/name@revision`.
 
     `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's cache work as in huggingface_hub; `files` are patterns to download.
     Raises UserError if it is neither a folder nor a reachable hub id, or has no config.json and `files` includes it.
@@ -29,8 +29,9 @@ def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOIN
         kind = "file" if path.is_file() else "pipe or device"
         raise UserError(f"{path} is a {kind}: name the folder that holds it")
     if not path.is_dir():
+        name, _, named = str(path_or_hub_id).partition("@")
         try:
-            path = Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=list(files)))
+            path = Path(snapshot_download(name, revision=revision or named or None, allow_patterns=list(files)))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             unnamed = isinstance(error, HFValidationError)  # a path, not an id
             why = "no such folder" if unnamed else f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

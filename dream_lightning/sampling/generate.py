@@ -116,6 +116,8 @@ def denoise_canvas(
     """`denoising_steps` for a canvas of the caller's, which is not checked. Blocks begin at its `prompt_length`."""
     if params.top_k is None:
         params = replace(params, top_k=getattr(model.config, "default_top_k", None))
+    if (expand := getattr(model.config, "expand_token_id", None)) is not None:  # the length is fixed here
+        params = replace(params, banned_tokens=[*(params.banned_tokens or []), expand])
     if params.compile or hasattr(model, "into_bucket"):
         model = _compiled(model)
     return _run(model, canvas, params, rule, infill, **options)

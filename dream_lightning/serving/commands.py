@@ -18,7 +18,7 @@ def serve(parser: ArgumentParser, arguments: list[str]) -> None:
         raise UserError(f"{error.name} is not installed: pip install 'dream-lightning[serve]'") from error
     hosts = Literal["127.0.0.1", "0.0.0.0", "::"]
     parser.add_argument("--host", type=hosts, default="127.0.0.1", help="127.0.0.1: this machine only; 0.0.0.0: any")
-    parser.add_argument("--port", type=int, default=8000, help="of HTTP")
+    parser.add_argument("--port", type=int, default=8000, help="TCP port of the server")
     options, opened, given = parse(parser, arguments, open_model, make_server, skip={"opened"})
     check_range("port", options.port, least=1024, most=65535)
     if options.host != "127.0.0.1" and not os.environ.get(KEY):

@@ -112,7 +112,7 @@ def make_server(
     Args:
         opened: arguments of `open_model`. Its device is `auto`, `cpu` or `cuda` here.
         params: sampling where a request says nothing. It needs forbid_mask, and blocks for rows to join in between.
-        name: of the model for clients; by default the last part of `model`.
+        name: what clients call the model; by default the last part of `model`.
         devices: number of GPUs, each with a worker that has the whole model; auto uses all.
         workers_per_device: processes with the whole model on every device.
         max_batch_size: answers that a worker denoises at a time.

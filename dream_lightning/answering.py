@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dream_lightning.batch import Answers, Example, Message, Prediction, PromptBatch
 from dream_lightning.data.prompt_format import encode_prompt, encode_rendered
 from dream_lightning.errors import UserError, check_range
-from dream_lightning.sampling import SamplingParams, diffusion_generate
+from dream_lightning.sampling import SamplingParams, diffusion_generate, infill_variable_length
 from dream_lightning.tasks import grade_response
 
 
@@ -144,6 +144,7 @@ def complete(
     tokens_per_gap: int = 8,
     marker: str = "…",
     params: SamplingParams | None = None,
+    longest: int | None = None,
 ) -> str:
     """Fill the gaps of a text from both sides: `complete(model, tokenizer, "The … is blue.")`.
 
@@ -151,6 +152,7 @@ def complete(
         text: with a `marker` for every gap; special tokens in it are plain text.
         tokens_per_gap: tokens in each gap, none of them eos.
         params: `max_new_tokens` is not used. None fills one token a step, the most certain first.
+        longest: with a DreamOn, gaps begin with `tokens_per_gap` tokens, grow and shrink, to this many in all of them.
 
     Raises:
         UserError: the text has no gap, or a gap no token; as `diffusion_generate`.
@@ -164,6 +166,10 @@ def complete(
     ids: list[int] = []
     for n, piece in enumerate(pieces):
         ids += gap * (n > 0) + tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+    if longest is not None:  # the prompt that DreamOn was trained with
+        text_ids = torch.tensor([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], device=model.device)
+        one_each = params or SamplingParams(max_new_tokens=0)
+        return tokenizer.decode(infill_variable_length(model, text_ids, params=one_each, longest=longest)[1:-1])
     if params is None:
         steps = len(gap) * (len(pieces) - 1)
         params = SamplingParams(max_new_tokens=0, steps=steps, tokens_per_step=1, forbid_mask=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from material import SIZES
 
+from dream_lightning import answering
 from dream_lightning.answering import complete
 from dream_lightning.model import load_tokenizer
 from dream_lightning.model_factory import random_model
@@ -34,6 +35,21 @@ def test_what_follows_a_gap_and_the_params_change_the_filling(model):
     assert len(ends) > 1
     a, b = (complete(model, TOKENIZER, "a … b", params=p) for p in (None, SamplingParams(steps=1, forbid_mask=True)))
     assert a.startswith("a ") and a.endswith(" b") and a != b
+
+
+def test_gaps_of_a_dreamon_grow_inside_its_prompt(model, monkeypatch):
+    """Between bos and eos, which are not part of the text."""
+    asked = []
+    fill = answering.infill_variable_length
+    monkeypatch.setattr(
+        answering, "infill_variable_length", lambda *a, **k: asked.append(a[1].tolist()) or fill(*a, **k)
+    )
+    monkeypatch.setattr(model.config, "expand_token_id", TOKENIZER.convert_tokens_to_ids("<think>"))
+    text = complete(model, TOKENIZER, "a … b", tokens_per_gap=3, longest=9)
+    assert text.startswith("a ") and text.endswith(" b") and "<|endoftext|>" not in text
+    a, b = (TOKENIZER.encode(part) for part in ("a ", " b"))
+    mask = TOKENIZER.mask_token_id
+    assert asked == [[TOKENIZER.bos_token_id, *a, mask, mask, mask, *b, TOKENIZER.eos_token_id]]
 
 
 @pytest.mark.parametrize(

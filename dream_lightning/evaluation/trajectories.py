@@ -57,7 +57,7 @@ def trajectories(
     Args:
         examples: questions; those without a reference are not graded.
         sampling: how they are answered; few tokens a step give an order that is easy to follow.
-        style: of the prompt.
+        style: style of the prompt.
         system_prompt: replaces the record's or the template's.
         batch_size: questions answered at once.
 

@@ -123,7 +123,8 @@ def _curve(tag: str, runs: list[Run], named: list[Run]) -> list[Block]:
         axes.plot([step for step, _ in points], [value for _, value in points], linewidth=1, markersize=4, **style)
     axes.set_xlabel("step")
     axes.set_ylabel(tag)
-    axes.legend(frameon=False, fontsize=8)
+    if any(run in named for run in runs):
+        axes.legend(frameon=False, fontsize=8)
     return [("heading", tag), ("html", svg(figure))]
 
 

@@ -57,7 +57,7 @@ def test_what_the_teacher_filled_later_is_masked(tmp_path):
         assert noised_documents(tiny_data(source, tmp_path, **options | other), module) == found
     at_random = noised_documents(tiny_data(source, tmp_path, **options | {"trajectories": False}), module)
     assert [t for _, t, _ in at_random] == [t for _, t, _ in found] and at_random != found
-    with pytest.raises(UserError, match="model.causal has no masks, data.trajectories"):
+    with pytest.raises(UserError, match=r"model\.causal has no masks, data.trajectories"):
         noised_documents(tiny_data(source, tmp_path, **options), tiny_module(causal=True))
 
 

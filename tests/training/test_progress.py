@@ -51,14 +51,17 @@ def test_what_is_printed_meanwhile_has_its_own_lines(sums, tmp_path, monkeypatch
     """In a terminal above the bar; elsewhere there is no bar but a line for each validation and the end."""
     screen = io.StringIO()
     screen.isatty = lambda: terminal
-    handler = logging.StreamHandler(screen)
-    logging.getLogger("lightning.pytorch").addHandler(handler)
+    handler, logger = logging.StreamHandler(screen), logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "disabled", False)  # libraries that configure logging disable it for the other tests
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    logger.addHandler(handler)
     with redirect_stdout(screen):
         options = {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0, "enable_progress_bar": True}
         trainer = quiet_trainer(Talker(), ProgressBar(seconds=1000), **options)
         trainer.fit(tiny_module(), tiny_data(sums, tmp_path, validation_questions=0))
         assert sys.stdout is screen and handler.stream is screen
-    logging.getLogger("lightning.pytorch").removeHandler(handler)
+    logger.removeHandler(handler)
     text = screen.getvalue()
     lines = [line.rpartition("\r")[2] for line in text.splitlines()]
     assert lines.count("printed in parts") == lines.count("logged") == 4

@@ -281,6 +281,7 @@ def test_options_are_checked_before_anything_starts(folder):
             make_server({"model": str(folder)}, **options)
 
 
+@pytest.mark.slow  # processes of its own and a load test: half a minute
 def test_the_command_and_its_load_test(folder, capfd, monkeypatch):
     """In processes of its own, which SIGTERM ends."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")

@@ -267,7 +267,7 @@ def test_a_checkpoint_says_how_to_ask(tmp_path):
     for messages, prompt in (([user], "Add.\n\n1+1\n"), ([system, user], "Sum.\n\n1+1\n")):
         (row,) = api.decode_request(Request(messages=messages), params=PARAMS, owner=None)
         assert TOKENIZER.decode(row.prompt) == prompt
-    with pytest.raises(ValueError, match="several messages, the bare style holds one"):
+    with pytest.raises(ValueError, match="several messages or tools, bare holds one"):
         api.decode_request(Request(messages=[user, user]), params=PARAMS, owner=None)
 
 

@@ -108,11 +108,15 @@ def gradient_moments(module: DreamModule, data: S1KDataModule, draws: int, devic
     return variance.item(), (mean_squared - variance / draws).item()  # the mean has variance too: subtracted
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """One job in its own process: a training run of one scheme, or the variances of all schemes at the same weights."""
+def quiet_process() -> None:
+    """Of the pool: one thread, and no words of Lightning's."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """One job in its own process: a training run of one scheme, or the variances of all schemes at the same weights."""
     rows, device, cache = job["rows"], job["device"], job["cache"]
     module = new_module(job["model"], job["scheme"], job["weighting"], job["seed"])
     if job["kind"] == "curve":
@@ -204,7 +208,7 @@ def main(
             if steps:
                 work += [job | {"kind": "curve", "scheme": scheme, "steps": steps} for scheme in SCHEMES]
     done = []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), quiet_process) as pool:
         for result in pool.map(run_job, work):
             done.append(result)
             print({k: v for k, v in result.items() if k not in ("cache", "device")}, flush=True)

@@ -1,7 +1,5 @@
 """Fixtures that read material, and tests that need a GPU."""
 
-import logging
-
 import pytest
 import torch
 from material import addition_rows, shared_path, write_jsonl
@@ -35,12 +33,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-
-@pytest.fixture(autouse=True)
-def lightning_speaks():
-    """Libraries that configure logging disable Lightning's loggers for the tests after them."""
-    logging.disable(logging.NOTSET)
-    for name in ("lightning", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).disabled = False
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)

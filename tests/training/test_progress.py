@@ -52,9 +52,6 @@ def test_what_is_printed_meanwhile_has_its_own_lines(sums, tmp_path, monkeypatch
     screen = io.StringIO()
     screen.isatty = lambda: terminal
     handler, logger = logging.StreamHandler(screen), logging.getLogger("lightning.pytorch")
-    monkeypatch.setattr(logger, "disabled", False)  # libraries that configure logging disable it for the other tests
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
     logger.addHandler(handler)
     with redirect_stdout(screen):
         options = {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0, "enable_progress_bar": True}

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -43,8 +44,9 @@ def training_cost(model: DreamModel) -> TrainingCost:
     return TrainingCost(linear(model.model.layers), per_pair, linear(model.lm_head))
 
 
+@cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """The highest FLOP/s of a large matrix product, measured in about a tenth of a second.
+    """The highest FLOP/s of a large matrix product, measured once in a process, in about a tenth of a second.
 
     Ten products of 8,192³ on a GPU (0.4 GB in bfloat16, freed afterwards), one of 512³ on a CPU.
     """

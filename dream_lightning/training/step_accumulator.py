@@ -48,9 +48,8 @@ class StepAccumulator:
         masked = noised.is_masked.sum()
         self._step += torch.stack([terms.sum, terms.count, masked, batch.maskable.sum()])
         quartile = (noised.t * QUARTILES).long().clamp(max=QUARTILES - 1)  # [B, L]
-        for i in range(QUARTILES):
-            is_in = noised.is_masked & (quartile == i)
-            self._quartiles[:, i] += torch.stack([torch.where(is_in, nll, 0.0).sum(), is_in.sum()])
+        is_in = noised.is_masked & (quartile == torch.arange(QUARTILES, device=nll.device)[:, None, None])  # [4, B, L]
+        self._quartiles += torch.stack([torch.where(is_in, nll, 0.0).sum((1, 2)), is_in.sum((1, 2))])
         real = batch.document_ids >= 0
         # A document of n tokens has positions 0 … n − 1 and n² pairs: the sum of 2p + 1.
         self._work[:2] += torch.stack([real.sum(), ((2 * batch.position_ids + 1) * real).sum()])

@@ -305,7 +305,7 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
 
     def _of_masked(self, function: Callable, batch: Batch, noised: NoisedBatch) -> Tensor:
         """What a function as `token_nll` gives for each masked token, [B, L, …]; 0 elsewhere."""
-        head, vocabulary = self.model.lm_head, self.model.config.vocab_size
+        head = self.model.lm_head
         if torch.compiler.is_compiling():  # a whole step, where the number of masked tokens would not be constant
             h = align(self.model.model(noised.x_t, rotation=self._rotation)).flatten(0, 1)
             out = function(h, head, batch.input_ids.flatten(), chunk=len(h))
@@ -317,7 +317,7 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         else:
             mask = attention_mask(batch)
         h = features(self.model, noised.x_t, noised.where, mask, batch.position_ids)
-        options = {"chunk": chunk_of(vocabulary), "compiled": self.compile_layers}
+        options = {"chunk": chunk_of(self.model.config.vocab_size), "compiled": self.compile_layers}
         out = function(h, head, batch.input_ids[noised.where], **options)
         return out.new_zeros(*noised.x_t.shape, *out.shape[1:]).index_put(noised.where, out)
 
@@ -381,14 +381,10 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
 
         The head then works at all positions: to count the masked ones would synchronize with the GPU.
         """
+        if not self.compile_layers or self.gradient_checkpointing or self.anneal_causal_steps:
+            return False
         made_on_gpu = batch.input_ids.is_cuda and batch.host is None
-        fits = batch.input_ids.numel() <= chunk_of(self.model.config.vocab_size)
-        return (
-            self.compile_layers
-            and made_on_gpu
-            and fits
-            and not (self.gradient_checkpointing or self.anneal_causal_steps)
-        )
+        return made_on_gpu and batch.input_ids.numel() <= chunk_of(self.model.config.vocab_size)
 
     def compiled_step(self, batch: Batch) -> tuple[Batch, NoisedBatch, Tensor, LossTerms]:
         """`noised_loss` of rows of one document each, without padding."""

@@ -1,6 +1,5 @@
 """Metrics over an epoch and its ranks. States are sums, divided once, so that uneven batches weigh correctly."""
 
-import math
 from itertools import compress
 
 import torch
@@ -12,11 +11,10 @@ from dream_lightning.batch import Answers, LossTerms
 
 def proportion_interval(correct: int, count: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson, 1927)."""
-    z, p = 1.959963984540054, correct / count
-    middle, width = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
-    scale = 1 + z * z / count
-    low, high = (middle - width) / scale, (middle + width) / scale
-    return low if correct else 0.0, high if correct < count else 1.0
+    from scipy import stats  # takes a second, and most commands need no interval
+
+    interval = stats.binomtest(correct, count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 class _Sums(Metric):

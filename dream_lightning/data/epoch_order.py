@@ -41,7 +41,7 @@ class RowSampler(DistributedSampler):
         world_size: int = 1,
     ) -> None:
         self.rows = [tuple(row) for row in rows]
-        self._first = np.array([row[0] for row in self.rows])  # the longest document of each row
+        self._first = np.array([row[0] for row in self.rows], np.int64)  # the longest document of each row
         self._documents = sum(map(len, self.rows))
         self.batch_size, self.seed, self.shuffle, self.repeats = batch_size, seed, shuffle, repeats
         self.lengths, self.rank, self.num_replicas = lengths, rank, world_size

@@ -26,7 +26,7 @@ TINY = {
 
 @pytest.fixture
 def script(monkeypatch):
-    """`script("curve")` → the module."""
+    """`script("compare_bases")` → the module."""
     monkeypatch.syspath_prepend(SCRIPTS)
     before = set(sys.modules)
     yield importlib.import_module
@@ -51,18 +51,6 @@ def test_generation_benchmark(script, folder, capsys):
     steps = [line for line in lines[lines.index("|---|---|---|---|---|---|") :] if line.startswith("|")]
     assert len(steps) == 1 + 9 + 2 + 2 + 3 * 4
     assert all(float(line.split("|")[3]) > 0 for line in steps[1:10])
-
-
-def test_curve(script, folder, tmp_path):
-    out = tmp_path / "curve.md"
-    few = {"tokens_per_step": (4,), "thresholds": (0.5,), "factors": (1.0,)}
-    script("curve").main(folder, str(out), questions=3, new_tokens=8, block=4, **few)
-    lines = out.read_text().splitlines()
-    fixed = "| tokens_per_step 4 | 4.00 · 0.0% | 4.00 · 0.0% | 4.00 · 0.0% | – |"
-    assert lines.count(fixed) == 4 and len([line for line in lines if line.startswith("| steps 2 | –")]) == 4
-    script("draw_curve").main(str(out), str(tmp_path / "curve.svg"))
-    drawn = (tmp_path / "curve.svg").read_text()
-    assert drawn.count("cache dual") == 1 and "accuracy of 3 questions" in drawn and "prefers-color-scheme" in drawn
 
 
 def rows_of(printed):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from material import addition_rows, quiet_trainer, tiny_data, tiny_module, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -169,3 +170,11 @@ def test_several_turns_are_known_and_a_logger_of_a_script_names_the_run(tmp_path
         trainer.fit(tiny_module(), tiny_data(source, tmp_path, validation_questions=0))
     trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / "step=1.ckpt")
     assert trained(trainer.log_dir).several_turns is True
+
+
+def test_summary_without_a_logger(tmp_path, monkeypatch):
+    printed = []
+    monkeypatch.setattr("dream_lightning.training.summary.rank_zero_info", printed.append)
+    trainer = quiet_trainer(RunSummary(), ModelCheckpoint(tmp_path, save_last=True), max_steps=1, limit_val_batches=0)
+    trainer.fit(tiny_module(), tiny_data(write_jsonl(tmp_path / "sums.jsonl", addition_rows(8)), tmp_path))
+    assert "dream-lightning chat --model" in printed[-1] and "tensorboard" not in printed[-1]

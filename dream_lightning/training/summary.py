@@ -85,13 +85,13 @@ def _checkpoints(trainer: L.Trainer) -> list[str]:
             lines.append(f"Best checkpoint: {_shown(callback.best_model_path)} ({score})")
     if not (last := last or (trainer.checkpoint_callback and trainer.checkpoint_callback.best_model_path)):
         return lines
-    folder = trainer.logger.save_dir if trainer.logger is not None else None
     commands = [
         f"dream-lightning chat --model {_shown(last)}",
         f"dream-lightning predict --ckpt_path {_shown(last)} --data.predict_source QUESTIONS.jsonl",
         f"dream-lightning export --model {_shown(last)} --folder my-dream",
-        *[f"tensorboard --logdir {_shown(folder)}"] * bool(folder and isinstance(trainer.logger, TensorBoardLogger)),
     ]
+    if isinstance(trainer.logger, TensorBoardLogger):
+        commands.append(f"tensorboard --logdir {_shown(trainer.logger.save_dir)}")
     return [*lines, f"Last checkpoint: {_shown(last)}", "Next:", *(f"  {command}" for command in commands)]
 
 

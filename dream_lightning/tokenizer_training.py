@@ -128,7 +128,7 @@ def _texts(file: Path, columns: list[str] | None) -> Iterator[str]:
             yield from iter(partial(opened.read, _BLOCK), "")
         return
     for row in read_rows(file):
-        values = [row.value(name) for name in columns] if columns else row.values
+        values = [row.value(name) for name in columns] if columns else row.record
         if text := "\n".join(_strings(values)):
             yield text
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import chain
@@ -11,25 +10,27 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.batch import Example, SampleKey
+from dream_lightning.batch import Example
 from dream_lightning.data.document_cache import TokenizedSet, tokenize
-from dream_lightning.data.epoch_order import KeyRow, ResumableLoader, RowSampler, bucket_by_length
+from dream_lightning.data.epoch_order import KeyedItems, ResumableLoader, RowSampler, bucket_by_length
 from dream_lightning.data.packing import collate, collate_prompts, collate_with_cutoff, pack
 from dream_lightning.data.preloaded import PreloadedLoader, PreloadedSet
-from dream_lightning.data.prompt_format import Style, encode_prompt, longer_than, response_text
+from dream_lightning.data.prompt_format import Style, encode_prompt, longer_than
 from dream_lightning.data.schemas import read_examples
-from dream_lightning.data.splits import keep_examples, mix, split, warn_of_overlap
+from dream_lightning.data.splits import Filters, keep, mix, split, warn_of_overlap
 from dream_lightning.data.streaming import ShardStream, StreamSampler
-from dream_lightning.data.tokenization import Overflow, TrainOn, check_encoding, trained_turns
+from dream_lightning.data.tokenization import Overflow, TrainOn, check_encoding, warn_of_responses
 from dream_lightning.errors import GuessKeywords, UserError, check_range
 from dream_lightning.tasks import load_task, task_of
 
 # Batches per process that predict sorts by length together. In batches of 8, padding is then 13 % of the prompts'
 # positions for s1K, 5 % for GSM8K and 19 % for MATH-500, instead of 48, 31 and 58 % in file order.
 _WINDOW = 16
+_WHOLE = ("short_first", "preload", "first_n", "training_filters", "subset")  # what needs all records at once
+_ON_HOST = ("packing", "batch_cutoff", "num_workers")
 
 
 class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
@@ -102,8 +103,8 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         response_column: str | None = None,
         reference_column: str | None = None,
         task: str | None = None,
-        filters: dict[str, list[str]] | None = None,
-        training_filters: dict[str, list[str]] | None = None,
+        filters: Filters | None = None,
+        training_filters: Filters | None = None,
         first_n: int | None = None,
         style: Style = "chat",
         system_prompt: str | None = None,
@@ -130,7 +131,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_options(locals())
+        check_options(locals())
         self.save_hyperparameters(ignore="tokenizer", logger=False)
         self.tokenizer, self.cache_dir, self.seed, self.num_workers = tokenizer, cache_dir, seed, num_workers
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
@@ -145,11 +146,10 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         self.encoding |= {"max_length": max_length, "overflow": overflow, "eos_fill_to": eos_fill_to}
         check_encoding(**self.encoding)
         self.training_encoding = self.encoding | {"trajectories": trajectories}
-        self.batch_size, self.packing, self.batch_cutoff = batch_size, packing, batch_cutoff
-        self.question_batch_size = question_batch_size or batch_size
-        self.preload, self.too_long = preload, too_long
+        self.batch_size, self.question_batch_size = batch_size, question_batch_size or batch_size
+        self.packing, self.batch_cutoff, self.preload, self.too_long = packing, batch_cutoff, preload, too_long
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
-        self.train_set: TokenizedSet | ShardStream | None = None
+        self.train_set: TokenizedSet | ShardStream | None = None  # number → document
         self.validation_set: TokenizedSet | None = None
         self.questions: list[Example] = []
         self.several_turns: bool | None = None  # whether a training example has earlier messages; None: not known
@@ -165,7 +165,48 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
             if not self.streaming:
                 self.tokenized(training, self.training_encoding)
 
-    def stream(self) -> ShardStream:
+    def setup(self, stage: str) -> None:
+        if stage == "predict":
+            source, asked = self.predict_source, self._given
+            if asked is None:
+                asked = read_examples(source, split="test", **self.reading) if source else self.read()[1]
+            self._ask(asked, f"{len(asked):,} questions are answered")
+            return
+        training, validation = self.read()
+        asked = scored(validation)[: self.validation_questions]
+        self._ask(validation, f"validation: {len(asked):,} questions are answered and scored", asked)
+        self.validation_set = self.tokenized(validation, self.encoding)
+        rank_zero_info(f"validation: {self.validation_set.summary()}")
+        if stage == "fit":
+            warn_of_responses(training, self.tokenizer, self.encoding)
+            turns = any(sum(m["role"] != "system" for m in example.prompt) > 1 for example in training)
+            self.several_turns = turns or (None if self.streaming else False)
+            self.train_set = self._stream() if self.streaming else self.tokenized(training, self.training_encoding)
+            rank_zero_info(f"training: {self.train_set.summary()}")
+
+    def read(self) -> tuple[list[Example], list[Example]]:
+        """Examples to train on, of a stream those of its first shard, and to validate with."""
+        if self.validation_source is not None:
+            validation = read_examples(self.validation_source, split="validation", **self.reading)
+        if self.streaming:
+            training, held = self._stream().read()
+            return training, held if self.validation_source is None else validation
+        parts = [read_examples(source, split="train", **self.reading) for source in self.sources]
+        training = list(chain(*parts))
+        if self.validation_source is None:
+            training, validation = split(training, validation_fraction=self.validation_fraction, seed=self.seed)
+        training = keep(training, self.training_filters or {})[: self.first_n]
+        if len(parts) > 1:
+            kept = set(map(id, training))
+            training = mix([[e for e in part if id(e) in kept] for part in parts], self.sources)
+        if self.validation_source is not None:
+            warn_of_overlap(training, validation)
+        return training, validation
+
+    def tokenized(self, examples: Sequence[Example], encoding: dict[str, Any]) -> TokenizedSet:
+        return tokenize(examples, self.tokenizer, cache_dir=self.cache_dir, **encoding)
+
+    def _stream(self) -> ShardStream:
         return ShardStream(
             self.sources,
             self.tokenizer,
@@ -178,63 +219,87 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
             seed=self.seed,
         )
 
-    def read(self) -> tuple[list[Example], list[Example]]:
-        """Examples to train on, of a stream those of its first shard, and to validate with."""
-        validation = None
-        if self.validation_source is not None:
-            validation = read_examples(self.validation_source, split="validation", **self.reading)
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of a stream, of documents on the model's device (`preload`), or of documents in memory."""
+        order = {"seed": self.seed, **self._ranks(self.batch_size)}
+        loading = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         if self.streaming:
-            stream = self.stream()
-            if validation is None:
-                validation = [example for number in stream.held for example in stream.examples(number)]
-            return list(stream.examples(stream.groups[0][0])), validation
-        parts = [read_examples(source, split="train", **self.reading) for source in self.sources]
-        training = list(chain(*parts))
-        if validation is None:
-            training, validation = split(training, validation_fraction=self.validation_fraction, seed=self.seed)
-        training = keep_examples(training, self.training_filters or {})[: self.first_n]
-        if len(parts) > 1:
-            kept = set(map(id, training))
-            training = mix([[e for e in part if id(e) in kept] for part in parts], self.sources)
-        if self.validation_source is not None:
-            warn_of_overlap(training, validation)
-        return training, validation
-
-    def tokenized(self, examples: Sequence[Example], encoding: dict[str, Any], name: str = "") -> TokenizedSet:
-        """Documents of the examples, cached; a `name` prints a summary."""
-        documents = tokenize(examples, self.tokenizer, cache_dir=self.cache_dir, **encoding)
-        if name:
-            lengths, cut = documents.lengths, documents.cut_tokens
-            rank_zero_info(
-                f"{name}: {len(documents):,} documents, {lengths.sum():,} tokens, longest {lengths.max():,}; "
-                f"{(cut > 0).sum():,} shortened by {cut.sum():,} tokens, {documents.dropped:,} dropped"
+            # With a number of batches, Lightning knows the length of an epoch, and reads no batch ahead.
+            order["read_ahead"] = self.trainer is not None and isinstance(self.trainer.limit_train_batches, float)
+            sampler = StreamSampler(
+                self.train_set, budget=self.encoding["max_length"] if self.packing else None, **order
             )
-        return documents
+        else:
+            lengths = self.train_set.lengths.tolist() if self.short_first else None
+            sampler = RowSampler(self._rows(self.train_set), lengths=lengths, **order)
+        if self.preload:
+            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+            return PreloadedLoader(PreloadedSet(self.train_set, device), sampler=sampler, **loading)
+        collation = collate
+        if self.batch_cutoff:
+            collation = partial(collate_with_cutoff, eos_token_id=self.tokenizer.eos_token_id, seed=self.seed)
+        loading |= {"persistent_workers": self.num_workers > 0, "pin_memory": torch.cuda.is_available()}
+        return self._loader(self.train_set, sampler, collation, ResumableLoader, **loading)
 
-    def setup(self, stage: str) -> None:
-        if stage == "predict":
-            source, asked = self.predict_source, self._given
-            if asked is None:
-                asked = read_examples(source, split="test", **self.reading) if source else self.read()[1]
-            self._ask(asked, f"{len(asked):,} questions are answered")
-            return
-        training, validation = self.read()
-        asked = _scored(validation)[: self.validation_questions]
-        self._ask(validation, f"validation: {len(asked):,} questions are answered and scored", asked)
-        self.validation_set = self.tokenized(validation, self.encoding, "validation")
-        if stage == "fit":
-            self._check_responses(training)
-            turns = any(sum(m["role"] != "system" for m in example.prompt) > 1 for example in training)
-            self.several_turns = turns or (None if self.streaming else False)
-            if self.streaming:
-                self.train_set = self.stream()
-                rank_zero_info(self.train_set.summary())
-            else:
-                self.train_set = self.tokenized(training, self.training_encoding, "training")
+    def val_dataloader(self) -> list[DataLoader]:
+        ranks = self._ranks(self.batch_size)
+        sampler = RowSampler(self._rows(self.validation_set), shuffle=False, repeats=self.validation_draws, **ranks)
+        likelihood = self._loader(self.validation_set, sampler, collate, batch_size=self.batch_size)
+        return [likelihood, self._question_loader(range(len(self.questions)))] if self.questions else [likelihood]
+
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> DataLoader | list:
+        """The questions without an answer."""
+        numbers = [n for n in range(len(self.questions)) if n not in self._answered]
+        if self._answered:
+            rank_zero_info(f"{len(self.questions) - len(numbers)} of {len(self.questions)} are answered already")
+        return self._question_loader(numbers) if numbers else []
+
+    def _question_loader(self, numbers: Sequence[int]) -> DataLoader:
+        """Bucketed by length; an answer does not depend on its batch."""
+        ranks = self._ranks(self.question_batch_size)
+        window = _WINDOW * self.question_batch_size * ranks["world_size"]
+        numbers = bucket_by_length(numbers, [len(self._prompts[n]) for n in numbers], window=window)
+        sampler = RowSampler([[n] for n in numbers], shuffle=False, **ranks)
+        items = list(zip(self.questions, self._prompts, strict=True))
+        return self._loader(items, sampler, collate_prompts, batch_size=self.question_batch_size)
+
+    def _rows(self, documents: TokenizedSet) -> list[list[int]]:
+        if self.packing:
+            return pack(documents.lengths.tolist(), self.encoding["max_length"])
+        return [[i] for i in range(len(documents))]
+
+    def _ranks(self, batch_size: int) -> dict[str, int]:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+
+    def _loader(
+        self, items: Any, sampler: RowSampler, collation: Callable, kind: type[DataLoader] = DataLoader, **options: Any
+    ) -> DataLoader:
+        collation = partial(collation, pad_token_id=self.tokenizer.pad_token_id)
+        return kind(KeyedItems(items), sampler=sampler, collate_fn=collation, **options)
 
     def ask(self, examples: list[Example], source: str) -> None:
         """Let `predict` answer these questions, which come from `source`, instead of those of `predict_source`."""
         self._given, self.predict_source = examples, source
+
+    def skip_questions(self, numbers: Collection[int]) -> None:  # in `predict`: they are already answered
+        self._answered = set(numbers)
+
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of the questions' prompts."""
+        return list(map(len, self._prompts))
+
+    def question_settings(self) -> dict[str, Any]:  # what the prompts and grades of `predict` depend on
+        records = [(e.id, e.prompt, e.reference, e.task, task_of(e).reference(e)) for e in self.questions]
+        tokenizer = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
+        return {
+            "questions": self.predict_source or f"validation part of {self.validation_source or self.source}",
+            "records": f"{len(records)}, hash {_hash(records)}",
+            **self.prompting,
+            "tokenizer": f"hash {_hash(tokenizer)}",
+        }
 
     def _ask(self, examples: list[Example], summary: str, asked: list[Example] | None = None) -> None:
         """Set the questions, by default all, and say how many of the examples can be scored.
@@ -242,14 +307,14 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         A prompt that leaves the model no room for an answer becomes empty, or raises UserError, before the model is
         loaded.
         """
-        scored = len(_scored(examples))
-        rank_zero_info(f"{summary}; {scored:,} of {len(examples):,} rows can be scored")
-        if not scored and (asked is None or self.validation_questions):
+        count = len(scored(examples))
+        rank_zero_info(f"{summary}; {count:,} of {len(examples):,} rows can be scored")
+        if not count and (asked is None or self.validation_questions):
             rank_zero_warn("no question can be scored, no row has a reference: set data.reference_column or data.task")
         self.questions = examples if asked is None else asked
-        room = getattr(self.trainer and self.trainer.lightning_module, "max_prompt_length", None)
         if plain := [example.origin for example in self.questions if not example.prompt]:
             raise UserError(f"{plain[0]} is plain text, wanted a question to answer: set predict_source")
+        room = getattr(self.trainer and self.trainer.lightning_module, "max_prompt_length", None)
         self._prompts, too_long = [], []
         for example in self.questions:
             length = longer_than(room, "".join(m["content"] for m in example.prompt), self.tokenizer)
@@ -267,138 +332,24 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
                 raise UserError(f"{problem}; shorten or delete them, or set too_long to skip (data.too_long)")
             rank_zero_warn(f"{problem}; they get an empty answer")
 
-    def _check_responses(self, examples: list[Example]) -> None:
-        """Warn about special tokens that are spelled out, and about extra weights without effect."""
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        pattern = re.compile("|".join(map(re.escape, special)))
-        unseen = set(self.encoding["extra_weight"] or {}) - {self.tokenizer.eos_token}
-        style, thinking, spelled = self.encoding["style"], self.encoding["thinking"], []
-        for example in chain.from_iterable(trained_turns(e, self.encoding["train_on"]) for e in examples):
-            text = response_text(example, style=style, thinking=thinking, tokenizer=self.tokenizer)
-            unseen -= {part for part in unseen if part in text}
-            if found := pattern.search(text):
-                spelled.append(f"{found[0]} in {example.origin}")
-        if spelled:
-            rank_zero_warn(
-                f"{len(spelled):,} of {len(examples):,} responses hold a special token as text, first {spelled[0]}: "
-                "the model learns to spell it letter by letter; remove it, eos is added to every response"
-            )
-        for part in sorted(unseen):
-            rank_zero_warn(
-                f"extra_weight: {part!r} is in no response of the training data and has no effect: correct it"
-            )
 
-    def question_settings(self) -> dict[str, Any]:  # what the prompts and grades of `predict` depend on
-        records = [(e.id, e.prompt, e.reference, e.task, task_of(e).reference(e)) for e in self.questions]
-        tokenizer = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
-        return {
-            "questions": self.predict_source or f"validation part of {self.validation_source or self.source}",
-            "records": f"{len(records)}, hash {_hash(records)}",
-            **self.prompting,
-            "tokenizer": f"hash {_hash(tokenizer)}",
-        }
-
-    def skip_questions(self, numbers: Collection[int]) -> None:  # in `predict`: they are already answered
-        self._answered = set(numbers)
-
-    def train_dataloader(self) -> ResumableLoader:
-        sampler = self._training_sampler()
-        if self.preload:
-            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-            return PreloadedLoader(PreloadedSet(self.train_set, device), batch_size=self.batch_size, sampler=sampler)
-        collation = collate
-        if self.batch_cutoff:
-            collation = partial(collate_with_cutoff, eos_token_id=self.tokenizer.eos_token_id, seed=self.seed)
-        return ResumableLoader(
-            KeyedItems(self.train_set),
-            batch_size=self.batch_size,
-            sampler=sampler,
-            collate_fn=partial(collation, pad_token_id=self.tokenizer.pad_token_id),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def val_dataloader(self) -> list[DataLoader]:
-        sampler = self._sampler(self._rows(self.validation_set), shuffle=False, repeats=self.validation_draws)
-        likelihood = self._loader(self.validation_set, sampler, collate, self.batch_size)
-        return [likelihood, self._question_loader(range(len(self.questions)))] if self.questions else [likelihood]
-
-    test_dataloader = val_dataloader
-
-    def predict_dataloader(self) -> DataLoader | list:
-        """The questions without an answer."""
-        numbers = [n for n in range(len(self.questions)) if n not in self._answered]
-        if self._answered:
-            rank_zero_info(f"{len(self.questions) - len(numbers)} of {len(self.questions)} are answered already")
-        return self._question_loader(numbers) if numbers else []
-
-    def _rows(self, documents: TokenizedSet) -> list[list[int]]:
-        if self.packing:
-            return pack(documents.lengths.tolist(), self.encoding["max_length"])
-        return [[i] for i in range(len(documents))]
-
-    def _training_sampler(self) -> RowSampler:
-        if self.streaming:
-            budget = self.encoding["max_length"] if self.packing else None
-            # With a number of batches, Lightning knows the length of an epoch.
-            ahead = self.trainer is not None and isinstance(self.trainer.limit_train_batches, float)
-            return self._sampler(self.train_set, kind=StreamSampler, seed=self.seed, budget=budget, read_ahead=ahead)
-        lengths = self.train_set.lengths.tolist() if self.short_first else None
-        return self._sampler(self._rows(self.train_set), seed=self.seed, lengths=lengths)
-
-    def _sampler(
-        self, rows: Any, *, kind: type[RowSampler] = RowSampler, batch_size: int | None = None, **options: Any
-    ) -> RowSampler:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return kind(rows, batch_size=batch_size or self.batch_size, rank=rank, world_size=world_size, **options)
-
-    def _loader(self, items: Any, sampler: RowSampler, collation: Callable, batch_size: int) -> DataLoader:
-        collation = partial(collation, pad_token_id=self.tokenizer.pad_token_id)
-        return DataLoader(KeyedItems(items), batch_size=batch_size, sampler=sampler, collate_fn=collation)
-
-    def _question_loader(self, numbers: Sequence[int]) -> DataLoader:
-        """Bucketed by length; an answer does not depend on its batch."""
-        size = self.question_batch_size
-        window = _WINDOW * size * (self.trainer.world_size if self.trainer else 1)
-        numbers = bucket_by_length(numbers, self.prompt_lengths(numbers), window=window)
-        items = list(zip(self.questions, self._prompts, strict=True))
-        sampler = self._sampler([[n] for n in numbers], shuffle=False, batch_size=size)
-        return self._loader(items, sampler, collate_prompts, size)
-
-    def prompt_lengths(self, numbers: Sequence[int] | None = None) -> list[int]:
-        """Tokens of these questions' prompts, by default of all."""
-        return [len(self._prompts[n]) for n in (range(len(self._prompts)) if numbers is None else numbers)]
-
-
-class KeyedItems(Dataset):
-    """Maps a row of sample keys to pairs of key and item, from a sequence or a dict by number."""
-
-    def __init__(self, items: Any) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, row: KeyRow) -> list[tuple[SampleKey, Any]]:
-        return [(key, self.items[key.index]) for key in row]
-
-
-def _check_options(o: dict[str, Any]) -> None:
+def check_options(o: dict[str, Any]) -> None:
     """Raise UserError for options that are out of range, or exclude each other."""
     for one, other, reason in (
         ("packing", o["batch_cutoff"] and "batch_cutoff", "the cutoff is drawn for one document a row"),
         ("trajectories", o["batch_cutoff"] and "batch_cutoff", "the cutoff changes the length of a response"),
         ("trajectories", o["train_on"] == "all" and "train_on all", "filled_at is of the last response"),
+        *(
+            ("preload", o[n] and n, "it makes batches on the device")
+            for n in ("packing", "batch_cutoff", "num_workers")
+        ),
+        *(("streaming", o[n] not in (None, False) and n, f"{n} needs all records at once") for n in _WHOLE),
     ):
         if o[one] and other:
             raise UserError(f"{one} and {other} exclude each other: {reason}")
-    if o["preload"] and (o["packing"] or o["batch_cutoff"] or o["num_workers"]):
-        raise UserError("preload excludes packing, batch_cutoff and num_workers: it makes batches on the device")
-    for name in ("batch_size", "question_batch_size", "first_n", "validation_draws"):
-        check_range(name, o[name], least=1, whole=True)
-    for name in ("validation_questions", "num_workers"):
-        check_range(name, o[name], least=0, whole=True)
+    least = dict.fromkeys(("batch_size", "question_batch_size", "first_n", "validation_draws"), 1)
+    for name, bound in (least | {"validation_questions": 0, "num_workers": 0}).items():
+        check_range(name, o[name], least=bound, whole=True)
     check_range("shuffle_mib", o["shuffle_mib"], least=0)
     check_range("validation_fraction", o["validation_fraction"], least=0, most=1)
     check_range("seed", o["seed"], least=0, most=2**32 - 1, whole=True)
@@ -407,12 +358,9 @@ def _check_options(o: dict[str, Any]) -> None:
             raise UserError(f"source is {o['source']!r:.200}, a mixture: name a source at least, and leave first_n out")
         for name, weight in o["source"].items():
             check_range(f"weight of {name}", weight, least=1e-9)
-    whole = ("short_first", "preload", "first_n", "training_filters", "subset")
-    if o["streaming"] and (odd := [name for name in whole if o[name] not in (None, False)]):
-        raise UserError(f"{', '.join(odd)} needs all records at once, and streaming reads them as it goes: unset it")
 
 
-def _scored(examples: list[Example]) -> list[Example]:
+def scored(examples: list[Example]) -> list[Example]:
     return [example for example in examples if task_of(example).reference(example) is not None]
 
 

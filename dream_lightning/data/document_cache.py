@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.atomic import atomic_write
+from dream_lightning.atomic import atomic_write, check_folder
 from dream_lightning.batch import Document, Example
 from dream_lightning.data.tokenization import Encoded, encode_documents
 from dream_lightning.errors import UserError, reading
@@ -83,6 +82,12 @@ class TokenizedSet(Sequence[Document]):
             if not folder.exists():
                 raise
 
+    def summary(self) -> str:
+        return (
+            f"{len(self):,} documents, {self.lengths.sum():,} tokens, longest {self.lengths.max():,}; "
+            f"{(self.cut_tokens > 0).sum():,} shortened by {self.cut_tokens.sum():,} tokens, {self.dropped:,} dropped"
+        )
+
     def __len__(self) -> int:
         return len(self.kept)
 
@@ -121,19 +126,11 @@ def tokenize(
     folder = None
     if cache_dir is not None:
         folder = Path(cache_dir).expanduser() / f"documents-{_content_hash(examples, tokenizer, encoding)}"
-        try:
-            if folder.exists():
-                return TokenizedSet.load(folder)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder.parent).close()
-        except OSError as error:  # such as another user's folder
-            raise UserError(
-                f"data.cache_dir {folder.parent} cannot be read and written ({error.strerror}): set it to a folder of "
-                "your own, or give all its users the right to write it"
-            ) from error
-    documents = TokenizedSet.of(
-        _encode_all(examples, partial(encode_documents, tokenizer=tokenizer, **encoding), num_proc)
-    )
+        if os.path.exists(folder):  # of a folder of another user, too: Path.exists raises PermissionError
+            return TokenizedSet.load(folder)
+        check_folder("data.cache_dir", folder.parent)
+    encoder = partial(encode_documents, tokenizer=tokenizer, **encoding)
+    documents = TokenizedSet.of(_encode_all(examples, encoder, num_proc))
     if not len(documents):
         raise UserError(
             f"overflow drops all {len(examples)} documents: the shortest has {documents.full_length.min():,} tokens, "

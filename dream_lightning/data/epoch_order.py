@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from dream_lightning.batch import SampleKey
 
@@ -111,6 +111,19 @@ class RowSampler(DistributedSampler):
 
 def _t(order: np.ndarray) -> np.ndarray:  # without the epoch's offset: see `diffusion.schedule.stratified_t`
     return order * _GOLDEN_RATIO % 1
+
+
+class KeyedItems(Dataset):
+    """Maps a row of sample keys to pairs of key and item, of documents or questions by number."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: KeyRow) -> list[tuple[SampleKey, Any]]:
+        return [(key, self.items[key.index]) for key in row]
 
 
 class ResumableLoader(DataLoader):

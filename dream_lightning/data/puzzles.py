@@ -15,9 +15,11 @@ import re
 from collections.abc import Iterator
 from hashlib import sha256
 from math import isqrt
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
@@ -119,11 +121,12 @@ def _search(numbers: list[int], target: int) -> tuple[list[str], list[str]]:
     tried = []
     for (i, a), (j, b) in itertools.combinations(enumerate(numbers), 2):
         (other,) = (number for k, number in enumerate(numbers) if k not in (i, j))
-        for first, result in _results(a, b):
+        for first, result in filter(itemgetter(1), _results(a, b)):
             if "*" in first and result > target + other and result != target * other:
                 tried.append(f"{first} is too large.")
                 continue
-            seconds = [(step, made) for step, made in _results(result, other) if "*" not in step or made <= target]
+            possible = filter(itemgetter(1), _results(result, other))
+            seconds = [(step, made) for step, made in possible if "*" not in step or made <= target]
             hit = next((k for k, (_, made) in enumerate(seconds) if made == target), None)
             made = " or ".join(str(made) for _, made in seconds[: None if hit is None else hit + 1])
             tried.append(f"{first}, with {other} that makes {made}{'. No.' if hit is None else '. Yes!'}")
@@ -133,10 +136,10 @@ def _search(numbers: list[int], target: int) -> tuple[list[str], list[str]]:
 
 
 def _results(a: int, b: int) -> list[tuple[str, int]]:
-    """The steps that two numbers allow, and their results, as in `_simplest`."""
+    """The steps + - * / of two numbers and their results, as in `_simplest`; 0 for a step that is not allowed."""
     a, b = max(a, b), min(a, b)
     made = {"+": a + b, "-": a - b, "*": a * b, "/": 0 if a % b else a // b}
-    return [(f"{a}{sign}{b}={result}", result) for sign, result in made.items() if result > 0]
+    return [(f"{a}{sign}{b}={result}", result) for sign, result in made.items()]
 
 
 def _listed(numbers: list[int]) -> str:
@@ -168,19 +171,13 @@ def _simplest(numbers: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _steps(numbers: list[int], path: int) -> list[str]:
     """The steps that a path of `_simplest` stands for, in words."""
-    radices = [4 * (n * (n - 1) // 2) for n in range(len(numbers), 1, -1)]
-    choices = []
-    for radix in reversed(radices):
-        path, choice = divmod(path, radix)
-        choices.insert(0, choice)
+    radices = [2 * n * (n - 1) for n in range(len(numbers), 1, -1)]  # pairs × 4 operations
     steps, left = [], numbers
-    for choice in choices:
-        pair, operation = divmod(choice, 4)
-        i, j = list(itertools.combinations(range(len(left)), 2))[pair]
-        a, b = max(left[i], left[j]), min(left[i], left[j])
-        result = (a + b, a - b, a * b, a // b)[operation]
-        steps.append(f"{a}{'+-*/'[operation]}{b}={result}")
-        left = [x for k, x in enumerate(left) if k not in (i, j)] + [result]
+    for pair, operation in (divmod(int(choice), 4) for choice in np.unravel_index(path, radices)):
+        used = list(itertools.combinations(range(len(left)), 2))[pair]
+        step, result = _results(*(left[k] for k in used))[operation]
+        steps.append(step)
+        left = [x for k, x in enumerate(left) if k not in used] + [result]
     return steps
 
 
@@ -211,27 +208,31 @@ def _groups(side: int) -> Tensor:
 
 def _full_grid(side: int, rng: random.Random) -> str:
     """A random valid grid, by depth-first search from the cell with the fewest candidates."""
-    box, every = isqrt(side), (1 << side) - 1
-    rows, columns, boxes = ([every] * side for _ in range(3))  # digits not yet used, as bits
-    grid = [0] * (side * side)
+    box, grid = isqrt(side), [0] * side**2
+    free = [(1 << side) - 1] * (3 * side)  # of every row, column and box the digits not yet used, as bits
     places = [
-        (cell, cell // side, cell % side, cell // side // box * box + cell % side // box) for cell in range(side**2)
+        (cell, row, side + column, 2 * side + row // box * box + column // box)
+        for cell, (row, column) in enumerate(itertools.product(range(side), repeat=2))
     ]
 
-    def fill(empty: list[tuple[int, int, int, int]]) -> bool:
+    def candidates(place: tuple[int, ...]) -> int:
+        return free[place[1]] & free[place[2]] & free[place[3]]
+
+    def toggle(place: tuple[int, ...], digit: int) -> None:
+        for group in place[1:]:
+            free[group] ^= 1 << digit
+
+    def fill(empty: list[tuple[int, ...]]) -> bool:
         if not empty:
             return True
-        cell, r, c, b = place = min(empty, key=lambda p: (rows[p[1]] & columns[p[2]] & boxes[p[3]]).bit_count())
-        rest = [p for p in empty if p is not place]
-        digits = [d for d in range(side) if rows[r] & columns[c] & boxes[b] & 1 << d]
+        place = min(empty, key=lambda p: candidates(p).bit_count())
+        digits = [d for d in range(side) if candidates(place) & 1 << d]
         for digit in rng.sample(digits, len(digits)):
-            for group, number in ((rows, r), (columns, c), (boxes, b)):
-                group[number] ^= 1 << digit
-            grid[cell] = digit + 1
-            if fill(rest):
+            toggle(place, digit)
+            grid[place[0]] = digit + 1
+            if fill([p for p in empty if p is not place]):
                 return True
-            for group, number in ((rows, r), (columns, c), (boxes, b)):
-                group[number] ^= 1 << digit
+            toggle(place, digit)
         return False
 
     fill(places)

@@ -1,20 +1,8 @@
-"""Records → Examples, by a table of schemas.
-
-| schema | columns |
-|---|---|
-| `s1k` | question, thinking_trajectories (a list, the first is taken), attempt, solution |
-| `s1k-1.1` | question, deepseek_thinking_trajectory, deepseek_attempt, solution |
-| `s1k-1.1-gemini` | the same rows, gemini_thinking_trajectory and gemini_attempt |
-| `messages` | messages: a list of {role: system, user, assistant or tool; content} |
-| `conversations` | conversations: a list of {from: system, human, gpt or tool; value} |
-| `alpaca` | instruction, input (may be empty), output |
-| `prompt-response` | one column each, texts or lists of messages; a row without a response is a question to answer |
-| `text` | text: a document to learn from its first token on, without a question |
+"""Records → Examples, by a table of schemas, of which docs/data.md lists the columns.
 
 A response that starts with `<think>…</think>` is split into thinking and answer; a field `reasoning_content` next to it
 is its thinking. A column `system` or `system_prompt` is the system message, `tools` is what a chat may call. What else
-would change a text, such as an image in a content, is refused. To read other records, add a `Schema` of your own to the
-table `SCHEMAS` (docs/data.md shows one).
+would change a text, such as an image in a content, is refused.
 """
 
 import re
@@ -25,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dream_lightning.batch import Example, Message
-from dream_lightning.data.sources import Row, parse_json, read_rows
-from dream_lightning.data.splits import keep_rows
+from dream_lightning.data.records import parse_json
+from dream_lightning.data.sources import Row, read_rows
+from dream_lightning.data.splits import Filters, keep
 from dream_lightning.errors import UserError, reading
 from dream_lightning.tasks import apply_task, load_task
 
@@ -66,7 +55,7 @@ def read_examples(
     task: str | None = None,
     split: str = "train",
     subset: str | None = None,
-    filters: dict[str, list[str]] | None = None,
+    filters: Filters | None = None,
 ) -> list[Example]:
     """Every record of a source, in its order.
 
@@ -87,7 +76,7 @@ def read_examples(
     Raises:
         UserError: with file, row and remedy: an unknown schema, a missing column, or what a record lacks.
     """
-    rows = keep_rows(list(read_rows(source, split, subset)), filters or {})
+    rows = keep(list(read_rows(source, split, subset)), filters or {})
     reader = choose_reader(rows, schema, prompt_column, response_column, reference_column, task)
     examples: dict[str, Example] = {}
     for row in rows:
@@ -119,9 +108,9 @@ def choose_reader(
 ) -> ExampleReader:
     """The reader that these rows ask for; arguments and errors as in `read_examples`."""
     for column in filter(None, (prompt_column, response_column, reference_column)):
-        if not any(column in row.values for row in rows):
+        if not any(column in row.record for row in rows):
             rows[0].value(column)  # raises
-    names = {name: None for row in rows for name, value in row.values.items() if value is not None} or rows[0].values
+    names = {name: None for row in rows for name, value in row.record.items() if value is not None} or rows[0].record
     if schema == "auto":
         schema = "prompt-response" if prompt_column or response_column else _detect(names.keys(), rows[0].file)
     if schema not in SCHEMAS:
@@ -171,14 +160,11 @@ def _read_s1k_11(row: Row, columns: Columns, *, model: str) -> Content:
     return question(row.text("question")), row.text(f"{model}_thinking_trajectory"), row.text(f"{model}_attempt")
 
 
-def _read_chat(row: Row, columns: Columns, *, column: str) -> Content:
-    return _read_messages(row, row.value(column), column)
-
-
-def _read_messages(row: Row, chat: Any, column: str) -> Content:
+def _read_messages(row: Row, columns: Columns, *, column: str, chat: Any = None) -> Content:
+    chat = row.value(column) if chat is None else chat
     if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
         raise UserError(f"{row.origin}: {column} is not a list of messages; wanted [{{'role': …, 'content': …}}, …]")
-    if row.values.get("functions"):
+    if row.record.get("functions"):
         raise UserError(f"{row.origin} has functions, which is not read: rename it to tools, or remove it")
     messages = _system(row)
     for number, message in enumerate(chat, 1):
@@ -192,7 +178,7 @@ def _read_messages(row: Row, chat: Any, column: str) -> Content:
             f"{row.origin}: no user message before the response, the roles are {roles}, wanted user and assistant (or "
             "user alone, to be answered) at the end: correct or delete that row"
         )
-    tools = _objects(row.values.get("tools"), f"{row.origin}: tools")
+    tools = _objects(row.record.get("tools"), f"{row.origin}: tools")
     return messages, *split_thinking(response.get("content", "")), tools, response.get("tool_calls")
 
 
@@ -237,22 +223,22 @@ def _call(call: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _read_prompt_response(row: Row, columns: Columns) -> Content:
-    both = {"user": row.value(columns.prompt), "assistant": row.values.get(columns.response)}
+    both = {"user": row.value(columns.prompt), "assistant": row.record.get(columns.response)}
     if any(isinstance(value, list) for value in both.values()):  # messages, as TRL has them
         parts = [x if isinstance(x, list) else [{"role": r, "content": x}] for r, x in both.items() if x is not None]
-        return _read_messages(row, list(chain(*parts)), f"{columns.prompt} or its response")
+        return _read_messages(row, columns, column=f"{columns.prompt} or its response", chat=list(chain(*parts)))
     return _answered(row, row.text(columns.prompt), columns.response)
 
 
 def _read_alpaca(row: Row, columns: Columns) -> Content:
-    if row.values.get("history"):
+    if row.record.get("history"):
         raise UserError(f"{row.origin} has a history, which is not read: write the row as messages")
     return _answered(row, "\n".join(filter(None, (row.text("instruction"), row.optional_text("input")))), "output")
 
 
 def _answered(row: Row, prompt: str, column: str | None) -> Content:
-    response = row.text(column) if row.values.get(column) is not None else ""
-    response = _with_thinking(row.values.get("reasoning_content"), response, row.origin)
+    response = row.text(column) if row.record.get(column) is not None else ""
+    response = _with_thinking(row.record.get("reasoning_content"), response, row.origin)
     return _system(row) + question(prompt), *split_thinking(response)
 
 
@@ -262,18 +248,18 @@ def _read_text(row: Row, columns: Columns) -> Content:
 
 # `auto` asks the last entry first, so that a schema of a user's own comes before these.
 SCHEMAS: dict[str, Schema] = {
-    "text": Schema(lambda names: "text" in names, _read_text, ()),
+    "text": Schema({"text"}.issubset, _read_text, ()),
     "prompt-response": Schema(lambda names: not names.isdisjoint(_PROMPTS), _read_prompt_response),
-    "alpaca": Schema(lambda names: {"instruction", "input", "output"} <= names, _read_alpaca),
-    "conversations": Schema(lambda names: "conversations" in names, partial(_read_chat, column="conversations")),
-    "messages": Schema(lambda names: "messages" in names, partial(_read_chat, column="messages")),
+    "alpaca": Schema({"instruction", "input", "output"}.issubset, _read_alpaca),
+    "conversations": Schema({"conversations"}.issubset, partial(_read_messages, column="conversations")),
+    "messages": Schema({"messages"}.issubset, partial(_read_messages, column="messages")),
     "s1k-1.1-gemini": Schema(
-        lambda names: "gemini_thinking_trajectory" in names, partial(_read_s1k_11, model="gemini"), ("solution",)
+        {"gemini_thinking_trajectory"}.issubset, partial(_read_s1k_11, model="gemini"), ("solution",)
     ),
     "s1k-1.1": Schema(
-        lambda names: "deepseek_thinking_trajectory" in names, partial(_read_s1k_11, model="deepseek"), ("solution",)
+        {"deepseek_thinking_trajectory"}.issubset, partial(_read_s1k_11, model="deepseek"), ("solution",)
     ),
-    "s1k": Schema(lambda names: "thinking_trajectories" in names, _read_s1k, ("solution",)),
+    "s1k": Schema({"thinking_trajectories"}.issubset, _read_s1k, ("solution",)),
 }
 
 
@@ -298,8 +284,8 @@ def _example(row: Row, schema: Schema, columns: Columns) -> Example:
     prompt, thinking, answer, *calls = schema.read(row, columns)
     if prompt and not any(message["content"].strip() for message in prompt if message["role"] == "user"):
         raise UserError(f"{row.origin} has an empty prompt: correct or delete that row")
-    own_id = next((row.values[name] for name in _IDS if isinstance(row.values.get(name), str | int)), None)
-    own_task = row.values.get("task")
+    own_id = next((row.record[name] for name in _IDS if isinstance(row.record.get(name), str | int)), None)
+    own_task = row.record.get("task")
     return Example(
         id=str(own_id) if own_id is not None else f"{Path(row.file).stem}-{row.number}",
         prompt=tuple(prompt),
@@ -308,7 +294,7 @@ def _example(row: Row, schema: Schema, columns: Columns) -> Example:
         reference=row.optional_text(columns.reference),
         origin=row.origin,
         task=own_task if isinstance(own_task, str) and own_task else None,
-        filled_at=row.values.get("filled_at"),
-        record=row.values,
+        filled_at=row.record.get("filled_at"),
+        record=row.record,
         **dict(zip(("tools", "tool_calls"), calls, strict=False)),
     )

@@ -1,31 +1,25 @@
-"""Raw records of a file, a folder or a hub data set, each with its origin for error messages."""
+"""A source of records, which is a file, a folder or a hub data set → rows, each with its origin for error messages."""
 
-import csv
-import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dream_lightning.data.additions import sample_rows
+from dream_lightning.data.records import BLANK, READERS, Shard, check_file, shards_of
 from dream_lightning.errors import UserError, reading
 
-_BLANK = object()  # an empty line of a .jsonl file, which counts
-_MAGIC = {
-    **{b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip"},
-    **{b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard", b"PAR1": "parquet", b"ARROW1": "arrow"},
-    **{b"version https://git-lfs": "the pointer of a git-lfs file", b"<!DOCTYPE": "a web page", b"<html": "a web page"},
-}
+_STREAMED = (".jsonl", ".txt", ".parquet")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Row(NamedTuple):
     """One raw record."""
 
-    values: dict[str, Any]
+    record: dict[str, Any]
     file: str
     number: int  # from 1; in a .jsonl file the line
 
@@ -34,10 +28,10 @@ class Row(NamedTuple):
         return f"{self.file}, row {self.number}"
 
     def value(self, column: str) -> Any:
-        if column not in self.values:
-            names = ", ".join(self.values)
+        if column not in self.record:
+            names = ", ".join(self.record)
             raise UserError(f"{self.origin} has no column {column!r}, it has {names}: set the schema or column options")
-        return self.values[column]
+        return self.record[column]
 
     def text(self, column: str) -> str:
         value = self.value(column)
@@ -47,7 +41,7 @@ class Row(NamedTuple):
 
     def optional_text(self, column: str | None) -> str | None:
         """A text, or a number as text; None if the record has no such column or if it is null, NaN or blank."""
-        value = self.values.get(column)
+        value = self.record.get(column)
         if value is None or value != value:
             return None
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -71,19 +65,19 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
     path = Path(source)
     with reading(str(source), "a file, a folder or the name of a hub data set", "correct the name"):
         path = path.expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
+        exists = path.exists()
     if source == "bundled":
         part = "train" if split == "train" else "validation"
         rows = numbered(sample_rows(part), f"bundled-{part}")
-    elif is_folder:
-        rows = _read_folder(path, split)
-    elif exists:
-        rows = _read_file(path)
-    else:
+    elif not exists:
         rows = _read_hub(str(source), split, subset)
+    elif _was_saved_to_disk(path):
+        rows = _read_saved(path, split)
+    else:
+        rows = (row for file in _files_of(path, split) for row in _read_file(file))
     first = next(rows, None)
     if first is None:
-        raise UserError(f"{source} has no rows: check that the file was written completely, or name another source")
+        raise _no_rows(source)
     yield first
     yield from rows
 
@@ -91,7 +85,7 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
 def numbered(records: Iterable[Any], name: str, first: int = 1) -> Iterator[Row]:
     """Rows of the records, which count from `first`; blank lines count, too. Raises UserError for a broken record."""
     for number, record in enumerate(records, first):
-        if record is _BLANK:
+        if record is BLANK:
             continue
         if not isinstance(record, dict):
             raise UserError(f"{name}, row {number} is a {type(record).__name__}, wanted a JSON object: correct it")
@@ -111,138 +105,85 @@ def _lone_surrogate(value: Any) -> str | None:
     return next(filter(None, map(_lone_surrogate, parts)), None)
 
 
-def check_file(path: Path) -> None:
-    """Raise UserError for a file of a kind that is not read, or with the content of another kind."""
-    if not path.is_file():  # a pipe would block and cannot be read twice
-        kind = "folder" if path.is_dir() else "pipe or device"
-        raise UserError(f"{path} is a {kind}, wanted a regular file: write its content to one")
-    if path.suffix not in _READERS:
-        raise UserError(f"{path.name} is a {path.suffix or 'nameless'} file, wanted {', '.join(_READERS)}: convert it")
+def find_shards(source: str | Path, size: int, split: str = "train") -> list[Shard]:
+    """The shards of a file or of the files of a split in a folder, about `size` bytes each; no record is read.
+
+    Raises UserError for a source that does not exist or cannot be cut.
+    """
+    path, shards = Path(source).expanduser(), []
+    if not path.exists():
+        raise UserError(f"{source} does not exist, and a stream reads local files only: download it, or correct it")
+    if _was_saved_to_disk(path):
+        raise UserError(f"{path} is a folder of save_to_disk, which is not streamed: write it with Dataset.to_parquet")
+    for file in _files_of(path, split):
+        check_file(file)
+        if file.suffix not in _STREAMED:
+            raise UserError(f"{file} is a {file.suffix} file, of which no stream reads a part: convert it to .jsonl")
+        with reading(file, f"a {file.suffix} file"):
+            shards += shards_of(file, size)
+    if not shards:
+        raise _no_rows(source)
+    return shards
+
+
+def read_shard(shard: Shard) -> Iterator[Row]:
+    """The rows of a shard, whose errors name the file and the row, or the shard's first byte and the row after it."""
+    path = Path(shard.file)
     with reading(path, f"a {path.suffix} file"):
-        with path.open("rb") as file:
-            head = file.read(1000)
-        kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
-        if kind is None and b"\0" in head and path.suffix != ".parquet":
-            kind = "binary data or UTF-16 text"
-        if kind and f".{kind}" != path.suffix:
-            raise UserError(f"{path} is {kind}, wanted a {path.suffix} file: unpack, convert or download it")
+        yield from numbered(READERS[path.suffix](shard), shard.name, shard.number)
 
 
 def _read_file(path: Path) -> Iterator[Row]:
     check_file(path)
     with reading(path, f"a {path.suffix} file"):
-        yield from numbered(_READERS[path.suffix](path), path.name)
+        shards = shards_of(path, sys.maxsize)
+    for shard in shards:
+        yield from read_shard(shard)
 
 
-def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:  # split at \n only: str.splitlines also splits at other separators inside a text
-        for number, line in enumerate(file, 1):
-            yield parse_line(line, f"{path.name}, row {number}")
+def _no_rows(source: str | Path) -> UserError:
+    return UserError(f"{source} has no rows: check that the file was written completely, or name another source")
 
 
-def parse_line(line: bytes, origin: str) -> Any:
-    return parse_json(line, origin) if line.strip() else _BLANK
+def _was_saved_to_disk(path: Path) -> bool:
+    with reading(str(path), "a file or a folder of data files"):
+        return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
-def _read_json(path: Path) -> list[Any]:
-    records = parse_json(path.read_bytes(), path.name)
-    if not isinstance(records, list):
-        raise UserError(f"{path.name} holds a {type(records).__name__}, wanted a list of objects: use .jsonl instead")
-    return records
+def _read_saved(folder: Path, split: str) -> Iterator[Row]:
+    import datasets  # takes half a second
+
+    with reading(folder, "a folder of save_to_disk"):
+        data = datasets.load_from_disk(str(folder))
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise UserError(f"{folder} has no split {split!r}, it has {', '.join(data)}: name the folder of one")
+            data = data[split]
+        yield from numbered(data, folder.name)
 
 
-def parse_json(content: bytes, origin: str) -> Any:
-    """Raises UserError for what is no JSON, or has a key twice."""
-
-    def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _refuse_repeated([key for key, _ in pairs], origin)
-        return dict(pairs)
-
-    with reading(origin, "valid JSON", "correct it (.jsonl holds one object a line)"):
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=read_object)
-
-
-def _refuse_repeated(names: list[str], origin: str) -> None:
-    if len(names) > len(set(names)):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{origin} has {repeated!r} more than once, and one value would be lost: rename or remove one")
-
-
-def _read_parquet(path: Path) -> Iterator[Any]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        _refuse_repeated(file.schema_arrow.names, path.name)
-        for batch in file.iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
-
-
-def _read_txt(path: Path) -> Iterator[Any]:
-    yield from split_texts(path.read_bytes())
-
-
-def split_texts(content: bytes) -> Iterator[dict[str, str]]:
-    """The documents of a .txt file, which end at a line `<|endoftext|>`, or at its end."""
-    for text in re.split(r"^<\|endoftext\|>(?:\r?\n|\Z)", content.decode("utf-8-sig"), flags=re.MULTILINE):
-        if text.strip():
-            yield {"text": text}
-
-
-def _read_csv(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file)
-        try:
-            _refuse_repeated(table.fieldnames or [], path.name)
-            for record in table:
-                if None in record or None in record.values():
-                    raise csv.Error(f"wanted {len(table.fieldnames)} fields as in the header; quote those with commas")
-                yield record
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path.name}, line {table.line_num}: {error}; correct it, or use UTF-8 .jsonl") from error
-
-
-_READERS = {
-    **{".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv},
-    ".txt": _read_txt,
-}
-
-
-def _read_folder(folder: Path, split: str) -> Iterator[Row]:
-    with reading(folder, "a folder of data files or of save_to_disk"):
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            import datasets  # takes half a second
-
-            data = datasets.load_from_disk(str(folder))
-            if isinstance(data, datasets.DatasetDict):
-                if split not in data:
-                    raise UserError(
-                        f"{folder} has no split {split!r}, it has {', '.join(data)}: name the folder of one"
-                    )
-                data = data[split]
-            yield from numbered(data, folder.name)
-            return
-    for file in files_of(folder, split):
-        yield from _read_file(file)
-
-
-def files_of(folder: Path, split: str) -> list[Path]:
-    """The data files of a split in a folder or in its `data/`; warns if similar ones are left out."""
-    with reading(folder, "a folder of data files"):
-        files = sorted(f for place in (folder, folder / "data") for f in place.glob("*") if f.suffix in _READERS)
+def _files_of(path: Path, split: str) -> list[Path]:
+    """A file, or those of a split in a folder or in its `data/`; warns if similar ones are left out."""
+    if not path.is_dir():
+        return [path]
+    with reading(path, "a folder of data files"):
+        files = sorted(f for place in (path, path / "data") for f in place.glob("*") if f.suffix in READERS)
     of_split = re.compile(rf"{re.escape(split)}([-._]\d+)?(-of-\d+)?(-[0-9a-f]{{16}})?")  # the last: older hub files
     chosen = [file for file in files if of_split.fullmatch(file.stem)]
     similar = ", ".join(file.name for file in files if file.name.startswith(split) and file not in chosen)
     if not chosen:
         found = ", ".join(file.name for file in files) or "no data file"
         raise UserError(
-            f"{folder} has {found}, wanted {split}.jsonl, {split}-00000-of-00004.parquet or such: name the file itself"
+            f"{path} has {found}, wanted {split}.jsonl, {split}-00000-of-00004.parquet or such: name the file itself"
         )
     if similar:
         names = ", ".join(file.name for file in chosen)
-        rank_zero_warn(f"{folder}: {names} are read, {similar} are not: rename a file, or name one as the source")
+        rank_zero_warn(f"{path}: {names} are read, {similar} are not: rename a file, or name one as the source")
     return chosen
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(tuple(_READERS)):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(tuple(READERS)):
         raise UserError(f"{name} does not exist: name a file, a folder, or a hub data set as owner/name")
     remedy = f"check the name, the subset ({subset}) and the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
     import datasets

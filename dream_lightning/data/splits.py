@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from itertools import compress
+from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -12,22 +12,27 @@ from dream_lightning.data.prompt_format import response_text
 from dream_lightning.data.sources import Row
 from dream_lightning.errors import UserError
 
+T = TypeVar("T", Row, Example)
+Filters = dict[str, list[str]]  # column → values, of which a record must have one
 
-def keep_rows(rows: list[Row], filters: dict[str, list[str]]) -> list[Row]:
-    """Rows whose value in every named column, as text, is one of the listed ones; UserError if nothing is left."""
+
+def passes(record: dict[str, Any], filters: Filters) -> bool:
+    """Whether the value in every named column, as text, is one of the listed ones."""
+    return all(name in record and str(record[name]) in map(str, values) for name, values in filters.items())
+
+
+def keep(items: list[T], filters: Filters) -> list[T]:
+    """The rows or examples whose record passes. Raises UserError if nothing is left."""
     for column, values in filters.items():
-        present = {str(row.values[column]) for row in rows if column in row.values} or {rows[0].value(column)}
-        rows = [row for row in rows if column in row.values and str(row.values[column]) in map(str, values)]
-        if not rows:
-            found = ", ".join(sorted(present)[:10])
+        present = sorted({str(item.record[column]) for item in items if column in item.record})
+        if not present:
+            names = ", ".join(items[0].record)
+            raise UserError(f"{items[0].origin} has no column {column!r}, it has {names}: correct the filters")
+        items = [item for item in items if passes(item.record, {column: values})]
+        if not items:
+            found = ", ".join(present[:10])
             raise UserError(f"filters leave nothing: no row has {column} in {values}; values found: {found}")
-    return rows
-
-
-def keep_examples(examples: list[Example], filters: dict[str, list[str]]) -> list[Example]:
-    """`keep_rows` of the examples' records."""
-    rows = [Row(example.record, example.origin.rpartition(",")[0], n) for n, example in enumerate(examples, 1)]
-    return [examples[row.number - 1] for row in keep_rows(rows, filters)]
+    return items
 
 
 def split(
@@ -45,8 +50,7 @@ def split(
             break
         held.add(key)
         taken += counts[key]
-    training = [example for example in examples if question_key(example) not in held]
-    validation = [example for example in examples if question_key(example) in held]
+    training, validation = _partition(examples, held)
     if not training or not validation:
         raise UserError(
             f"validation_fraction {validation_fraction} of {len(counts)} different questions leaves {len(training)} "
@@ -81,10 +85,15 @@ def warn_of_overlap(training: list[Example], validation: list[Example]) -> None:
 
 def without_overlap(examples: list[Example], other: list[Example]) -> tuple[list[Example], list[Example]]:
     """(kept, dropped): an example is dropped if its question occurs in `other`. Of s1K, MATH-500 drops 3."""
-    known = {question_key(example) for example in other}
-    is_known = [question_key(example) in known for example in examples]
-    dropped = list(compress(examples, is_known))
-    return [example for example, drop in zip(examples, is_known, strict=True) if not drop], dropped
+    return _partition(examples, set(map(question_key, other)))
+
+
+def _partition(examples: list[Example], keys: set[str]) -> tuple[list[Example], list[Example]]:
+    """The examples whose question has none of the keys, and the others."""
+    parts: tuple[list[Example], list[Example]] = [], []
+    for example in examples:
+        parts[question_key(example) in keys].append(example)
+    return parts
 
 
 def question_key(example: Example) -> str:

@@ -25,7 +25,8 @@ from dream_lightning.data.document_cache import TokenizedSet, settings_hash
 from dream_lightning.data.epoch_order import KeyRow, RowSampler
 from dream_lightning.data.packing import pack
 from dream_lightning.data.schemas import choose_reader
-from dream_lightning.data.shards import find_shards, read_shard
+from dream_lightning.data.sources import find_shards, read_shard
+from dream_lightning.data.splits import passes
 from dream_lightning.data.tokenization import encode_documents
 from dream_lightning.errors import UserError
 
@@ -85,14 +86,19 @@ class ShardStream(Dataset):
 
     def examples(self, number: int) -> Iterator[Example]:
         for row in read_shard(self.shards[number]):
-            if all(str(row.values.get(name)) in map(str, values) for name, values in self.filters.items()):
+            if passes(row.record, self.filters):
                 yield self.readers[number].read(row)
+
+    def read(self) -> tuple[list[Example], list[Example]]:
+        """Examples of the first shard, and those that are held out."""
+        held = [example for number in self.held for example in self.examples(number)]
+        return list(self.examples(self.groups[0][0])), held
 
     def summary(self) -> str:
         count, size = sum(map(len, self.groups)), self.size / 2**20
         held = f", {len(self.held)} others held out for validation" if self.held else ""
         return (
-            f"training: a stream of {count:,} shards, {size:,.1f} MiB of {len(self.groups)} sources{held}. "
+            f"a stream of {count:,} shards, {size:,.1f} MiB of {len(self.groups)} sources{held}. "
             "Not known before it is read: its number of documents and tokens, overlap with the validation data, and "
             "what the rows after the first shard hold"
         )

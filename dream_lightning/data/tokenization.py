@@ -6,12 +6,13 @@ Prompt and response are tokenized separately and concatenated, as in the authors
 import math
 import re
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate
+from functools import reduce
+from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Document, Example
@@ -89,7 +90,7 @@ def encode(
             f"{max_length:,}: delete or shorten that row, or set overflow to drop"
         )
     prompt_ids = encode_prompt(example, tokenizer, style=style, system_prompt=system_prompt)
-    response = _with_eos(text, tokenizer)
+    response = _Tokens.of(text, tokenizer).then(_eos(tokenizer))
     dropped = Encoded(None, len(prompt_ids), full_length := len(prompt_ids) + len(response.ids))
     room = max_length - len(prompt_ids) if max_length is not None else len(response.ids)  # tokens of the response
     if len(response.ids) > room:
@@ -109,7 +110,7 @@ def encode(
     limit = (eos_fill_to or 0) if max_length is None else min(eos_fill_to or 0, room)
     filled = max(limit - len(response.ids), 0) if response.ids[-1] == tokenizer.eos_token_id else 0
     ids = response.ids + [tokenizer.eos_token_id] * filled
-    weight = _weights(response, ids, tokenizer, extra_weight) if extra_weight else [1.0] * len(ids)
+    weight = _weights(response, ids, tokenizer, extra_weight)
     document = Document(example.id, prompt_ids, ids, weight, _trajectory(example, len(ids)) if trajectories else None)
     return Encoded(document, len(prompt_ids), full_length, filled)
 
@@ -127,24 +128,19 @@ def encode_documents(
         return [encode(turn, tokenizer, **options) for turn in trained_turns(example, train_on)]
     if not example.answer.strip():
         return [Encoded(None, 0, 0)]
-    parts = (example.answer[start : start + AT_ONCE] for start in range(0, len(example.answer), AT_ONCE))
-    text = _Tokens("", [], [])
-    for part in parts:
-        text = text.then(_Tokens.of(part, tokenizer))
-    text = text.then(_Tokens("", [tokenizer.eos_token_id], [(0, 0)]))
-    ids, extra_weight = text.ids, options.get("extra_weight")
-    weight = _weights(text, ids, tokenizer, extra_weight) if extra_weight else [1.0] * len(ids)
+    starts = range(0, len(example.answer), AT_ONCE)
+    parts = [_Tokens.of(example.answer[start : start + AT_ONCE], tokenizer) for start in starts]
+    text = reduce(_Tokens.then, [*parts, _eos(tokenizer)])
+    ids, weight = text.ids, _weights(text, text.ids, tokenizer, options.get("extra_weight"))
     length = options.get("max_length") or len(ids)
     check_range("max_length of plain text", length, least=3)
-    encoded, start = [], 0
-    while start < len(ids):
-        end = min(start + length, len(ids))
-        if end == len(ids) - 1:  # a document has at least two tokens
-            end -= 1
-        document = Document(example.id, ids[start : start + 1], ids[start + 1 : end], weight[start + 1 : end])
-        encoded.append(Encoded(document, 1, end - start))
-        start = end
-    return encoded
+    bounds = [*range(0, len(ids), length), len(ids)]
+    if bounds[-1] - bounds[-2] == 1:  # a document has at least two tokens
+        bounds[-2] -= 1
+    return [
+        Encoded(Document(example.id, ids[a : a + 1], ids[a + 1 : b], weight[a + 1 : b]), 1, b - a)
+        for a, b in pairwise(bounds)
+    ]
 
 
 def trained_turns(example: Example, train_on: TrainOn) -> Iterator[Example]:
@@ -156,6 +152,25 @@ def trained_turns(example: Example, train_on: TrainOn) -> Iterator[Example]:
         said = {"thinking": thinking, "answer": answer, "tool_calls": calls, "prompt": example.prompt[:i]}
         yield replace(example, origin=f"{example.origin}, response {number}", **said)
     yield example
+
+
+def warn_of_responses(examples: list[Example], tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> None:
+    """Warn about special tokens that are spelled out, and about extra weights without effect."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, special)))
+    unseen, spelled = set(encoding["extra_weight"] or {}) - {tokenizer.eos_token}, []
+    for turn in chain.from_iterable(trained_turns(example, encoding["train_on"]) for example in examples):
+        text = response_text(turn, style=encoding["style"], thinking=encoding["thinking"], tokenizer=tokenizer)
+        unseen -= {part for part in unseen if part in text}
+        if found := pattern.search(text):
+            spelled.append(f"{found[0]} in {turn.origin}")
+    if spelled:
+        rank_zero_warn(
+            f"{len(spelled):,} of {len(examples):,} responses hold a special token as text, first {spelled[0]}: "
+            "the model learns to spell it letter by letter; remove it, eos is added to every response"
+        )
+    for part in sorted(unseen):
+        rank_zero_warn(f"extra_weight: {part!r} is in no response of the training data and has no effect: correct it")
 
 
 _REMEDIES = {
@@ -189,8 +204,8 @@ class _Tokens(NamedTuple):
         return _Tokens(self.text + other.text, self.ids + other.ids, self.spans + moved)
 
 
-def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
-    return _Tokens.of(text, tokenizer).then(_Tokens("", [tokenizer.eos_token_id], [(0, 0)]))
+def _eos(tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+    return _Tokens("", [tokenizer.eos_token_id], [(0, 0)])
 
 
 def _shorten_trace(
@@ -198,7 +213,7 @@ def _shorten_trace(
 ) -> _Tokens:
     """The start of the thinking, then everything after it; longer than `room` only if no thinking is left."""
     head = "<think>\n" if style == "chat" else ""
-    after = _with_eos(response.text[len(head) + len(thinking) :], tokenizer)
+    after = _Tokens.of(response.text[len(head) + len(thinking) :], tokenizer).then(_eos(tokenizer))
     kept = response.first(room - len(after.ids))
     return (kept if len(kept.text) >= len(head) else _Tokens.of(head, tokenizer)).then(after)
 
@@ -216,16 +231,17 @@ def _trajectory(example: Example, length: int) -> list[float]:
             "response: train with the tokenizer, style, max_length and eos_fill_to with which the trajectories were "
             "written, or set trajectories to false"
         )
-    counts = Counter(steps)
-    up_to = dict(zip(sorted(counts), accumulate(counts[step] for step in sorted(counts)), strict=True))
-    return [1 - up_to[step] / length for step in steps]
+    in_order = sorted(steps)
+    return [1 - bisect_right(in_order, step) / length for step in steps]
 
 
 def _weights(
-    response: _Tokens, ids: list[int], tokenizer: PreTrainedTokenizerBase, extra_weight: dict[str, float]
+    response: _Tokens, ids: list[int], tokenizer: PreTrainedTokenizerBase, extra_weight: dict[str, float] | None
 ) -> list[float]:
     """Of the ids of the response and its filling. Where two texts overlap, the later one counts."""
     weight = [1.0] * len(ids)
+    if not extra_weight:
+        return weight
     starts, ends = ([span[side] for span in response.spans] for side in (0, 1))  # both ascend
     for part, value in extra_weight.items():
         for found in re.finditer(re.escape(part), response.text):

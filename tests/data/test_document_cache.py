@@ -124,7 +124,7 @@ def test_what_cannot_be_tokenized_is_named(num_proc):
 def test_a_cache_that_cannot_be_written_or_is_damaged_is_named(tmp_path):
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", tmp_path / "file" / "below", "/proc/cache"):
-        with pytest.raises(UserError, match=f"data.cache_dir {cache} cannot be read and written"):
+        with pytest.raises(UserError, match=f"data.cache_dir is {cache}, where no file can be written"):
             tokenize(examples(), BYTES, cache_dir=cache)
     for name in ("ids.npy", "counts.npy"):
         tokenize(examples(), BYTES, cache_dir=tmp_path / name)

@@ -40,7 +40,7 @@ def test_documents_of_several_lengths_are_refused(tmp_path):
 
 
 def test_what_it_excludes():
-    with pytest.raises(UserError, match="preload excludes packing"):
+    with pytest.raises(UserError, match="preload and packing exclude each other"):
         S1KDataModule("bundled", tokenizer=load_tokenizer("bytes"), preload=True, packing=True)
 
 

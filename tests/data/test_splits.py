@@ -5,7 +5,7 @@ import pytest
 from dream_lightning.batch import Example
 from dream_lightning.data.schemas import read_examples
 from dream_lightning.data.sources import Row
-from dream_lightning.data.splits import keep_rows, mix, question_key, split, without_overlap
+from dream_lightning.data.splits import keep, mix, question_key, split, without_overlap
 from dream_lightning.errors import UserError
 
 
@@ -15,13 +15,13 @@ def example(question, number=0):
 
 def test_filters_keep_listed_values_of_every_column():
     rows = [Row({"kind": kind, "level": level}, "x", 0) for kind in "abc" for level in (1, 2)]
-    assert len(keep_rows(rows, {"kind": ["a", "b"]})) == 4
-    got = keep_rows(rows, {"kind": ["a", "b"], "level": ["2"]})
-    assert [row.values for row in got] == [{"kind": "a", "level": 2}, {"kind": "b", "level": 2}]
+    assert len(keep(rows, {"kind": ["a", "b"]})) == 4
+    got = keep(rows, {"kind": ["a", "b"], "level": ["2"]})
+    assert [row.record for row in got] == [{"kind": "a", "level": 2}, {"kind": "b", "level": 2}]
     with pytest.raises(UserError, match="no column 'size', it has kind, level"):
-        keep_rows(rows, {"size": ["a"]})
+        keep(rows, {"size": ["a"]})
     with pytest.raises(UserError, match=r"filters leave nothing: .* values found: a, b, c"):
-        keep_rows(rows, {"kind": ["x"]})
+        keep(rows, {"kind": ["x"]})
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from material import Recorder, short_trainer, tiny_data, tiny_module, write_jsonl
 
 from dream_lightning.data.schemas import read_examples
-from dream_lightning.data.shards import find_shards, read_shard
+from dream_lightning.data.sources import find_shards, read_shard
 from dream_lightning.errors import UserError
 
 WINDOW = 1 / 1024  # MiB: a window is a KiB, a shard 64 bytes
@@ -91,7 +91,7 @@ def test_shards_hold_the_rows_of_the_whole_file_once(tmp_path, source):
     (tmp_path / "text.txt").write_text("".join(f"é {n}\n<|endoftext|>\n" for n in range(40)), encoding="utf-8")
     for name in ("rows.jsonl", "rows.parquet", "text.txt"):
         shards = find_shards(tmp_path / name, 100)
-        rows = [row.values for shard in shards for row in read_shard(shard)]
+        rows = [row.record for shard in shards for row in read_shard(shard)]
         text = "".join(row.get("text", "") for row in rows).replace("\n", "")
         assert len(shards) > 5 and sum(shard.size for shard in shards) > 200
         if name == "text.txt":  # a document is cut where a shard ends

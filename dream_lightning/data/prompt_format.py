@@ -47,12 +47,12 @@ def encode_prompt(
 def encode_rendered(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of a text that may be a rendered chat template: only the template's own special tokens are special."""
     template = tokenizer.chat_template or ""
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = {content: i for content, i in special.items() if content in template}
-    if not special:
-        return _plain_ids(text, tokenizer)
-    pieces = re.split(f"({'|'.join(map(re.escape, special))})", text)
-    return [i for piece in pieces for i in ([special[piece]] if piece in special else _plain_ids(piece, tokenizer))]
+    return _ids(text, {token: i for token, i in special_tokens(tokenizer).items() if token in template}, tokenizer)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text → id."""
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def longer_than(limit: int | None, text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -120,17 +120,20 @@ def _with_calls(example: Example, text: str, tokenizer: PreTrainedTokenizerBase)
 def _template_ids(messages: list[Message], example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The rendered template, with special tokens only where the template itself wrote them."""
     # An unused character is inserted into what looks like a special token in a message, and removed after rendering.
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern = re.compile("|".join(map(re.escape, special)))
-    chat = json.dumps([messages, example.tools], ensure_ascii=False)
+    special, chat = special_tokens(tokenizer), json.dumps([messages, example.tools], ensure_ascii=False)
     unused = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in chat)
-    messages, tools = json.loads(pattern.sub(lambda found: found[0][0] + unused + found[0][1:], chat))
+    chat = re.sub("|".join(map(re.escape, special)), lambda found: found[0][0] + unused + found[0][1:], chat)
+    messages, tools = json.loads(chat)
     rendered = _render(messages, example, tokenizer, tools=tools, add_generation_prompt=True)
-    ids, start = [], 0
-    for found in pattern.finditer(rendered):
-        ids += [*_plain_ids(rendered[start : found.start()].replace(unused, ""), tokenizer), special[found[0]]]
-        start = found.end()
-    return ids + _plain_ids(rendered[start:].replace(unused, ""), tokenizer)
+    return _ids(rendered, special, tokenizer, unused)
+
+
+def _ids(text: str, special: dict[str, int], tokenizer: PreTrainedTokenizerBase, unused: str = "") -> list[int]:
+    """Ids of a text in which the special tokens are special, without the unused character."""
+    ids = []
+    for piece in re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]:
+        ids += [special[piece]] if piece in special else _plain_ids(piece.replace(unused, ""), tokenizer)
+    return ids
 
 
 def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

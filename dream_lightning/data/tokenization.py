@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.batch import Document, Example
-from dream_lightning.data.prompt_format import AT_ONCE, Style, encode_prompt, longer_than, response_text
+from dream_lightning.data.prompt_format import AT_ONCE, Style, encode_prompt, longer_than, response_text, special_tokens
 from dream_lightning.data.schemas import split_thinking
 from dream_lightning.errors import UserError, check_range
 
@@ -156,8 +156,7 @@ def trained_turns(example: Example, train_on: TrainOn) -> Iterator[Example]:
 
 def warn_of_responses(examples: list[Example], tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> None:
     """Warn about special tokens that are spelled out, and about extra weights without effect."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = re.compile("|".join(map(re.escape, special)))
+    pattern = re.compile("|".join(map(re.escape, special_tokens(tokenizer))))
     unseen, spelled = set(encoding["extra_weight"] or {}) - {tokenizer.eos_token}, []
     for turn in chain.from_iterable(trained_turns(example, encoding["train_on"]) for example in examples):
         text = response_text(turn, style=encoding["style"], thinking=encoding["thinking"], tokenizer=tokenizer)
@@ -247,5 +246,5 @@ def _weights(
         for found in re.finditer(re.escape(part), response.text):
             first, last = bisect_right(ends, found.start()), bisect_left(starts, found.end())
             weight[first:last] = [value] * (last - first)
-    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special = {i: token for token, i in special_tokens(tokenizer).items()}
     return [extra_weight.get(special.get(i), value) for i, value in zip(ids, weight, strict=True)]

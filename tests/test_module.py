@@ -305,17 +305,3 @@ NEW = {"new_model": {}, "tokenizer": "bytes"}
 def test_impossible_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         DreamModule(**options).configure_model()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"batch_size": 0}, "batch_size is 0, wanted at least 1"),
-        ({"eos_fill_to": -5}, "eos_fill_to .*is -5"),
-        ({"num_workers": -1}, "num_workers is -1, wanted at least 0"),
-        ({"extra_weight": {"</think>": -1.0}}, "extra_weight of '</think>' is -1.0"),
-    ],
-)
-def test_impossible_options_of_the_data_are_refused(tmp_path, options, words):
-    with pytest.raises(ValueError, match=words):
-        tiny_data("bundled", tmp_path, **options)

@@ -34,14 +34,12 @@ def test_batches_are_those_of_collation(start_row, options, tmp_path):
             assert torch.equal(a, b) and a.dtype == b.dtype if isinstance(b, torch.Tensor) else a == b, field.name
 
 
-def test_documents_of_several_lengths_are_refused(tmp_path):
+def test_what_it_excludes(tmp_path):
     with pytest.raises(UserError, match=r"data.preload needs documents of one length.*eos_fill_to"):
         list(batches(tmp_path, True, eos_fill_to=None))
-
-
-def test_what_it_excludes():
-    with pytest.raises(UserError, match="preload and packing exclude each other"):
-        S1KDataModule("bundled", tokenizer=load_tokenizer("bytes"), preload=True, packing=True)
+    for name, value in {"packing": True, "batch_cutoff": True, "num_workers": 1, "streaming": True}.items():
+        with pytest.raises(UserError, match=f"(preload and {name}|{name} and preload) exclude each other"):
+            next(batches(tmp_path, True, **{name: value}))
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,9 @@ def test_held_out_shards_validate_and_broken_rows_are_named(tmp_path, source):
     assert asked and len(asked) + len(trained) == 120
     assert not any(f"\n{question}<" in prompt for question in asked for prompt in trained)
     broken = write_jsonl(tmp_path / "broken.jsonl", [*questions(30), {"question": "q", "response": 3}])
-    few = write_jsonl(tmp_path / "few.jsonl", [row | {"kind": "ab"[n > 70]} for n, row in enumerate(questions(120))])
-    for kind in "ab":  # whole windows have none of the other kind
-        rows = list(stream(tmp_path, few, validation_source=str(few), filters={"kind": [kind]})[1])
-        assert sorted(key.order for row in rows for key in row) == list(range(71 if kind == "a" else 49))
+    few = write_jsonl(tmp_path / "few.jsonl", [row | {"kind": "ab"[n > 20]} for n, row in enumerate(questions(40))])
+    rows = list(stream(tmp_path, few, validation_source=str(few), filters={"kind": ["a"]})[1])
+    assert sorted(key.order for row in rows for key in row) == list(range(21))  # some windows have none of them
     for workers in (0, 1):
         with pytest.raises(UserError, match="response is a int") as error:
             list(stream(tmp_path, broken, num_workers=workers)[1])

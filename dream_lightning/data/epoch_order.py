@@ -49,15 +49,18 @@ class RowSampler(DistributedSampler):
         self.epoch = 0  # Lightning calls `set_epoch`
         self.read_ahead = False  # whether a batch is read while the one before it is trained on
         self.start_row = 0  # of the epoch, over all ranks: where this pass begins
-        self.start_window = (0, 0, 0)  # of a stream: its first row, its number and its first document
 
     def identity(self) -> dict[str, Any]:
         """What must not change for a run to resume in the middle of an epoch."""
         return {"rows_per_epoch": len(self.rows), "seed": self.seed}
 
     def place(self, rows: int) -> dict[str, Any]:
-        """What a pass needs to begin after so many rows, apart from that number."""
-        return {}
+        """What a pass needs to begin after so many rows."""
+        return {"rows": rows}
+
+    def start_at(self, place: dict[str, Any]) -> None:
+        """Begin the next pass there, by default at the first row."""
+        self.start_row = place.get("rows", 0)
 
     def __len__(self) -> int:
         return -(-len(self.rows) * self.repeats // self.num_replicas)
@@ -143,9 +146,8 @@ class ResumableLoader(DataLoader):
         state, self.resume_at = self.resume_at or {}, None
         if state.get("epoch") != self.sampler.epoch:
             state = {}
-        self.rows_used = self.sampler.start_row = state.get("rows", 0)
-        self.sampler.start_window = tuple(state.get("window", (0, 0, 0)))
-        self.epoch = self.sampler.epoch
+        self.sampler.start_at(state)
+        self.epoch, self.rows_used = self.sampler.epoch, self.sampler.start_row
         asked, read = time.perf_counter(), self.rows_used
         for batch in self._batches():
             self.waited += time.perf_counter() - asked
@@ -161,8 +163,7 @@ class ResumableLoader(DataLoader):
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        place = self.sampler.identity() | self.sampler.place(self.rows_used)
-        return {"epoch": self.epoch, "rows": self.rows_used, **place}
+        return {"epoch": self.epoch, **self.sampler.identity(), **self.sampler.place(self.rows_used)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume there at the first batch; warn if the rows or their order differ from the checkpoint's."""

@@ -172,7 +172,7 @@ class StreamSampler(RowSampler):
 
     def __init__(self, stream: ShardStream, *, budget: int | None, read_ahead: bool, **options: Any) -> None:
         super().__init__([], **options)
-        self.read_ahead = read_ahead
+        self.read_ahead, self.start_window = read_ahead, (0, 0, 0)
         self.stream, self.budget = stream, budget  # of a packed row; None = one document a row
         self.windows: list[tuple[int, int, int]] = []  # row, window and document with which each one began
 
@@ -183,7 +183,11 @@ class StreamSampler(RowSampler):
         return {"stream": self.stream.fingerprint(), "seed": self.seed}
 
     def place(self, rows: int) -> dict[str, Any]:
-        return {"window": list(max((w for w in self.windows if w[0] <= rows), default=(0, 0, 0)))}
+        return {"rows": rows, "window": list(max((w for w in self.windows if w[0] <= rows), default=(0, 0, 0)))}
+
+    def start_at(self, place: dict[str, Any]) -> None:
+        super().start_at(place)
+        self.start_window = tuple(place.get("window", (0, 0, 0)))
 
     def __iter__(self) -> Iterator[KeyRow]:
         rows = self._from_start()
@@ -195,10 +199,9 @@ class StreamSampler(RowSampler):
 
     def _from_start(self) -> Iterator[KeyRow]:
         order = self.stream.order(self.epoch, self.seed)
-        # The first windows are small: training starts when one shard is tokenized.
-        sizes = itertools.chain((1 << i for i in range(_PARTS.bit_length() - 1)), itertools.repeat(_PARTS))
-        shards = iter(order)
-        windows = list(iter(lambda: list(itertools.islice(shards, next(sizes))), []))
+        # The first windows have 1, 2, 4 and 8 shards: training starts when one shard is tokenized.
+        starts = [start for start in (0, 1, 3, 7, *range(_PARTS - 1, len(order), _PARTS)) if start < len(order)]
+        windows = [order[a:b] for a, b in itertools.pairwise([*starts, len(order)])]
         row, first, document = self.start_window
         ready = self._prepare(windows[first:])
         self.windows, counts = [], np.zeros(4, np.int64)

@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -37,7 +38,7 @@ from dream_lightning.memory import out_of_memory, report, setting_from
 from dream_lightning.module import DreamModule
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.training import Autosave, ProgressBar
-from dream_lightning.training.checkpointing import SafeCheckpointIO
+from dream_lightning.training.checkpointing import SafeCheckpointIO, check_keyword
 from dream_lightning.training.summary import score_lines
 from dream_lightning.validation_cost import plan_validation
 
@@ -75,9 +76,19 @@ class _Parser(LightningArgumentParser):
         self.exit(2)
 
     def format_help(self) -> str:
+        shown = self.get_defaults()
         for action in self._actions:  # Lightning's descriptions are written for Sphinx
             action.help = action.help and re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", action.help)
-        return re.sub(r"<function (\w+)\s+at\s+0x\w+>", r"\1", super().format_help())
+            if action.help == SUPPRESS:  # in a docstring
+                action.help = SUPPRESS  # the same object, as argparse wants it
+            value = shown.get(action.dest)
+            if isinstance(value, list) and value and all(hasattr(v, "class_path") for v in value):
+                shown[action.dest] = ", ".join(v.class_path.rpartition(".")[2] for v in value)
+        self.get_defaults = lambda: shown
+        try:
+            return re.sub(r"<function (\w+)\s+at\s+0x\w+>", r"\1", super().format_help())
+        finally:
+            del self.get_defaults
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         options = super().parse_args(*args, **kwargs)
@@ -110,8 +121,8 @@ class _Trainer(L.Trainer):
         """Report how much GPU memory fit needs and what this machine has.
 
         Args:
-            ckpt_path: an option of fit, without effect.
-            weights_only: an option of fit, without effect.
+            ckpt_path: ==SUPPRESS==
+            weights_only: ==SUPPRESS==
             gpu_memory_gib: memory of the GPU to plan for. Default: that of this machine.
         """
 
@@ -170,12 +181,6 @@ class DreamCLI(LightningCLI):
             )
         if str(trainer.devices) == "-1" and (trainer.accelerator == "cpu" or not torch.cuda.is_available()):
             raise UserError("trainer.devices is -1, which means all GPUs, and none is used: set it to 1")
-        folders = {options.checkpoint.dirpath, options.autosave.dirpath}
-        is_last = self.command != "fit" and options.ckpt_path == "last" and None not in folders
-        if is_last and not any(list(Path(folder).glob("last*.ckpt")) for folder in folders):
-            raise UserError(  # Lightning would warn and use the initial weights
-                f"no last.ckpt in {', '.join(sorted(folders))}: train first, or set autosave.dirpath"
-            )
 
     def _check_outputs(self, options: Any) -> None:
         loggers = options.trainer.logger
@@ -198,6 +203,11 @@ class DreamCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
         return trainer
+
+    def before_fit(self) -> None:
+        check_keyword(self.trainer, self.config[self.command].ckpt_path)
+
+    before_validate = before_test = before_predict = before_fit
 
     def after_validate(self) -> None:
         """Print each score once: Lightning's own table repeats them in a column for each dataloader."""

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from typing import Any
 
@@ -21,9 +20,10 @@ from dream_lightning.adapters import LoraParams
 from dream_lightning.diffusion.head import chunk_of, filled_rows
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, load_tokenizer
-from dream_lightning.model_factory import check_kind, config_of
+from dream_lightning.model_factory import check_kind, check_start, config_of
 from dream_lightning.training.fsdp import refuse_sharded
 from dream_lightning.training.optimizer import BLOCK, AdamW8bit, decay_groups, in_8_bits
+from dream_lightning.training.summary import versions
 
 GIB = 2**30
 RESERVE = 1.0  # GiB that torch does not count: CUDA context, buffers of libraries and NCCL
@@ -258,8 +258,7 @@ def make_plan(s: Setting) -> Plan:
 def setting_from(options: Namespace) -> Setting:
     """What `fit` would run with these options; reads only config.json or the tokenizer. Raises UserError as `fit`."""
     model, data, trainer = options.model, options.data, options.trainer
-    if [model.pretrained, model.from_autoregressive, model.new_model].count(None) != 2:
-        raise UserError("wanted one of model.pretrained and model.new_model: add a config, such as --config tiny")
+    check_start(model.pretrained, model.from_autoregressive, model.new_model)
     precision = str(trainer.precision or "32-true")
     if precision not in ("bf16-mixed", "32-true", "32", "bf16-true", "bf16"):
         raise UserError(f"trainer.precision is {precision}: a plan knows bf16-mixed, bf16-true and 32-true")
@@ -342,7 +341,10 @@ def report(setting: Setting, gpu_gib: float | None) -> str:
     if gpu_gib is None and torch.cuda.is_available():
         gpu_gib = torch.cuda.mem_get_info()[1] / GIB
     plan = make_plan(setting)
-    lines = [_environment(), "", *describe(plan), ""]
+    installed = versions("torch", "lightning", "transformers", "bitsandbytes", "triton")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    visible = ", ".join(gpus) or "none visible to torch, see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    lines = [", ".join(map(" ".join, installed.items())), f"GPU: {visible}", "", *describe(plan), ""]
     if gpu_gib is None:
         return "\n".join([*lines, "No GPU is visible: --gpu_memory_gib 24 says whether this fits a card of that size."])
     fits = plan.needed_gib <= gpu_gib
@@ -393,15 +395,3 @@ def _advice(setting: Setting, gpu_gib: float) -> list[str]:
         lines.append(f"  {plan.needed_gib:7.2f} GiB needed, {verdict}: {option}")
         fits |= verdict == "fits"
     return lines if fits else [*lines, "None of this suffices: take a larger GPU, or a smaller model."]
-
-
-def _environment() -> str:
-    packages = []
-    for name in ("torch", "lightning", "transformers", "bitsandbytes", "triton"):
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            packages.append(f"{name} missing")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    visible = ", ".join(gpus) or "none visible to torch, see nvidia-smi and CUDA_VISIBLE_DEVICES"
-    return f"{', '.join(packages)}\nGPU: {visible}"

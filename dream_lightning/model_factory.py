@@ -21,11 +21,11 @@ _REQUIRED = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
 
 def check_start(pretrained: str | None, from_autoregressive: str | None, new_model: dict | None) -> None:
     """Raise UserError unless exactly one of the three ways to start is chosen."""
-    if [pretrained, from_autoregressive, new_model].count(None) != 2:
-        other = f"from_autoregressive is {from_autoregressive!r}, " if from_autoregressive is not None else ""
+    starts = {"pretrained": pretrained, "from_autoregressive": from_autoregressive, "new_model": new_model}
+    if list(starts.values()).count(None) != 2:
         raise UserError(
-            f"{other}pretrained is {pretrained!r} and new_model is {new_model!r}: wanted exactly one of them; "
-            "--model.new_model=null or --model.pretrained=null removes what a config sets"
+            f"{', '.join(f'{name} is {value!r}' for name, value in starts.items())}: wanted exactly one of them; add a "
+            "config, such as --config tiny, or remove what it sets, such as --model.new_model=null"
         )
 
 

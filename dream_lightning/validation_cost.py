@@ -18,6 +18,7 @@ from dream_lightning.errors import UserError
 from dream_lightning.memory import GAPS, GIB, RESERVE, Setting, count_parameters, optimizer_bytes
 from dream_lightning.model.flops import matmul_ceiling
 from dream_lightning.sampling import SamplingParams
+from dream_lightning.training.summary import duration
 
 PROMPT = 256  # tokens of a question, as a plan assumes them
 _CHUNK = 256  # positions whose float32 logits exist at once
@@ -161,7 +162,7 @@ def describe_answering(s: Setting, a: Answering, speed: Speed) -> str:
     memory = answer_gib(s, a)
     return (
         f"Validation: {a.count} questions, {a.at_once} at once, of {a.prompt} + {a.params.max_new_tokens:,} tokens: at "
-        f"most {forwards}, {_duration(answer_seconds(s, a, speed))} on {speed.name}"
+        f"most {forwards}, {duration(answer_seconds(s, a, speed))} on {speed.name}"
         + (f", {memory:.1f} GiB" if memory is not None and speed.name != "this CPU" else "")
     )
 
@@ -178,10 +179,6 @@ def plan_validation(options: Namespace, s: Setting) -> str:
     return describe_answering(s, Answering(data.validation_questions, rows, PROMPT, params, processes), speed)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
 class ValidationCost(L.Callback):
     """Say before training what a validation will cost: its questions, its likelihood, and its share of the fit."""
 
@@ -195,7 +192,7 @@ class ValidationCost(L.Callback):
         a = Answering(len(lengths), data.question_batch_size, max(lengths, default=0), pl_module.sampling, processes)
         tokens = int(data.validation_set.lengths.sum()) * data.validation_draws
         likelihood = likelihood_seconds(s, tokens, speed, processes)
-        told = f"{describe_answering(s, a, speed)}; likelihood of {tokens:,} tokens, {_duration(likelihood)}"
+        told = f"{describe_answering(s, a, speed)}; likelihood of {tokens:,} tokens, {duration(likelihood)}"
         batches, lengths = trainer.num_training_batches, getattr(data.train_set, "lengths", None)
         total = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
         if lengths is not None and max(total, batches) < float("inf"):

@@ -36,7 +36,7 @@ BELOW = {
     "locate": {"errors", "adapters", "training"},
     "export": {"errors", "atomic", "model", "adapters", "training", "locate"},
     "memory": {"errors", "model", "adapters", "diffusion", "training", "model_factory"},
-    "validation_cost": {"errors", "memory", "model", "sampling"},
+    "validation_cost": {"errors", "memory", "model", "sampling", "training"},
     "evaluation": {
         *("errors", "batch", "atomic", "data", "diffusion", "model", "sampling", "tasks", "answering", "predict"),
         *("export", "viewer", "training", "locate"),

@@ -137,7 +137,7 @@ def test_every_command_and_config_is_listed(command, tmp_path, monkeypatch):
         (["plan", "--config=tiny", "--gpu_memory_gib=-1"], 1, "gpu_memory_gib is -1.0, wanted at least 0"),
         (["show", "--source=bundled", "--tokenizer=bytes", "--t=2"], 1, "t is 2.0, wanted at least 0 and at most 1"),
         (["show", "--source=bundled", "--tokenizer=bytes", "--seed=-1"], 1, "seed is -1, wanted at least 0"),
-        (["chat", "--model=x", "--device=tpux"], 1, "device 'tpux' cannot be used here (Expected one of cpu"),
+        (["chat", "--model=x", "--device=tpux"], 1, "device is tpux (Expected one of cpu"),
         (["configs", "copy"], 1, "got configs copy, wanted nothing or: configs copy NAME"),
     ],
 )
@@ -186,22 +186,31 @@ def test_a_saved_config_can_be_used_again(command, tmp_path):
     assert status == 0 and yaml.safe_load(again) == yaml.safe_load(first)
 
 
+@pytest.mark.parametrize("action", ["fit", "validate"])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("no.ckpt", "no.ckpt does not exist"),
-        ("last", "no last.ckpt in"),
+        ("last", "no last.ckpt in FOLDER: leave --ckpt_path out to start"),
+        ("best", "name the best-step=….ckpt in FOLDER"),
         ("torn.ckpt", "torn.ckpt is damaged or no checkpoint"),
     ],
 )
-def test_a_missing_or_torn_checkpoint_is_one_message(command, few_bundled, tmp_path, name, message):
-    """Lightning itself continues without `last` and reports the scores of untrained weights."""
+def test_a_missing_or_torn_checkpoint_is_one_message(command, few_bundled, tmp_path, action, name, message):
+    """Lightning itself continues without `last`, with untrained weights."""
     (tmp_path / "torn.ckpt").write_text("hello")
-    path = name if name == "last" else tmp_path / name
+    path = tmp_path / name if name.endswith("ckpt") else name
     folders = [f"--{option}={tmp_path}" for option in ("checkpoint.dirpath", "autosave.dirpath")]
     root = f"--trainer.default_root_dir={tmp_path}"
-    printed, said, status = command("validate", *SMALL, *SILENT, *folders, root, f"--ckpt_path={path}")
-    assert status == 1 and message in said and "val/nll" not in printed
+    printed, said, status = command(action, *SMALL, *SILENT, *folders, root, f"--ckpt_path={path}")
+    assert status == 1 and message.replace("FOLDER", str(tmp_path)) in said
+    assert not re.search("val/nll|step=|Trained", printed + said.replace("best-step=", ""))
+
+
+def test_help_is_short_where_defaults_are_objects_and_says_only_what_has_an_effect(command):
+    printed = " ".join(command("plan", "--help")[0].split())
+    assert "default: Throughput, ProgressBar, SampleLogger," in printed and "Namespace(" not in printed
+    assert not re.search("--ckpt_path|--weights_only|SUPPRESS", printed) and "--gpu_memory_gib" in printed
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from dream_lightning.predict import PredictionWriter
 from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks.registry import TASKS, load_task
 from dream_lightning.training import ProgressBar
+from dream_lightning.training.summary import versions
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,9 @@ def evaluate(
 
 def _head(model: DreamModel, name: str, **settings: Any) -> dict[str, Any]:
     about = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
-    return {"model": about, "settings": settings, "versions": _versions(), "tasks": {}}
+    installed = versions("dream_lightning", "torch", "lightning", "transformers", "math-verify")
+    installed = {"python": platform.python_version()} | installed
+    return {"model": about, "settings": settings, "versions": installed, "tasks": {}}
 
 
 def _check(tasks: Sequence[str], sampling: SamplingParams, **options: int | None) -> None:
@@ -258,16 +260,6 @@ def _items(path: Path, tokenizer: PreTrainedTokenizerBase, **extra: Any) -> list
         ids = tokenizer(item["thinking"] or "", add_special_tokens=False)["input_ids"]
         item["thinking_tokens"] = len(ids)
     return items
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("dream_lightning", "torch", "lightning", "transformers", "math-verify"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # such as a checkout on PYTHONPATH
-            versions[name] = "not installed"
-    return versions
 
 
 def _device_name() -> str:

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -83,6 +84,21 @@ def refuse_weights(path: Path) -> None:
         raise UserError(f"{path} holds adapters, not a checkpoint of a run: set model.lora.adapter to {folder}")
     if path.suffix == ".safetensors" or (path / "config.json").is_file():
         raise UserError(f"{path} holds a model, not a checkpoint of a run: set model.pretrained to {folder}")
+
+
+def check_keyword(trainer: L.Trainer, ckpt_path: str | None) -> None:
+    """Raise UserError for `best`, and for `last` where there is none: Lightning would use the initial weights."""
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    folders = ", ".join(sorted({str(c.dirpath or "the folder of the logger") for c in savers})) or "no folder"
+    if ckpt_path == "last" and not any(c._find_last_checkpoints(trainer) for c in savers):
+        raise UserError(
+            f"ckpt_path is last, and there is no last.ckpt in {folders}: leave --ckpt_path out to start anew from the "
+            "weights of the config, or set checkpoint.dirpath and autosave.dirpath to the folder of the run"
+        )
+    if ckpt_path == "best":
+        raise UserError(
+            f"ckpt_path is best, which only the process that trained knows: name the best-step=….ckpt in {folders}"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class RunSummary(L.Callback):
         seconds, now = time.monotonic() - self._began, _joules(pl_module.device)
         used = float("nan") if now is None or self._energy is None else now - self._energy
         joules = float(trainer.strategy.reduce(torch.tensor(used, device=pl_module.device), reduce_op="sum"))
-        lines = [f"Trained to step {trainer.global_step:,} in {_duration(seconds)}"]
+        lines = [f"Trained to step {trainer.global_step:,} in {duration(seconds)}"]
         if self._validated:
             lines[0] += f", {self._validated / seconds:.0%} of it validation"
         if joules == joules:
@@ -100,9 +101,23 @@ def _shown(path: str) -> str:
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
 
 
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+def duration(seconds: float) -> str:
+    """Such as 3.2 s, 75 s, 40 min or 2.5 h."""
+    for unit, size, digits, end in (("s", 1, 1, 10), ("s", 1, 0, 120), ("min", 60, 0, 7200)):
+        if seconds < end:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Package → its version, or `missing`."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # also a checkout on PYTHONPATH
+            found[name] = "missing"
+    return found
 
 
 def _plain(value: Any) -> bool | float | str:

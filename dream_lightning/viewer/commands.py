@@ -48,7 +48,7 @@ def open_model(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).tolist()  # a meta tensor has no numbers
     except (RuntimeError, AssertionError) as error:  # an assertion: torch without CUDA
         raise UserError(f"device is {device} ({str(error).splitlines()[0]}): set cpu, cuda, cuda:1, …") from error
     network, source = model_from_checkpoint(model, pretrained=pretrained)
@@ -89,12 +89,6 @@ def _parse_sampling(parser: ArgumentParser, arguments: list[str]) -> tuple[Any, 
     parser.add_argument("--system_prompt", type=str | None, default=None, help="replaces the one of the chat template")
     parser.add_argument("--params", type=SamplingParams, default=SamplingParams(forbid_mask=True), help="sampling")
     options, opened = parse(parser, arguments, open_model)
-    if options.device != "auto":
-        try:
-            torch.zeros(1, device=options.device).tolist()
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"device {options.device!r} cannot be used here ({reason}): set cpu or cuda") from error
     return options, *open_model(**opened)
 
 

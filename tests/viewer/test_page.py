@@ -151,7 +151,7 @@ def test_wrong_checkpoints_are_refused(tmp_path, name, message):
 
 
 def test_an_unknown_device_is_refused_before_anything_loads():
-    for device in ("gpu", "cuda:99", "cuda:x"):
+    for device in ("gpu", "cuda:99", "cuda:x", "meta"):
         with pytest.raises(ValueError, match=f"device is {device} .*: set cpu"):
             open_model("missing", device=device)
 

@@ -148,10 +148,10 @@ def main() -> None:
     ]
     sys.argv[1:] = ["fit", *options, *quiet, *folders, "--autosave.every_n_train_steps=1000000000"]
     if torch.cuda.is_available():
-        GPUTimeCLI()
+        GPUTimeCLI("fit")
         return
     DreamModule.masked_nll = on_the_clock(DreamModule.masked_nll)
-    profiler = DreamCLI().trainer.profiler
+    profiler = DreamCLI("fit").trainer.profiler
     spent = {name: sum(seconds) for name, seconds in profiler.recorded_durations.items()}
     loop = spent["run_training_epoch"]
     parts = {part: sum(s for n, s in spent.items() if n.endswith(end)) for part, end in ACTIONS.items()}

@@ -130,9 +130,7 @@ class _Trainer(L.Trainer):
 class DreamCLI(LightningCLI):
     """One of `TRAINER_COMMANDS`; configs are merged into `defaults/base.yaml`."""
 
-    parser_class: type[LightningArgumentParser] = _Parser
-
-    def __init__(self, command: str, **options: Any) -> None:
+    def __init__(self, command: str) -> None:
         extra = {"validate": ["evaluate"], "test": ["evaluate"], "predict": ["predict"]}.get(command, [])
         files = [str(DEFAULTS / f"{name}.yaml") for name in ("base", *extra)]
         self.command = command
@@ -141,12 +139,11 @@ class DreamCLI(LightningCLI):
                 DreamModule,
                 S1KDataModule,
                 trainer_class=_Trainer,
-                parser_class=self.parser_class,
+                parser_class=_Parser,
                 save_config_callback=SaveConfigCallback if command == "fit" else None,
                 save_config_kwargs={"overwrite": True},
                 auto_configure_optimizers=False,  # model.optimizer is the optimizer
                 parser_kwargs={command: {"default_config_files": files}, "prog": "dream-lightning"},
-                **options,
             )
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory(setting_from(self.config[command]), error)) from error
@@ -293,24 +290,9 @@ def check_config(path: Path) -> None:
     check_yaml(text, str(path), path.resolve().parent)
 
 
-class _FitOptions(DreamCLI):
-    """The parser of `fit`'s options; builds and runs nothing."""
-
-    def __init__(self, words: list[str]) -> None:
-        super().__init__("fit", args=["fit", *words])
-
-    def before_instantiate_classes(self) -> None:
-        pass
-
-    instantiate_classes = before_instantiate_classes
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
 def checker() -> Callable[[str, list[str]], None]:
     """A function that exits with a message if an option of `fit` or `evaluate` is wrong, and runs nothing."""
-    made: list[_FitOptions] = []  # building the parser takes a second
+    parser: list[_Parser] = []  # building it takes a second
 
     def check(command: str, words: list[str]) -> None:
         find_configs(words := list(words))
@@ -318,10 +300,9 @@ def checker() -> Callable[[str, list[str]], None]:
             from dream_lightning.evaluation import commands as evaluation
 
             evaluation.parse_evaluate(_Parser(prog="dream-lightning evaluate"), words)
-        elif made:
-            made[0].parser.parse_args(["fit", *words])
         else:
-            made.append(_FitOptions(words))
+            parser.extend([] if parser else [_built("fit")])
+            parser[0].parse_args(["fit", *words])
 
     return check
 
@@ -346,18 +327,24 @@ class _OptionsOnly(_Parser):
 
 
 class _DescribedCLI(DreamCLI):
-    parser_class = _OptionsOnly
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> NoReturn:
+        raise _Built(parser)
 
 
-def parser_of(command: str) -> LightningArgumentParser:
-    """The parser of a command, which is not run."""
+def _built(command: str) -> _Parser:
+    """The parser that a command would parse its words with; the command is not run."""
     try:
         if command in TRAINER_COMMANDS:
-            _DescribedCLI(command, args=[command])
+            _DescribedCLI(command)
         else:
             function_of(command)(_OptionsOnly(prog=f"dream-lightning {command}"), [])
     except _Built as built:
-        parser = built.args[0]
+        return built.args[0]
+
+
+def parser_of(command: str) -> LightningArgumentParser:
+    """The parser of a command's options."""
+    parser = _built(command)
     return getattr(parser, "of_command", parser)
 
 
@@ -479,13 +466,12 @@ def for_users(error: BaseException) -> str | None:
 
 
 # True in general but not here: batches are made in microseconds from memory-mapped ids, and scores are summed over
-# processes before they are logged. The last two come from Lightning itself.
+# processes before they are logged. The last comes from Lightning itself.
 _WARNINGS = (
     "does not have many workers",
     "It is recommended to use .self.log.*sync_dist",
     "exists and is not empty",
     "isinstance.treespec, LeafSpec",
-    "LightningCLI's args parameter",  # of the runs of a sweep, which are checked in its process
 )
 
 

@@ -95,6 +95,13 @@ class Batch:
         host, copies = self.host or (self, {})
         return host if all(getattr(self, n) is x and x._version == v for n, (x, v) in copies.items()) else self
 
+    @property
+    def attention_mask(self) -> "Tensor | DocumentBounds | None":
+        """Who may attend to whom: everyone, all but the padding [B, L], or each document to itself."""
+        if self.document_bounds is not None:
+            return DocumentBounds(self.document_bounds)
+        return self.document_ids >= 0 if self.padded else None
+
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 

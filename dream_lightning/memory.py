@@ -20,7 +20,7 @@ from dream_lightning.adapters import LoraParams
 from dream_lightning.diffusion.head import chunk_of, filled_rows
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, load_tokenizer
-from dream_lightning.model_factory import check_kind, check_start, config_of
+from dream_lightning.model_factory import check_options, config_of
 from dream_lightning.training.fsdp import refuse_sharded
 from dream_lightning.training.optimizer import BLOCK, AdamW8bit, decay_groups, in_8_bits
 from dream_lightning.training.summary import versions
@@ -258,12 +258,11 @@ def make_plan(s: Setting) -> Plan:
 def setting_from(options: Namespace) -> Setting:
     """What `fit` would run with these options; reads only config.json or the tokenizer. Raises UserError as `fit`."""
     model, data, trainer = options.model, options.data, options.trainer
-    check_start(model.pretrained, model.from_autoregressive, model.new_model)
     precision = str(trainer.precision or "32-true")
     if precision not in ("bf16-mixed", "32-true", "32", "bf16-true", "bf16"):
         raise UserError(f"trainer.precision is {precision}: a plan knows bf16-mixed, bf16-true and 32-true")
     lora = _instantiate(LoraParams | None, model.lora)
-    check_kind(model.pretrained, lora=lora, quantize=model.quantize, float8_products=model.float8_products)
+    check_options({**vars(model), "lora": lora})
     strategy = trainer.strategy
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", type(strategy).__name__)
     sharded = "fsdp" in name.lower() or "ModelParallel" in name

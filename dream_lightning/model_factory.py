@@ -1,46 +1,123 @@
 """From options to a network: new or pretrained, quantized or not, with or without adapters, and how it computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dream_lightning.adapters import LoraParams, Quantize, add_lora, base_hash, check_base, load_quantized
-from dream_lightning.errors import UserError
-from dream_lightning.model import DreamConfig, DreamModel
-from dream_lightning.model.autoregressive import config_from_qwen2
+from dream_lightning.adapters import (
+    LoraParams,
+    Quantize,
+    add_lora,
+    base_hash,
+    check_base,
+    load_quantized,
+    train_in_float8,
+    trainable_summary,
+)
+from dream_lightning.diffusion.objective import check_focal
+from dream_lightning.diffusion.weighting import check_cart_p
+from dream_lightning.errors import UserError, check_range
+from dream_lightning.model import DreamConfig, DreamModel, check_tokenizer
+from dream_lightning.model.autoregressive import config_from_qwen2, from_qwen2
 from dream_lightning.model.loading import check_weights, local_folder, weight_files
-from dream_lightning.training.fsdp import read_shards
+from dream_lightning.training import fsdp
 
 _REQUIRED = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
-def check_start(pretrained: str | None, from_autoregressive: str | None, new_model: dict | None) -> None:
-    """Raise UserError unless exactly one of the three ways to start is chosen."""
-    starts = {"pretrained": pretrained, "from_autoregressive": from_autoregressive, "new_model": new_model}
+def check_options(o: Mapping[str, Any]) -> None:
+    """Raise UserError for options of `DreamModule` that are out of range, or exclude each other."""
+    starts = {name: o[name] for name in ("pretrained", "from_autoregressive", "new_model")}
     if list(starts.values()).count(None) != 2:
         raise UserError(
             f"{', '.join(f'{name} is {value!r}' for name, value in starts.items())}: wanted exactly one of them; add a "
             "config, such as --config tiny, or remove what it sets, such as --model.new_model=null"
         )
-
-
-def check_kind(
-    pretrained: str | None, *, lora: LoraParams | None, quantize: Quantize | None, float8_products: bool
-) -> None:
-    """Raise UserError for options that exclude each other."""
+    if o["tokenizer"] is None and o["pretrained"] is None:
+        raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
+    lora, causal, masks = o["lora"], o["causal"], (o["complementary_masks"], o["treat_eos_as_one"])
     if not isinstance(lora, LoraParams | None):
         raise UserError(f"lora is {lora!r:.200}, wanted LoraParams, such as LoraParams(rank=16)")
-    if quantize is not None and not lora:
-        raise UserError(f"quantize is {quantize}, but quantized weights do not train: set model.lora too")
-    if float8_products and lora:
+    if o["quantize"] is not None and not lora:
+        raise UserError(f"quantize is {o['quantize']}, but quantized weights do not train: set model.lora too")
+    if o["float8_products"] and lora:
         raise UserError("float8_products is for trained weights, lora freezes them: set model.quantize to float8")
-    if lora and pretrained is None:
+    if lora and o["pretrained"] is None:
         raise UserError("model.lora adapts a pretrained model: set model.pretrained")
+    check_range("warmup_fraction", o["warmup_fraction"], least=0, most=1)
+    if not isinstance(o["gradient_checkpointing"], bool):
+        check_range("gradient_checkpointing", o["gradient_checkpointing"], least=0, whole=True)
+    check_range("seed", o["seed"], least=0, most=2**32 - 1, whole=True)
+    steps = {"least": 0, "most": 0 if causal else 2**31, "whole": True}
+    check_range("anneal_causal_steps (0 with causal)", o["anneal_causal_steps"], **steps)
+    if causal and (o["weighting"] not in ("original", "none") or any(masks)):
+        raise UserError(
+            f"causal has no masks: weighting is {o['weighting']}, wanted original or none, which are the same, with "
+            f"complementary_masks ({masks[0]}) and treat_eos_as_one ({masks[1]}) false"
+        )
+    check_cart_p(o["cart_p"])
+    check_focal(o["focal_alpha"], o["focal_gamma"])
+    check_range("certainty_weight", o["certainty_weight"], least=0)
+    check_range("certainty_temperature", o["certainty_temperature"], least=1e-3)
+    if o["certainty_weight"] and o["focal_gamma"]:
+        raise UserError("certainty_weight sharpens what focal_gamma does not train on: set one of them to 0")
+
+
+def build(module: L.LightningModule, trainer: L.Trainer | None) -> None:
+    """Set `model` of a DreamModule, and `base`, the fingerprint of what its adapters adapt."""
+    device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
+    if module.compile_layers:
+        start_compilers(device)
+    module.model = model = _network(module, device)
+    check_tokenizer(module.tokenizer, model.config)
+    if model.config.causal and not module.causal:
+        raise UserError("the model's config.json is causal, an autoregressive baseline: set model.causal to true")
+    model.config.causal = module.causal
+    if module.lora is not None:
+        options = {"pretrained": module.pretrained, "seed": module.seed, "device": device if module.sharded else None}
+        module.base = adapt(model, module.lora, **options) | {"quantize": module.quantize or "none"}
+        if not module.sharded:
+            fsdp.ignore_frozen_in_ddp(module)
+    if module.float8_products:
+        train_in_float8(model, device)
+    trains = trainer is not None and trainer.training
+    one_length = trains and getattr(trainer.datamodule, "preload", False)
+    install_kernels(model, training=trains, one_length=one_length)
+    if module.compile_layers:
+        compile_layers(model)
+    if module.gradient_checkpointing:
+        checkpoint_layers(model, module.gradient_checkpointing)
+    if module.sharded:
+        compute_dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else None
+        steps = ("training_step", "validation_step", "test_step", "predict_step")
+        if module.pretrained is None:
+            fsdp.broadcast_parameters(model.to(device))
+        mesh = module.device_mesh["data_parallel"]
+        fsdp.shard(model, module, mesh=mesh, compute_dtype=compute_dtype, steps=steps)
+        if module.pretrained is not None:
+            fsdp.read_shards(model, weight_files(local_folder(module.pretrained)), device)
+    rank_zero_info(trainable_summary(model.train()))
+
+
+def _network(module: L.LightningModule, device: torch.device) -> DreamModel:
+    """New or pretrained; on the meta device if it is sharded after that."""
+    dtype = module.weights_dtype
+    if module.from_autoregressive is not None:
+        return from_qwen2(module.from_autoregressive, module.tokenizer, dtype=dtype)
+    if module.pretrained is None:
+        return random_model(module.new_model, module.tokenizer).to(dtype)
+    if module.quantize is not None:
+        return quantized_model(module.pretrained, module.quantize, device)
+    if module.sharded:
+        return empty_model(module.pretrained).to(dtype)
+    return DreamModel.from_pretrained(module.pretrained, dtype=dtype)
 
 
 def new_config(sizes: dict[str, int | float], tokenizer: PreTrainedTokenizerBase) -> DreamConfig:
@@ -81,17 +158,12 @@ def quantized_model(pretrained: str, kind: Quantize, device: torch.device) -> Dr
 
 
 def empty_model(pretrained: str) -> DreamModel:
-    """A pretrained model on the meta device, to be sharded and then filled by `fill`."""
+    """A pretrained model on the meta device, whose weights are read later."""
     folder = local_folder(pretrained)
     with torch.device("meta"):
         model = DreamModel(DreamConfig.from_pretrained(folder))
     check_weights(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     return model
-
-
-def fill(model: DreamModel, pretrained: str, device: torch.device) -> None:
-    """Read the weights of a sharded model that are on the meta device, each process its shards."""
-    read_shards(model, weight_files(local_folder(pretrained)), device)
 
 
 def adapt(

@@ -26,7 +26,7 @@ BELOW = {
     "kernels": {"errors", "batch", "model", "diffusion", "sampling"},
     "answering": {"errors", "batch", "data", "sampling", "tasks"},
     "training": {"errors", "batch", "atomic", "data", "diffusion", "model", "adapters", "tasks", "sampling"},
-    "model_factory": {"errors", "batch", "model", "adapters", "kernels", "training"},
+    "model_factory": {"errors", "batch", "diffusion", "model", "adapters", "kernels", "training"},
     "module": {
         *("errors", "batch", "diffusion", "model", "adapters", "tasks", "sampling", "training"),
         *("answering", "model_factory"),

@@ -52,6 +52,14 @@ def corrupt(
     return NoisedBatch(x_t=torch.where(is_masked, mask_token_id, x_0), is_masked=is_masked, t=t)
 
 
+def next_tokens(batch: Batch) -> NoisedBatch:
+    """The clean rows, of which every maskable token but a document's first is predicted: for a causal model."""
+    if batch.trajectory is not None:
+        raise UserError("model.causal has no masks, data.trajectories says which to use: set one of them to false")
+    is_predicted = batch.maskable & (batch.position_ids > 0)
+    return NoisedBatch(batch.input_ids, is_predicted, torch.ones_like(is_predicted, dtype=torch.float32))
+
+
 def with_complements(batch: Batch, noised: NoisedBatch, *, mask_token_id: int) -> NoisedBatch:
     """Append the same rows with the complementary masks: [B, L] → [2B, L], for `batch.twice()`.
 

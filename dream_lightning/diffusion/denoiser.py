@@ -5,7 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dream_lightning.batch import DocumentBounds
+from dream_lightning.batch import Batch, DocumentBounds
+from dream_lightning.diffusion.noise import uniform
 
 
 class Denoiser(Protocol):
@@ -57,3 +58,15 @@ def logits(
 def align(logits: Tensor) -> Tensor:
     """Unshifted logits [B, L, V] → logits whose position i predicts token i."""
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+
+
+def annealed_mask(batch: Batch, *, visible: float, seed: int) -> Tensor:
+    """Bool [B, 1, L, L]: each document's positions up to the query, and each later one with probability `visible`.
+
+    As DiffuLLaMA anneals (Gong et al. 2025, arXiv 2410.17891), but each sample has a mask of its own, a function of
+    (seed, epoch, sample).
+    """
+    query, key = batch.position_ids[:, :, None], batch.position_ids[:, None, :]
+    u = uniform(seed, batch.epochs[:, :, None], batch.sample_ids[:, :, None], query, key)  # [B, L, L]
+    same = batch.document_ids[:, :, None] == batch.document_ids[:, None, :]
+    return (same & ((key <= query) | (u < visible)))[:, None]

@@ -190,7 +190,6 @@ def evaluate(
 def _head(model: DreamModel, name: str, **settings: Any) -> dict[str, Any]:
     about = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
     installed = versions("dream_lightning", "torch", "lightning", "transformers", "math-verify")
-    installed = {"python": platform.python_version()} | installed
     return {"model": about, "settings": settings, "versions": installed, "tasks": {}}
 
 

@@ -42,15 +42,8 @@ _SETTINGS = {
     ),
 }
 
-
-_PATHS = (
-    "pretrained",
-    "from_autoregressive",
-    "tokenizer",
-    "source",
-    "validation_source",
-    "predict_source",
-    "cache_dir",
+_PATHS = (  # options that may name local files
+    *("pretrained", "from_autoregressive", "tokenizer", "source", "validation_source", "predict_source", "cache_dir"),
 )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dream_lightning.data import S1KDataModule
 from dream_lightning.errors import check_range
 from dream_lightning.training.fsdp import local
-from dream_lightning.training.step_accumulator import parameters
+from dream_lightning.training.optimizer import parameters
 
 _LEAST = 20  # steps before the first finite loss that can be a spike
 _ACTIONS = {"log": "", "skip": " The step is skipped.", "stop": " The step is skipped and training stops."}

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dream_lightning.errors import UserError, check_range
@@ -31,13 +31,22 @@ def decay_groups(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise UserError for a number that is negative or not finite, and for a learning rate of 0."""
+    """Raise UserError for numbers out of range, a learning rate of 0, and bfloat16 weights that it does not train."""
     for name, value in optimizer.defaults.items():
         for number in value if isinstance(value, tuple | list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):
                 check_range(f"model.optimizer.{name}", number, least=0)
     if not all(group["lr"] for group in optimizer.param_groups):
         raise UserError("model.optimizer.lr is 0: nothing would be learned; use validate to score a model")
+    if not isinstance(optimizer, AdamW8bit) and any(p.dtype == torch.bfloat16 for p in parameters(optimizer)):
+        raise UserError(
+            f"model.optimizer {type(optimizer).__name__} loses small updates of bfloat16 weights: set it to "
+            "dream_lightning.training.optimizer.AdamW8bit, or model.dtype to float32"
+        )
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def zero_gradients(parameters: Iterable[Tensor]) -> None:
@@ -53,12 +62,8 @@ def adamw(params: Iterable[Any]) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, lr=2e-6, betas=(0.9, 0.95), weight_decay=0.01)
 
 
-def lr_factor(shape: str, *, warmup: int, steps: int) -> Callable[[int], float]:
-    """Step → factor of the learning rate, as `transformers.get_scheduler`, whose import takes 2 s."""
-    return partial(_lr_factor, shape=shape, warmup=warmup, steps=steps)
-
-
-def _lr_factor(step: int, *, shape: str, warmup: int, steps: int) -> float:
+def lr_factor(step: int, *, shape: str, warmup: int, steps: int) -> float:
+    """Factor of the learning rate, as that of `transformers.get_scheduler`, whose import takes 2 s."""
     if step < warmup:
         return step / warmup
     if shape == "constant_with_warmup":
@@ -96,14 +101,11 @@ class AdamW8bit(torch.optim.Optimizer):
         check_optimizer(self)
         if eps == 0 or max(betas) >= 1:
             raise UserError(f"eps is {eps} and betas are {betas}, wanted eps above 0 and betas below 1")
-        for p in self._parameters():
+        for p in parameters(self):
             if isinstance(p, DTensor):
                 raise UserError("the weights are sharded, wanted whole ones: set model.optimizer to torch.optim.AdamW")
             if p.dtype not in (torch.bfloat16, torch.float32):
                 raise UserError(f"a parameter is {p.dtype}, wanted bfloat16 or float32: set model.dtype to bfloat16")
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -131,9 +133,8 @@ class AdamW8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would cast states to the parameter's dtype; UserError for those of another dtype."""
         super().load_state_dict({**state_dict, "state": {}})
-        parameters = self._parameters()
         for i, saved in state_dict["state"].items():
-            p = parameters[i]
+            p = parameters(self)[i]
             if (p.dtype == torch.bfloat16) != ("low_bits" in saved):
                 raise UserError(f"parameter {i} is {p.dtype}, its state is not: use the model.dtype of the saved run")
             self.state[p] = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in saved.items()}

@@ -7,6 +7,7 @@ from torch import Tensor
 from dream_lightning.batch import Batch, LossTerms, NoisedBatch
 from dream_lightning.errors import UserError
 from dream_lightning.training.fsdp import local, sum_over_processes
+from dream_lightning.training.optimizer import parameters
 
 QUARTILES = 4
 # Gradients are divided by the step's token count at its end. Until then this power of two keeps them near one, exactly.
@@ -67,6 +68,23 @@ class StepAccumulator:
         nll, tokens = sum_over_processes(taken, world_size)
         return nll / tokens
 
+    def log_step(self, module: L.LightningModule) -> None:
+        """Log the step that the last micro-batch ends, and every `log_every_n_steps` also its losses by t."""
+        trainer = module.trainer
+        loss_sum, count, masked, maskable = self.take_step(trainer.world_size)
+        loss, bar = loss_sum / count.clamp(min=1), trainer.progress_bar_callback
+        # Lightning reads what another bar shows after every micro-batch: on the host it synchronizes once a step only.
+        shown = bar is not None and not getattr(bar, "fetches_loss", False)
+        module.log("train/loss", loss.cpu() if shown else loss, prog_bar=shown)
+        module.log("train/masked_fraction", masked / maskable.clamp(min=1))
+        # A tensor on the host: Lightning would copy a number to the GPU, which synchronizes.
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        module.log("train/lr", torch.as_tensor(lr, dtype=torch.float32))
+        every = trainer.log_every_n_steps
+        if every and (trainer.global_step + 1) % every == 0:
+            for number, mean in enumerate(self.take_quartiles(trainer.world_size), start=1):
+                module.log(f"train/nll_t_quartile_{number}", mean)
+
     def work(self) -> tuple[int, int, int]:
         """Tokens, attending pairs of positions and predictions since training started; synchronizes with the GPU."""
         return tuple(self._work.tolist())
@@ -106,10 +124,6 @@ class _ShownAs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
-
-
-def parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def ends_step(trainer: L.Trainer) -> bool:

@@ -1,5 +1,6 @@
 """What a run was and what came of it: settings and a layout for the logger, and a summary when training ends."""
 
+import platform
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -103,15 +104,14 @@ def _shown(path: str) -> str:
 
 def duration(seconds: float) -> str:
     """Such as 3.2 s, 75 s, 40 min or 2.5 h."""
-    for unit, size, digits, end in (("s", 1, 1, 10), ("s", 1, 0, 120), ("min", 60, 0, 7200)):
-        if seconds < end:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Package → its version, or `missing`."""
-    found = {}
+    """Of Python and of packages; `missing` if one is not installed."""
+    found = {"python": platform.python_version()}
     for name in packages:
         try:
             found[name] = version(name)

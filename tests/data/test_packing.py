@@ -13,7 +13,6 @@ from dream_lightning.data.packing import collate, collate_with_cutoff, pack
 from dream_lightning.data.schemas import read_examples
 from dream_lightning.diffusion.denoiser import logits
 from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
-from dream_lightning.module import attention_mask
 
 
 def document(prompt, response):
@@ -58,11 +57,11 @@ def test_a_packed_document_gets_the_logits_it_gets_alone():
     keyed = [(SampleKey(0, i, i), d) for i, d in enumerate(documents)]
     packed = collate([keyed[:3], keyed[3:]], pad_token_id=61)
     assert packed.document_bounds is not None and packed.maskable.sum() == sum(len(d.response_ids) for d in documents)
-    together = logits(model, packed.input_ids, packed.maskable, attention_mask(packed), packed.position_ids)
+    together = logits(model, packed.input_ids, packed.maskable, packed.attention_mask, packed.position_ids)
     alone = []
     for one in keyed:
         row = collate([[one]], pad_token_id=61)
-        alone.append(logits(model, row.input_ids, row.maskable, attention_mask(row), row.position_ids))
+        alone.append(logits(model, row.input_ids, row.maskable, row.attention_mask, row.position_ids))
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 

@@ -8,6 +8,7 @@ from material import tiny_module
 
 from dream_lightning import S1KDataModule, load_tokenizer
 from dream_lightning.errors import UserError
+from dream_lightning.training.compiled_step import CompiledStep
 
 
 def batches(folder, preload: bool, start_row: int = 0, **options):
@@ -56,7 +57,7 @@ def test_a_step_traced_as_a_whole_is_the_ordinary_one(options, tmp_path):
     module = tiny_module(**options)
     module.configure_model()
     batch = next(iter(batches(tmp_path, True)))
-    module._compiled_loss = torch.compile(module.noised_loss, backend="eager", fullgraph=True)
+    module.compiled_step = CompiledStep(module, backend="eager", fullgraph=True)
     results = []
     for step in (module.noised_loss, module.compiled_step):
         _, noised, nll, terms = step(batch)

@@ -14,7 +14,6 @@ from dream_lightning.diffusion import token_nll, token_nll_and_doubt
 from dream_lightning.diffusion.denoiser import logits
 from dream_lightning.errors import UserError
 from dream_lightning.evaluation import trajectories
-from dream_lightning.module import attention_mask
 from dream_lightning.sampling.generate import GenerationOutput
 
 LENGTH = 12  # of responses, eos included
@@ -105,7 +104,7 @@ def test_the_weight_of_certainty_adds_its_term(tmp_path):
         module.configure_model()
         noised = module.noise(batch)
         # What the model predicts becomes right.
-        batch.input_ids[noised.where] = logits(module.model, noised.x_t, noised.where, attention_mask(batch)).argmax(-1)
+        batch.input_ids[noised.where] = logits(module.model, noised.x_t, noised.where, batch.attention_mask).argmax(-1)
         losses.append(float(module.training_step(batch, 0).detach()))
     assert losses[0] == float(module.loss(batch, noised, module.masked_nll(batch, noised)).mean.detach())
     assert losses[0] < losses[1] < losses[3]

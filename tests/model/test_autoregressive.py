@@ -11,12 +11,12 @@ from tiny_models import tiny_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dream_lightning.batch import DocumentBounds
+from dream_lightning.diffusion.denoiser import annealed_mask
 from dream_lightning.errors import UserError
 from dream_lightning.kernels.packed_attention import make_packed_attention
 from dream_lightning.model import load_tokenizer
 from dream_lightning.model.autoregressive import config_from_qwen2, from_qwen2
 from dream_lightning.model.modeling import DreamModel
-from dream_lightning.module import annealed_mask, attention_mask
 from dream_lightning.sampling import SamplingParams, diffusion_generate
 
 TINY = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -187,7 +187,7 @@ def test_later_positions_become_visible_pair_by_pair_in_their_document(tmp_path)
     data = tiny_data(rows, tmp_path, batch_size=2, packing=True, max_length=160)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    whole = attention_mask(batch).to_mask(*batch.input_ids.shape, batch.input_ids.device)
+    whole = batch.attention_mask.to_mask(*batch.input_ids.shape, batch.input_ids.device)
     whole &= (batch.document_ids >= 0)[:, None, None]  # padding does not matter
     masks = [annealed_mask(batch, visible=v, seed=0) & whole for v in (0.0, 0.25, 0.5, 1.0)]
     assert torch.equal(masks[0], whole.tril()) and torch.equal(masks[3], whole)

@@ -296,5 +296,7 @@ def test_bfloat16_weights_with_an_optimizer_that_loses_updates_are_refused(sums)
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0, 7), (3, 10), (10, 10)])
 def test_schedules_are_those_of_transformers(shape, warmup, steps):
     theirs = get_scheduler(shape, torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup, steps).lr_lambdas[0]
-    ours = optim.lr_factor(shape, warmup=warmup, steps=steps)
-    assert [ours(step) for step in range(steps + 1)] == [theirs(step) for step in range(steps + 1)]
+    options = {"shape": shape, "warmup": warmup, "steps": steps}
+    assert [optim.lr_factor(step, **options) for step in range(steps + 1)] == [
+        theirs(step) for step in range(steps + 1)
+    ]

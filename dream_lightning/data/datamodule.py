@@ -30,7 +30,7 @@ from dream_lightning.tasks import load_task, task_of
 # positions for s1K, 5 % for GSM8K and 19 % for MATH-500, instead of 48, 31 and 58 % in file order.
 _WINDOW = 16
 _WHOLE = ("short_first", "preload", "first_n", "training_filters", "subset")  # what needs all records at once
-_ON_HOST = ("packing", "batch_cutoff", "num_workers")
+_ON_HOST = ("packing", "batch_cutoff", "num_workers")  # how batches are made there
 
 
 class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
@@ -131,7 +131,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_options(locals())
+        _check_options(locals())
         self.save_hyperparameters(ignore="tokenizer", logger=False)
         self.tokenizer, self.cache_dir, self.seed, self.num_workers = tokenizer, cache_dir, seed, num_workers
         self.source, self.validation_source, self.predict_source = source, validation_source, predict_source
@@ -173,7 +173,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
             self._ask(asked, f"{len(asked):,} questions are answered")
             return
         training, validation = self.read()
-        asked = scored(validation)[: self.validation_questions]
+        asked = _scored(validation)[: self.validation_questions]
         self._ask(validation, f"validation: {len(asked):,} questions are answered and scored", asked)
         self.validation_set = self.tokenized(validation, self.encoding)
         rank_zero_info(f"validation: {self.validation_set.summary()}")
@@ -224,11 +224,10 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         order = {"seed": self.seed, **self._ranks(self.batch_size)}
         loading = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         if self.streaming:
+            budget = self.encoding["max_length"] if self.packing else None
             # With a number of batches, Lightning knows the length of an epoch, and reads no batch ahead.
-            order["read_ahead"] = self.trainer is not None and isinstance(self.trainer.limit_train_batches, float)
-            sampler = StreamSampler(
-                self.train_set, budget=self.encoding["max_length"] if self.packing else None, **order
-            )
+            ahead = self.trainer is not None and isinstance(self.trainer.limit_train_batches, float)
+            sampler = StreamSampler(self.train_set, budget=budget, read_ahead=ahead, **order)
         else:
             lengths = self.train_set.lengths.tolist() if self.short_first else None
             sampler = RowSampler(self._rows(self.train_set), lengths=lengths, **order)
@@ -307,7 +306,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         A prompt that leaves the model no room for an answer becomes empty, or raises UserError, before the model is
         loaded.
         """
-        count = len(scored(examples))
+        count = len(_scored(examples))
         rank_zero_info(f"{summary}; {count:,} of {len(examples):,} rows can be scored")
         if not count and (asked is None or self.validation_questions):
             rank_zero_warn("no question can be scored, no row has a reference: set data.reference_column or data.task")
@@ -333,16 +332,13 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
             rank_zero_warn(f"{problem}; they get an empty answer")
 
 
-def check_options(o: dict[str, Any]) -> None:
+def _check_options(o: dict[str, Any]) -> None:
     """Raise UserError for options that are out of range, or exclude each other."""
     for one, other, reason in (
         ("packing", o["batch_cutoff"] and "batch_cutoff", "the cutoff is drawn for one document a row"),
         ("trajectories", o["batch_cutoff"] and "batch_cutoff", "the cutoff changes the length of a response"),
         ("trajectories", o["train_on"] == "all" and "train_on all", "filled_at is of the last response"),
-        *(
-            ("preload", o[n] and n, "it makes batches on the device")
-            for n in ("packing", "batch_cutoff", "num_workers")
-        ),
+        *(("preload", o[n] and n, "batches are made on the device") for n in _ON_HOST),
         *(("streaming", o[n] not in (None, False) and n, f"{n} needs all records at once") for n in _WHOLE),
     ):
         if o[one] and other:
@@ -360,7 +356,7 @@ def check_options(o: dict[str, Any]) -> None:
             check_range(f"weight of {name}", weight, least=1e-9)
 
 
-def scored(examples: list[Example]) -> list[Example]:
+def _scored(examples: list[Example]) -> list[Example]:
     return [example for example in examples if task_of(example).reference(example) is not None]
 
 

@@ -46,15 +46,9 @@ GROUPS = {
     "8 documents a step": (
         7,
         [
-            Cut(rows=8),
-            Cut(rows=1, accumulate=8),
-            Cut(rows=2, accumulate=4, workers=2),
-            Cut(rows=8, killed_after=3),
-            Cut(rows=8, killed_after=5),
-            Cut(rows=8, workers=2, killed_after=6),
-            Cut(rows=2, accumulate=4, killed_after=3),
-            Cut(ranks=2, rows=4),
-            Cut(ranks=2, rows=1, accumulate=4),
+            Cut(rows=8), Cut(rows=1, accumulate=8), Cut(rows=2, accumulate=4, workers=2), Cut(rows=8, killed_after=3),
+            Cut(rows=8, killed_after=5), Cut(rows=8, workers=2, killed_after=6),
+            Cut(rows=2, accumulate=4, killed_after=3), Cut(ranks=2, rows=4), Cut(ranks=2, rows=1, accumulate=4),
             Cut(ranks=2, rows=2, accumulate=2, workers=1, killed_after=3),
         ],
     ),
@@ -79,7 +73,7 @@ GROUPS = {
             Cut(ranks=2, rows=1, accumulate=2, packing=True, killed_after=2),
         ],
     ),
-}
+}  # fmt: skip
 CELLS = [(o, group, cut) for o in OBJECTIVES for group, (_, cuts) in GROUPS.items() for cut in cuts[1:]]
 FEW = [("8 documents a step", Cut(ranks=2, rows=1, accumulate=4)), ("an epoch a step", Cut(rows=36, packing=True))]
 CELLS += [(variant, *cell) for variant in VARIANTS for cell in FEW]
@@ -184,18 +178,14 @@ def test_the_matrix_detects_another_step_and_other_noise(folder):
 @pytest.mark.parametrize(
     "objective",
     [
-        {"weighting": "original"},
-        {"weighting": "original", "normalizer": "masked"},
-        {"weighting": "original", "normalizer": "micro_batch"},
-        {"weighting": "linear"},
-        {"weighting": "cart"},
-        {"weighting": "cart", "cart_p": 0.8, "focal_gamma": 2.0},
-        {"weighting": "none", "treat_eos_as_one": True},
+        {"weighting": "original"}, {"weighting": "original", "normalizer": "masked"},
+        {"weighting": "original", "normalizer": "micro_batch"}, {"weighting": "linear"}, {"weighting": "cart"},
+        {"weighting": "cart", "cart_p": 0.8, "focal_gamma": 2.0}, {"weighting": "none", "treat_eos_as_one": True},
         {"weighting": "cart", "treat_eos_as_one": True, "stratified_t": False},
         {"weighting": "original", "complementary_masks": True},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_packed_equals_unpacked(folder, objective):
     module = tiny_module(**objective)
     module.configure_model()

@@ -61,21 +61,17 @@ FOUR, LINEAR = [*KEPT, "--data.batch_size=4"], "--model.lora.targets=all-linear"
 @pytest.mark.parametrize(
     ("config", "options", "measured"),
     [
-        ("single_gpu_qlora", [], 8.3),
-        ("single_gpu_qlora", [*FOUR, LINEAR], 30.2),
+        ("single_gpu_qlora", [], 8.3), ("single_gpu_qlora", [*FOUR, LINEAR], 30.2),
         ("single_gpu_qlora", ["--config=model/nf4_float8", *FOUR, LINEAR], 30.5),
         ("single_gpu_qlora", [*KEPT, "--model.gradient_checkpointing=25"], 6.6),
         ("single_gpu_qlora", [LINEAR, "--data.max_length=32768", "--trainer.accumulate_grad_batches=1"], 20.9),
-        ("single_gpu_lora", [], 18.7),
-        ("single_gpu_lora", FOUR, 39.2),
+        ("single_gpu_lora", [], 18.7), ("single_gpu_lora", FOUR, 39.2),
         ("single_gpu_lora", ["--config=model/float8", *FOUR], 39.5),
-        ("single_gpu_full", [*KEPT, "--data.batch_size=2"], 70.9),
-        ("ddp_qlora", [], 8.3),
-        ("fsdp_lora", ["--trainer.devices=2"], 14.2),
-        ("fsdp_full", ["--trainer.devices=2"], 64.1),
+        ("single_gpu_full", [*KEPT, "--data.batch_size=2"], 70.9), ("ddp_qlora", [], 8.3),
+        ("fsdp_lora", ["--trainer.devices=2"], 14.2), ("fsdp_full", ["--trainer.devices=2"], 64.1),
         ("fsdp_full", ["--trainer.devices=4"], 35.6),
     ],
-)
+)  # fmt: skip
 def test_shipped_configs_are_within_15_percent_of_the_measured_peak(plan, monkeypatch, config, options, measured):
     """GiB of max_memory_allocated on H100 and H200, docs/performance.md."""
     monkeypatch.setattr(cli, "report", lambda setting, gpu_gib: make_plan(setting).peak_gib)

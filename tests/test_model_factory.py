@@ -57,15 +57,12 @@ def test_compiler_workers_start_for_a_gpu_only(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        "torch.nn:Module._compiled_call_impl",
-        "torch._dynamo:config.recompile_limit",
-        "torch._dynamo:config.accumulated_recompile_limit",
-        "torch._dynamo:maybe_mark_dynamic",
-        "torch._inductor.async_compile:maybe_warm_pool",
-        "torch:_scaled_dot_product_cudnn_attention",
+        "torch.nn:Module._compiled_call_impl", "torch._dynamo:config.recompile_limit",
+        "torch._dynamo:config.accumulated_recompile_limit", "torch._dynamo:maybe_mark_dynamic",
+        "torch._inductor.async_compile:maybe_warm_pool", "torch:_scaled_dot_product_cudnn_attention",
         "torch:ops.aten._scaled_dot_product_cudnn_attention_backward",
     ],
-)
+)  # fmt: skip
 def test_torch_has_the_private_interface(name):
     pkgutil.resolve_name(name)
 

@@ -31,23 +31,13 @@ def validate(source, tmp_path, model, **options):
 # (options of the module, options of the data), first what others are compared with
 BASELINES = [({}, {}), ({"weighting": "cart"}, {}), ({"focal_gamma": 2.0}, {}), ({}, {"eos_fill_to": 60})]
 CHANGES = [
-    *BASELINES[1:],
-    ({"weighting": "linear"}, {}),
-    ({"weighting": "cart", "cart_p": 0.8}, {}),
-    ({"weighting": "none"}, {}),
-    ({"normalizer": "masked"}, {}),
-    ({"focal_gamma": 2.0, "focal_alpha": 1.0}, {}),
-    ({"stratified_t": False}, {}),
-    ({"complementary_masks": True}, {}),
-    ({"seed": 1}, {}),
-    ({"treat_eos_as_one": True}, {"eos_fill_to": 60}),
-    ({}, {"batch_cutoff": True}),
-    ({}, {"extra_weight": {"carry": 3.0}}),
-    ({}, {"seed": 1}),
-    ({}, {"thinking": False}),
-    ({}, {"style": "plain"}),
+    *BASELINES[1:], ({"weighting": "linear"}, {}), ({"weighting": "cart", "cart_p": 0.8}, {}),
+    ({"weighting": "none"}, {}), ({"normalizer": "masked"}, {}), ({"focal_gamma": 2.0, "focal_alpha": 1.0}, {}),
+    ({"stratified_t": False}, {}), ({"complementary_masks": True}, {}), ({"seed": 1}, {}),
+    ({"treat_eos_as_one": True}, {"eos_fill_to": 60}), ({}, {"batch_cutoff": True}),
+    ({}, {"extra_weight": {"carry": 3.0}}), ({}, {"seed": 1}), ({}, {"thinking": False}), ({}, {"style": "plain"}),
     ({}, {"system_prompt": "Add."}),
-]
+]  # fmt: skip
 
 
 def test_every_option_changes_the_loss(sums, tmp_path):
@@ -289,19 +279,16 @@ NEW = {"new_model": {}, "tokenizer": "bytes"}
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "exactly one of them"),
-        ({"pretrained": "x", "new_model": {}}, "exactly one of them"),
-        ({"new_model": {}}, "needs a tokenizer"),
-        (NEW | {"cart_p": 2.0}, r"cart_p is 2\.0"),
-        (NEW | {"focal_alpha": -1.0}, r"focal_alpha is -1\.0"),
-        (NEW | {"focal_gamma": -1.0}, r"focal_gamma -1\.0"),
+        ({}, "exactly one of them"), ({"pretrained": "x", "new_model": {}}, "exactly one of them"),
+        ({"new_model": {}}, "needs a tokenizer"), (NEW | {"cart_p": 2.0}, r"cart_p is 2\.0"),
+        (NEW | {"focal_alpha": -1.0}, r"focal_alpha is -1\.0"), (NEW | {"focal_gamma": -1.0}, r"focal_gamma -1\.0"),
         (NEW | {"warmup_fraction": 2.0}, r"warmup_fraction is 2\.0"),
         (NEW | {"gradient_checkpointing": -1}, "gradient_checkpointing is -1"),
         (NEW | {"new_model": SIZES | {"hidden_dim": 3}}, "new_model has hidden_dim"),
         (NEW | {"new_model": SIZES | {"vocab_size": 262}}, r"263 tokens and mask token .* the model 262"),
         (NEW, "lacks hidden_size, intermediate_size"),
     ],
-)
+)  # fmt: skip
 def test_impossible_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         DreamModule(**options).configure_model()

@@ -34,16 +34,11 @@ QLORA = replace(LORA, four_bit=True)
 @pytest.mark.parametrize(
     ("setting", "rows", "columns", "compiled", "milliseconds"),
     [
-        (LORA, 1, 512, True, 12.1),
-        (LORA, 8, 512, True, 88.7),
-        (LORA, 1, 33, True, 6.3),
-        (LORA, 1, 65, True, 6.4),
-        (LORA, 1, 512, False, 33.9),
-        (QLORA, 1, 512, True, 18.1),
-        (QLORA, 1, 33, True, 14.3),
+        (LORA, 1, 512, True, 12.1), (LORA, 8, 512, True, 88.7), (LORA, 1, 33, True, 6.3), (LORA, 1, 65, True, 6.4),
+        (LORA, 1, 512, False, 33.9), (QLORA, 1, 512, True, 18.1), (QLORA, 1, 33, True, 14.3),
         (QLORA, 1, 512, False, 56.5),
     ],
-)
+)  # fmt: skip
 def test_a_forward_takes_what_was_measured_on_an_h100(setting, rows, columns, compiled, milliseconds):
     """docs/performance.md."""
     options = {"logits": rows * min(columns, 256) / 2, "compiled": compiled}
@@ -67,14 +62,11 @@ def test_answers_take_what_was_measured_on_an_h100(a_forward, speeds):
 @pytest.mark.parametrize(
     "options",
     [
-        {"steps": 12},
-        {"steps": 24, "tokens_per_step": 2},
-        {"steps": 24, "block_length": 8},
-        {"steps": 12, "block_length": 8, "cache": "dual"},
-        {"steps": 24, "block_length": 8, "cache": "prefix"},
+        {"steps": 12}, {"steps": 24, "tokens_per_step": 2}, {"steps": 24, "block_length": 8},
+        {"steps": 12, "block_length": 8, "cache": "dual"}, {"steps": 24, "block_length": 8, "cache": "prefix"},
         {"steps": 24, "block_length": 8, "cache": "dual", "refresh_every": 3},
     ],
-)
+)  # fmt: skip
 def test_the_forwards_are_those_of_the_sampler(deep, prompts, run, calls, options):
     seen = calls(deep)
     run(deep, prompts(2), **options)

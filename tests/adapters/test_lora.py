@@ -277,16 +277,12 @@ def test_other_adapters_are_refused(change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rank": 0}, "rank is 0"),
-        ({"rank": 2.5}, "rank is 2.5"),
-        ({"alpha": 0}, "alpha is 0"),
-        ({"alpha": float("nan")}, "alpha is nan"),
-        ({"targets": 3}, "targets is 3"),
-        ({"targets": []}, r"targets is \[\]"),
-        ({"targets": "q_proj"}, "wanted all-linear, or a list"),
+        ({"rank": 0}, "rank is 0"), ({"rank": 2.5}, "rank is 2.5"), ({"alpha": 0}, "alpha is 0"),
+        ({"alpha": float("nan")}, "alpha is nan"), ({"targets": 3}, "targets is 3"),
+        ({"targets": []}, r"targets is \[\]"), ({"targets": "q_proj"}, "wanted all-linear, or a list"),
         ({"targets": ["q_proj", "lm_head"]}, "lm_head"),
     ],
-)
+)  # fmt: skip
 def test_params_out_of_their_range_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         LoraParams(**change)

@@ -32,14 +32,11 @@ def examples(count=12):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"max_length": 120},
-        {"max_length": 120, "overflow": "drop", "extra_weight": {"so": 2.0}},
+        {}, {"max_length": 120}, {"max_length": 120, "overflow": "drop", "extra_weight": {"so": 2.0}},
         {"max_length": 120, "overflow": "truncate_right"},
-        {"style": "plain", "system_prompt": "S", "eos_fill_to": 50},
-        {"thinking": False},
+        {"style": "plain", "system_prompt": "S", "eos_fill_to": 50}, {"thinking": False},
     ],
-)
+)  # fmt: skip
 def test_set_equals_one_by_one(options, num_proc):
     alone = [encode(example, BYTES, **options) for example in examples()]
     got = tokenize(examples(), BYTES, num_proc=num_proc, **options)

@@ -129,13 +129,10 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "
     [
         {"instruction": "1+1?", "input": "", "output": SAY[0]["content"]},
         {"instruction": "1+1?", "input": None, "output": "2", "reasoning_content": "t"},
-        {"prompt": "1+1?", "completion": SAY[0]["content"]},
-        {"prompt": ASK, "completion": SAY},
-        {"prompt": ASK, "completion": SAY[0]["content"]},
-        {"prompt": "1+1?", "completion": SAY},
-        {"messages": PARTS},
+        {"prompt": "1+1?", "completion": SAY[0]["content"]}, {"prompt": ASK, "completion": SAY},
+        {"prompt": ASK, "completion": SAY[0]["content"]}, {"prompt": "1+1?", "completion": SAY}, {"messages": PARTS},
     ],
-)
+)  # fmt: skip
 def test_formats_of_other_programs(tmp_path, row):
     both = {"instruction": "Add.", "input": "1+1", "output": "2"}  # for `auto`, some row has an input
     rows = [row | {"system": "S"}, *([both] if "instruction" in row else [])]

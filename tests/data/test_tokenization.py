@@ -86,13 +86,10 @@ def test_both_styles():
 @pytest.mark.parametrize(
     ("answer", "reference", "final"),
     [
-        ("so \\boxed{1} or \\boxed{\\frac{1}{2}}.", "gold", "\\frac{1}{2}"),
-        ("so 3", "gold", "gold"),
-        ("so 3", "a proof\nof lines", "so 3"),
-        ("so 3", None, "so 3"),
-        ("open \\boxed{1", None, "open \\boxed{1"),
+        ("so \\boxed{1} or \\boxed{\\frac{1}{2}}.", "gold", "\\frac{1}{2}"), ("so 3", "gold", "gold"),
+        ("so 3", "a proof\nof lines", "so 3"), ("so 3", None, "so 3"), ("open \\boxed{1", None, "open \\boxed{1"),
     ],
-)
+)  # fmt: skip
 def test_plain_ends_with_the_short_answer(answer, reference, final):
     text = response_text(example(answer=answer, reference=reference), style="plain")
     assert text == f"one and one Therefore, the final answer is: {final}"

@@ -14,17 +14,10 @@ from dream_lightning.sampling.unmasking import Threshold
 
 DUAL = {"block_length": 8, "cache": "dual"}
 WAYS = [
-    {"steps": 12},
-    {"steps": 12, "temperature": 1.0},
-    {"steps": 12, "alg": "origin"},
-    {"threshold": 0.4},
-    {"block_length": 8, "cache": "prefix", "steps": 12},
-    {**DUAL, "threshold": 0.4},
-    {**DUAL, "stop_at_eos": True},
-    {"min_new_tokens": 10, "steps": 12},
-    {"stop_at_eos": True, "steps": 12},
-    {"unmasking": Threshold(0.4)},
-]
+    {"steps": 12}, {"steps": 12, "temperature": 1.0}, {"steps": 12, "alg": "origin"}, {"threshold": 0.4},
+    {"block_length": 8, "cache": "prefix", "steps": 12}, {**DUAL, "threshold": 0.4}, {**DUAL, "stop_at_eos": True},
+    {"min_new_tokens": 10, "steps": 12}, {"stop_at_eos": True, "steps": 12}, {"unmasking": Threshold(0.4)},
+]  # fmt: skip
 
 
 def denoiser(model):

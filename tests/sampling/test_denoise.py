@@ -14,21 +14,15 @@ from dream_lightning.sampling.unmasking import rule_of
 MASK, PAD, NEW = 57, 59, 24
 NOISY = {"temperature": 1.0, "alg_temp": 0.3}
 RULES = [
-    {"steps": 12},
-    {"steps": 12, "alg": "maskgit_plus", **NOISY},
+    {"steps": 12}, {"steps": 12, "alg": "maskgit_plus", **NOISY},
     {"steps": 12, "alg": "topk_margin", "temperature": 0.5, "top_p": 0.9, "top_k": 7},
-    {"steps": 12, "alg": "origin", "temperature": 0.7},
-    {"tokens_per_step": 3},
-    {"threshold": 0.4, "alg": "maskgit_plus"},
-    {"factor": 2.0},
-]
+    {"steps": 12, "alg": "origin", "temperature": 0.7}, {"tokens_per_step": 3},
+    {"threshold": 0.4, "alg": "maskgit_plus"}, {"factor": 2.0},
+]  # fmt: skip
 CACHES = [
-    {},
-    {"block_length": 8},
-    {"block_length": 8, "cache": "prefix"},
-    {"block_length": 8, "cache": "dual"},
+    {}, {"block_length": 8}, {"block_length": 8, "cache": "prefix"}, {"block_length": 8, "cache": "dual"},
     {"block_length": 8, "cache": "dual", "refresh_every": 3},
-]
+]  # fmt: skip
 every_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 every_cache = pytest.mark.parametrize("cache", CACHES, ids=str)
 

@@ -12,16 +12,10 @@ from dream_lightning.serving.engine import Engine, Row
 
 TOKENIZER = load_tokenizer("bytes")
 WAYS = [
-    {},
-    {"cache": "dual"},
-    {"cache": "dual", "alg": "maskgit_plus", "threshold": 0.3, "stop_at_eos": True},
-    {"cache": "dual", "refresh_every": 3},
-    {"temperature": 0.7},
-    {"temperature": 1.0, "alg_temp": 0.5, "top_p": 0.9},
-    {"alg": "origin"},
-    {"min_new_tokens": 6},
-    {"block_length": None},
-]
+    {}, {"cache": "dual"}, {"cache": "dual", "alg": "maskgit_plus", "threshold": 0.3, "stop_at_eos": True},
+    {"cache": "dual", "refresh_every": 3}, {"temperature": 0.7}, {"temperature": 1.0, "alg_temp": 0.5, "top_p": 0.9},
+    {"alg": "origin"}, {"min_new_tokens": 6}, {"block_length": None},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,13 @@ from dream_lightning.sampling import denoising_steps
 
 
 @contextmanager
-def running_server(pretrained: str, tokenizer: str, max_batch_size: int, log: str) -> Iterator[str]:
+def running_server(pretrained: str, tokenizer: str, max_batch_size: int, length: int, log: str) -> Iterator[str]:
     """The URL of a server in processes of its own, which end with the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {"model": pretrained, "tokenizer": tokenizer, "port": port, "max_batch_size": max_batch_size}
-    options |= {"params.compile": torch.cuda.is_available()}
+    options |= {"params.compile": torch.cuda.is_available(), "warm_up_length": length}
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "dream_lightning", "serve", *words]
     with open(log, "w") as output:
@@ -146,7 +146,7 @@ def main(
         if not url:
             words = stack.enter_context(TemporaryDirectory())
             tokenizer.save_pretrained(words)
-            url = stack.enter_context(running_server(pretrained, words, max_batch_size, log))
+            url = stack.enter_context(running_server(pretrained, words, max_batch_size, prompt + new_tokens, log))
         for number in clients:
             asyncio.run(load(url, asked, params, number, 1))
             seconds, answers = asyncio.run(load(url, asked, params, number, rounds))

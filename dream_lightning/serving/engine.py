@@ -61,7 +61,8 @@ def block_canvas(rows: Sequence[Row], config: DreamConfig, device: torch.device)
     and the block. All rows are padded on the left to the longest one, at whatever block they are.
     """
     length, block = max(len(row.prompt) + row.params.max_new_tokens for row in rows), rows[0].block
-    if rows[0].params.compile:  # few shapes: 256, 384, 512, 768, … columns
+    compiled = rows[0].params.compile
+    if compiled:  # few shapes: 256, 384, 512, 768, … columns
         half = 1 << max(length - 1, 2).bit_length() - 2
         length = min(-(-length // half) * half, max(length, config.max_position_embeddings))
     ids = torch.full((len(rows), length - block), config.pad_token_id or 0)
@@ -75,7 +76,8 @@ def block_canvas(rows: Sequence[Row], config: DreamConfig, device: torch.device)
     numbers = [[row.sample_id, row.copy, len(row.ids) // block * row.turn.steps] for row in rows]
     sample_ids, copies, earlier_steps = torch.tensor(numbers).unbind(1)
     canvas = prepare(config, ids, real, SamplingParams(max_new_tokens=block, steps=1), sample_ids, infill=True)
-    canvas = replace(canvas, positions=positions, copies=copies, earlier_steps=earlier_steps)
+    numbers = {"positions": positions, "copies": copies, "earlier_steps": earlier_steps}
+    canvas = replace(canvas, **numbers, padded=canvas.padded or compiled)  # one graph with and without padding
     return replace(canvas, **{name: x.to(device) for name, x in vars(canvas).items() if isinstance(x, torch.Tensor)})
 
 
@@ -102,6 +104,18 @@ class Engine:
     def room(self) -> int:
         """Rows that could join now."""
         return self.most_rows - len(self.active) - len(self.waiting)
+
+    def warm_up(self, length: int, params: SamplingParams) -> None:
+        """A turn for each power of two of rows of `length` tokens, prompt and answer: graphs have these shapes."""
+        most = 1 << (self.most_rows - 1).bit_length()
+        prompt = [self.tokenizer.eos_token_id] * (length - params.max_new_tokens)
+        for rows in (most >> i for i in range(most.bit_length())):
+            rows = min(rows, self.most_rows)
+            self.active = [Row(None, 0, prompt, params, params.max_new_tokens) for _ in range(rows)]
+            for _, event in self.turn():
+                if "error" in event:
+                    raise UserError(event["error"])
+        self.active = []
 
     def turn(self) -> Iterator[tuple[Row, Event]]:
         """One block for the rows that have waited longest, and all others with the same parameters.

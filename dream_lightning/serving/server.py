@@ -62,10 +62,17 @@ class DreamAPI(ls.LitAPI):
     """The model in a worker; the arguments are those of `make_server`."""
 
     def __init__(
-        self, opened: dict[str, Any], how: Trained, max_length: int, endpoints: Endpoints, **options: Any
+        self,
+        opened: dict[str, Any],
+        how: Trained,
+        max_length: int,
+        warm_up_length: int,
+        endpoints: Endpoints,
+        **options: Any,
     ) -> None:
         super().__init__(spec=endpoints, loop=EngineLoop(), **options)
-        self.opened, self.how, self.max_length, self.key = opened, how, max_length, os.environ.get(KEY)
+        self.opened, self.how, self.key = opened, how, os.environ.get(KEY)
+        self.max_length, self.warm_up_length = max_length, warm_up_length
 
     def setup(self, device: str) -> None:
         """Load the model and answer a first request with it."""
@@ -83,6 +90,8 @@ class DreamAPI(ls.LitAPI):
             for _, event in self.engine.turn():
                 if "error" in event:
                     raise UserError(event["error"])
+        if self.spec.defaults.compile:
+            self.engine.warm_up(self.warm_up_length, self.spec.defaults)
 
     def decode_request(self, request: Request, *, params: SamplingParams, owner: Any) -> list[Row]:
         """UserError if a prompt cannot be answered."""
@@ -105,6 +114,7 @@ def make_server(
     max_batch_size: int = 32,
     max_waiting: int = 256,
     max_length: int = 4096,
+    warm_up_length: int | None = None,
     timeout: float = 600.0,
 ) -> ls.LitServer:
     """A server that is not started yet. The environment variable DREAM_API_KEY holds the API key, if there is one.
@@ -118,6 +128,9 @@ def make_server(
         max_batch_size: answers that a worker denoises at a time.
         max_waiting: answers that may wait for a worker; more requests get status 429.
         max_length: tokens of a prompt and its answer, at most the model's positions.
+        warm_up_length: with params.compile, the tokens of prompt and answer whose CUDA graphs are captured, for all
+            numbers of rows, before the server is ready. Those of other lengths take seconds at their first use. By
+            default the largest answer and 256 tokens.
         timeout: seconds until a request is given up with status 504.
 
     Raises:
@@ -128,6 +141,10 @@ def make_server(
         check_range(option, value, least=1, whole=True)
     check_range("max_waiting", max_waiting, least=0, whole=True)
     check_range("timeout", timeout, least=0.1)
+    if warm_up_length is None:
+        warm_up_length = min(params.max_new_tokens + 256, max_length)
+    if params.compile:
+        check_range("warm_up_length", warm_up_length, least=params.max_new_tokens + 1, most=max_length, whole=True)
     if (device := opened.get("device", "auto")) not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {device}, wanted auto, cpu or cuda: CUDA_VISIBLE_DEVICES chooses among GPUs")
     Request(prompt="?").params(params)
@@ -135,7 +152,9 @@ def make_server(
     how = trained(opened["model"])
     history = how.several_turns is not False and how.style == "chat"
     endpoints = Endpoints(name or Path(opened["model"]).name, params, max_waiting, timeout, cancelled, history)
-    api = DreamAPI(opened, how, max_length, endpoints, max_batch_size=max_batch_size, batch_timeout=0.01)
+    api = DreamAPI(
+        opened, how, max_length, warm_up_length, endpoints, max_batch_size=max_batch_size, batch_timeout=0.01
+    )
     hardware = {"accelerator": device, "devices": devices, "workers_per_device": workers_per_device}
     server = ls.LitServer(api, **hardware, timeout=timeout, max_payload_size=_LARGEST, disable_openapi_url=True)
     endpoints.most_rows += max_batch_size * len(server.devices) * workers_per_device

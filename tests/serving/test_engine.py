@@ -1,12 +1,14 @@
 """Rows that join and leave at any turn get the answers that they get alone."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from material import SIZES
 
 from dream_lightning import SamplingParams, diffusion_generate, load_tokenizer
+from dream_lightning.kernels.cuda_graphs import CompiledDenoiser
 from dream_lightning.model_factory import random_model
 from dream_lightning.serving.engine import Engine, Row
 
@@ -109,3 +111,25 @@ def test_cancelled_rows_leave_and_a_failing_turn_fails_its_rows_only(model):
         gone.add(row.owner)
     list(engine.turn())
     assert not engine.active
+
+
+def test_no_graph_is_captured_for_a_request_after_the_warm_up(model, monkeypatch):
+    """The compiled road with its shapes and fixed buffers, but uncompiled: rows join and leave at any turn."""
+    fast, dice, made = CompiledDenoiser(model, capture=False), random.Random(3), []
+    monkeypatch.setattr("dream_lightning.sampling.generate._compiled", lambda model: fast)
+    new_graph = fast.model._new_graph
+    monkeypatch.setattr(fast.model, "_new_graph", lambda *inputs: made.append(inputs) or new_graph(*inputs))
+    sizes = {"block_length": 8, "steps": 16, "max_new_tokens": 16, "forbid_mask": True, "compile": True}
+    params = SamplingParams(**sizes, cache="dual", alg="maskgit_plus", threshold=0.3, stop_at_eos=True)
+    engine = Engine(model, TOKENIZER, 6)
+    engine.warm_up(64, params)
+    assert len(made) == 2 * 4 and not engine.active  # with and next to a KV cache; 1, 2, 4 and 8 rows
+    rows = [make_row(dice, n, params=vars(params)) for n in range(12)]
+    for n, row in enumerate(rows):  # 42 to 64 tokens: with padding, and without
+        row.limit, row.prompt = 16, [dice.randrange(256) for _ in range((26, 32, 36, 48)[n % 4])]
+    answers = run(engine, rows, dice)
+    assert len(made) == 8
+    monkeypatch.undo()
+    for row, events in answers.items():
+        row.params = replace(row.params, compile=False)
+        assert "".join(event.get("text", "") for event in events) == alone(model, row)[1]

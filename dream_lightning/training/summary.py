@@ -43,17 +43,20 @@ class RunSummary(L.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._validated += time.monotonic() - self._validation_began
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        now = _joules(pl_module.device)  # later, the module is on the CPU
+        used = float("nan") if now is None or self._energy is None else now - self._energy
+        self._energy = float(trainer.strategy.reduce(torch.tensor(used, device=pl_module.device), reduce_op="sum"))
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not hasattr(self, "_began"):  # nothing was left to train
             return
-        seconds, now = time.monotonic() - self._began, _joules(pl_module.device)
-        used = float("nan") if now is None or self._energy is None else now - self._energy
-        joules = float(trainer.strategy.reduce(torch.tensor(used, device=pl_module.device), reduce_op="sum"))
+        seconds = time.monotonic() - self._began
         lines = [f"Trained to step {trainer.global_step:,} in {duration(seconds)}"]
         if self._validated:
             lines[0] += f", {self._validated / seconds:.0%} of it validation"
-        if joules == joules:
-            lines[0] += f", {joules / 3.6e6:.3g} kWh by the {trainer.world_size} GPU(s)"
+        if self._energy == self._energy:
+            lines[0] += f", {self._energy / 3.6e6:.3g} kWh by the {trainer.world_size} GPU(s)"
         lines += [*score_lines(trainer.callback_metrics), *_checkpoints(trainer)]
         rank_zero_info("\n".join(lines))
 

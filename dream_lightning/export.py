@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from dream_lightning.adapters import (
 )
 from dream_lightning.atomic import atomic_write
 from dream_lightning.errors import UserError, reading
-from dream_lightning.locate import find_model
+from dream_lightning.locate import TRAINED, Trained, find_model, trained
 from dream_lightning.model import DreamConfig, DreamModel, check_same_vocabulary, check_tokenizer, load_tokenizer
 from dream_lightning.model.loading import check_finite, local_folder, weight_files
 from dream_lightning.training.checkpointing import reading_checkpoint, refuse_weights
@@ -46,6 +47,7 @@ def export_model(
     *,
     tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
     max_shard_size: str = "5GB",
+    how: Trained | None = None,
 ) -> Path:
     """Write the official folder of a model, bit for bit.
 
@@ -54,6 +56,7 @@ def export_model(
         folder: new or empty; written atomically.
         tokenizer: a tokenizer, or a folder, hub id or `bytes` to take it from. Default: none is written.
         max_shard_size: of one file; the default gives the official four files for the 7B.
+        how: sampling and prompts of the training, which `chat`, `serve` and `evaluate` then take as their defaults.
     """
     _check_plain(model)
     if not re.fullmatch(r"[1-9]\d{0,8}[KMGT]B", max_shard_size):
@@ -65,6 +68,8 @@ def export_model(
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
+        if how is not None and how != Trained({}):
+            _write_json(partial / TRAINED, {n: x for n, x in asdict(how).items() if n != "tokenizer"})
     return Path(folder)
 
 
@@ -98,7 +103,7 @@ def export_checkpoint(
             f"{ckpt_path} does not say what its tokenizer is: none is written; name it in tokenizer or pretrained",
             stacklevel=2,
         )
-    return export_model(model, folder, tokenizer=tokenizer, max_shard_size=max_shard_size)
+    return export_model(model, folder, tokenizer=tokenizer, max_shard_size=max_shard_size, how=trained(ckpt_path))
 
 
 def export_adapter(ckpt_path: str | Path, folder: str | Path, *, pretrained: str | Path | None = None) -> Path:
@@ -163,7 +168,10 @@ def _state(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str | Path) -> None:
-    """Write a tokenizer for fast and slow classes, with the authors' code if its own folder has it."""
+    """Write a tokenizer for fast and slow classes, with the authors' code if its own folder has it.
+
+    Without that code, `AutoTokenizer` loads the fast class: llama.cpp's converter and other programs ask it.
+    """
     fast = tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else load_tokenizer(tokenizer)
     folder = Path(folder)
     fast.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -171,6 +179,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str 
     flags = ("lstrip", "normalized", "rstrip", "single_word")
     fields = ("content", *flags, "special")
     added = {i: {name: getattr(token, name) for name in fields} for i, token in fast.added_tokens_decoder.items()}
+    code = [Path(tokenizer, name) for name in AUTHORS_CODE] if isinstance(tokenizer, str | Path) else []
+    code = [file for file in code if file.is_file()]
     named = {name: getattr(fast, name) for name in ("bos_token", "eos_token", "mask_token", "pad_token")}
     named = {name: content for name, content in named.items() if content is not None}
     additional = {"additional_special_tokens": [named[n] for n in ("bos_token", "mask_token") if n in named]}
@@ -178,21 +188,21 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast | str | Path, folder: str 
         **dict.fromkeys(("add_bos_token", "add_prefix_space", "split_special_tokens"), False),
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {str(i): token for i, token in added.items()},
-        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
         "chat_template": fast.chat_template,
         "errors": "replace",
         "model_max_length": fast.model_max_length,
-        "tokenizer_class": "DreamTokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": None,
     }
+    if "tokenization_dream.py" in (file.name for file in code):
+        settings["tokenizer_class"] = "DreamTokenizer"
+        settings["auto_map"] = {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
     _write_json(folder / "tokenizer_config.json", settings | named | additional)
     _write_json(folder / "added_tokens.json", {token["content"]: i for i, token in added.items()})
     plain = {name: {"content": content, **dict.fromkeys(flags, False)} for name, content in named.items()}
     _write_json(folder / "special_tokens_map.json", plain | additional)
-    if isinstance(tokenizer, str | Path):
-        for file in (Path(tokenizer, name) for name in AUTHORS_CODE):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    for file in code:
+        shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager

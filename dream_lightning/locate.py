@@ -1,5 +1,6 @@
 """What a name on the command line means: a run, a checkpoint, adapters, a model folder, or a hub id."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from dream_lightning.errors import UserError, reading
 from dream_lightning.training.sharded_checkpoint import read_rest
 
 _KEYWORDS = ("last", "best", "hpc", "registry")  # of Lightning's ckpt_path
+TRAINED = "dream_lightning.json"  # in an exported folder: the fields of `Trained`
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def read_rest_of(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a model was trained, as far as its checkpoint says it: what its use depends on."""
+    """How a model was trained, as far as its checkpoint or folder says it: what its use depends on."""
 
     sampling: dict[str, Any]  # fields of SamplingParams
     style: str = "chat"
@@ -83,10 +85,18 @@ class Trained:
     tokenizer: str | None = None
     several_turns: bool | None = None  # whether some training example had earlier messages; None: not known
 
+    @property
+    def history(self) -> bool:
+        """Whether to give the model earlier messages."""
+        return self.several_turns is not False and self.style == "chat"
+
 
 def trained(name: str | Path) -> Trained:
-    """Of a checkpoint; other models do not say it. Raises UserError as `find_model`."""
+    """Of a checkpoint or an exported folder; other models do not say it. Raises UserError as `find_model`."""
     found = find_model(name)
+    if found.kind == "model" and (file := found.path / TRAINED).is_file():
+        with reading(file, "the fields of Trained as JSON", "export the folder again, or remove the file"):
+            return Trained(**json.loads(file.read_text(encoding="utf-8")))
     if found.kind != "checkpoint":
         return Trained({})
     rest = read_rest_of(found.path)

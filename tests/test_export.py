@@ -11,7 +11,7 @@ import torch
 from material import quiet_trainer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from dream_lightning import DreamModule, S1KDataModule
 from dream_lightning import export as module
@@ -94,6 +94,8 @@ def test_the_folder_is_complete(model, tmp_path):
     written = export_model(model, tmp_path / "new" / "folder", tokenizer=load_tokenizer("bytes"))
     assert type(AutoModel.from_pretrained(written, trust_remote_code=False)) is DreamModel
     assert len(load_tokenizer(written)) == 263
+    fast = AutoTokenizer.from_pretrained(written)  # as llama.cpp's converter does; the authors' code is not there
+    assert fast.is_fast and fast("<|mask|>1+1")["input_ids"] == [260, *b"1+1"]
     generation = json.loads((written / "generation_config.json").read_text())
     assert generation["mask_token_id"] == 260  # the authors' from_pretrained wants the file, their sampler the id
     assert all(file.stat().st_mode & 0o777 == 0o666 & written.stat().st_mode for file in written.iterdir())

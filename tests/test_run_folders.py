@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from dream_lightning import DreamModule, cli
 from dream_lightning.errors import UserError
 from dream_lightning.export import export_checkpoint
-from dream_lightning.locate import Trained, find_model, trained, with_checkpoint
+from dream_lightning.locate import TRAINED, Trained, find_model, trained, with_checkpoint
 from dream_lightning.training import RunSummary
 
 SIZES = "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}"
@@ -138,6 +139,11 @@ def test_predict_needs_no_config_and_makes_no_run(inside, monkeypatch, capsys):
 
 def test_a_model_folder_or_adapters_replace_the_model_of_a_config(inside, tmp_path):
     export_checkpoint("logs/tiny", tmp_path / "model")
+    assert trained(tmp_path / "model") == replace(trained("logs/tiny"), tokenizer=None)
+    assert trained(export_checkpoint(tmp_path / "model", tmp_path / "again")).style == "plain"
+    (tmp_path / "again" / TRAINED).write_text('{"stile": "plain"}')
+    with pytest.raises(UserError, match=rf"again/{TRAINED}.*stile"):
+        trained(tmp_path / "again")
     rest = ["--data.predict_source=q.jsonl"]
     words = with_checkpoint("predict", [f"--ckpt_path={tmp_path / 'model'}", *rest], gpu=False)
     assert f"--model.pretrained={tmp_path / 'model'}" in words and "--data.source=q.jsonl" in words

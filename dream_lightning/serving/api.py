@@ -40,7 +40,7 @@ class Endpoints(LitSpec):
         most_rows: answers that may run or wait at a time; more are refused.
         timeout: seconds until a request is given up.
         cancelled: flags shared with the workers; request n has flag n modulo their number.
-        history: whether the page sends earlier messages, too.
+        history: take earlier messages; without, a chat with an answer in it is refused.
     """
 
     def __init__(
@@ -97,6 +97,11 @@ class Endpoints(LitSpec):
         try:
             asked = Request.model_validate_json(await request.body())
             params = asked.params(self.defaults)
+            if not self.history and any(m.role == "assistant" for m in asked.messages or ()):
+                raise UserError(
+                    "messages has an earlier answer, and this model was trained on single questions: send the last "
+                    "question alone, or start serve with --history true"
+                )
         except ValidationError as error:
             wrong = error.errors()[0]
             where = ".".join(map(str, wrong["loc"])) or "the body"

@@ -116,6 +116,7 @@ def make_server(
     max_length: int = 4096,
     warm_up_length: int | None = None,
     timeout: float = 600.0,
+    history: bool | None = None,
 ) -> ls.LitServer:
     """A server that is not started yet. The environment variable DREAM_API_KEY holds the API key, if there is one.
 
@@ -132,6 +133,7 @@ def make_server(
             numbers of rows, before the server is ready. Those of other lengths take seconds at their first use. By
             default the largest answer and 256 tokens.
         timeout: seconds until a request is given up with status 504.
+        history: take earlier messages; by default unless the model was trained on single questions.
 
     Raises:
         UserError: an option is out of its range, or `params` cannot be served.
@@ -150,7 +152,7 @@ def make_server(
     Request(prompt="?").params(params)
     cancelled = get_context("spawn").Array("b", _FLAGS, lock=False)
     how = trained(opened["model"])
-    history = how.several_turns is not False and how.style == "chat"
+    history = how.history if history is None else history
     endpoints = Endpoints(name or Path(opened["model"]).name, params, max_waiting, timeout, cancelled, history)
     api = DreamAPI(
         opened, how, max_length, warm_up_length, endpoints, max_batch_size=max_batch_size, batch_timeout=0.01

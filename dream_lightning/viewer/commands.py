@@ -102,7 +102,7 @@ def chat(parser: ArgumentParser, arguments: list[str]) -> None:
     )
     options, model, tokenizer = _parse_sampling(parser, arguments)
     how = trained(options.model)
-    history = options.history if options.history is not None else how.several_turns is not False and how.style == "chat"
+    history = how.history if options.history is None else options.history
     prompting = {"style": how.style, "system_prompt": options.system_prompt, "history": history}
     note = "" if history or options.history is not None else SINGLE
     Chat(Conversation(model, tokenizer, options.params, **prompting), note=note).run()

@@ -237,13 +237,18 @@ def test_a_client_that_leaves_frees_its_row(here):
 
 def test_a_full_queue_a_timeout_and_a_key(folder, monkeypatch):
     monkeypatch.setenv("DREAM_API_KEY", "secret")
-    with Here(folder, max_batch_size=1, max_waiting=1, timeout=0.5) as here:
+    with Here(folder, max_batch_size=1, max_waiting=1, timeout=0.5, history=False) as here:
         with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
             here.client("public").models.list()
         assert requests.get(f"{here.url}/metrics").status_code == 401
         assert requests.get(f"{here.url}/health").text == "ok" and requests.get(here.url).status_code == 200
         client = here.client("secret")
         assert [model.id for model in client.models.list()] == ["tiny"]
+        again = [{"role": role, "content": "1+1?"} for role in ("user", "assistant", "user")]
+        with pytest.raises(
+            openai.BadRequestError, match=r"trained on single questions: .* or start serve with --history"
+        ):
+            client.chat.completions.create(model="tiny", messages=again)
         with ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(client.completions.create, model="tiny", **LONG) for _ in range(3)]
         assert sorted(answer.exception().status_code for answer in asked) == [429, 504, 504]
@@ -261,7 +266,8 @@ def test_a_checkpoint_says_how_to_ask(tmp_path):
     settings = {"data.style": "bare", "data.system_prompt": "Add.", "data.several_turns": False}
     torch.save({"settings": settings, "state_dict": {}}, tmp_path / "last.ckpt")
     api = make_server({"model": str(tmp_path / "last.ckpt"), "device": "cpu"}).lit_api
-    assert "const several = false" in asyncio.run(api.spec.page()).body.decode()
+    assert "const several = false" in asyncio.run(api.spec.page()).body.decode() and not api.spec.history
+    assert make_server({"model": str(tmp_path / "last.ckpt"), "device": "cpu"}, history=True).lit_api.spec.history
     api.engine = SimpleNamespace(tokenizer=TOKENIZER, model=SimpleNamespace(config=SimpleNamespace(vocab_size=320)))
     system, user = {"role": "system", "content": "Sum."}, {"role": "user", "content": "1+1"}
     for messages, prompt in (([user], "Add.\n\n1+1\n"), ([system, user], "Sum.\n\n1+1\n")):

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
+from functools import partialmethod
 from typing import Any, TextIO
 
 import lightning as L
@@ -28,6 +29,7 @@ _SHOWN = {
     "train/useful_share": ("useful", ".0%"),
     "train/data_wait_share": ("wait", ".0%"),
 }
+_HOOKS = {"val": "validation", "test": "test", "predict": "predict"}  # Lightning's names of a bar and of its hooks
 _BAR = 8  # columns that the bar itself gets at least
 _REFRESH = 0.1  # seconds
 
@@ -83,17 +85,13 @@ class ProgressBar(TQDMProgressBar):
         options = {"disable": self.is_disabled, "leave": True, "dynamic_ncols": True, "bar_format": _Line.FORMAT}
         return self._on_terminal(lambda: _Line(file=sys.stdout, **options))
 
-    def init_sanity_tqdm(self) -> Tqdm:
-        return self._on_terminal(super().init_sanity_tqdm)
+    def _init_tqdm(self, stage: str) -> Tqdm:
+        return self._on_terminal(getattr(super(), f"init_{stage}_tqdm"))
 
-    def init_validation_tqdm(self) -> Tqdm:
-        return self._on_terminal(super().init_validation_tqdm)
-
-    def init_test_tqdm(self) -> Tqdm:
-        return self._on_terminal(super().init_test_tqdm)
-
-    def init_predict_tqdm(self) -> Tqdm:
-        return self._on_terminal(super().init_predict_tqdm)
+    init_sanity_tqdm = partialmethod(_init_tqdm, "sanity")
+    init_validation_tqdm = partialmethod(_init_tqdm, "validation")
+    init_test_tqdm = partialmethod(_init_tqdm, "test")
+    init_predict_tqdm = partialmethod(_init_tqdm, "predict")
 
     def _on_terminal(self, make: Callable[[], Tqdm]) -> Tqdm:
         with redirect_stdout(getattr(self, "_stdout", sys.stdout)):
@@ -135,38 +133,30 @@ class ProgressBar(TQDMProgressBar):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._show(trainer, pl_module)
 
-    def on_validation_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *index: int) -> None:
-        super().on_validation_batch_start(trainer, module, batch, *index)
-        _name(self.val_progress_bar, batch)
+    def _on_batch_start(self, stage: str, trainer: L.Trainer, module: Any, batch: Any, *index: int) -> None:
+        getattr(super(), f"on_{_HOOKS[stage]}_batch_start")(trainer, module, batch, *index)
+        bar: Tqdm = getattr(self, f"{stage}_progress_bar")
+        if bar.desc != f"{_kind(batch)}: ":
+            bar.set_description(_kind(batch))
 
-    def on_test_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *index: int) -> None:
-        super().on_test_batch_start(trainer, module, batch, *index)
-        _name(self.test_progress_bar, batch)
+    on_validation_batch_start = partialmethod(_on_batch_start, "val")
+    on_test_batch_start = partialmethod(_on_batch_start, "test")
+    on_predict_batch_start = partialmethod(_on_batch_start, "predict")
 
-    def on_predict_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *index: int) -> None:
-        super().on_predict_batch_start(trainer, module, batch, *index)
-        _name(self.predict_progress_bar, batch)
+    def _on_batch_end(self, stage: str, trainer: L.Trainer, module: Any, out: Any, batch: Any, *index: int) -> None:
+        getattr(super(), f"on_{_HOOKS[stage]}_batch_end")(trainer, module, out, batch, *index)
+        if self._plain and self._is_due(index[0] + 1):
+            self._drawn = time.monotonic()
+            total = getattr(self, f"total_{stage}_batches_current_dataloader")
+            print(f"{_kind(batch)} {index[0] + 1}/{total} batches", flush=True)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *index: int) -> None:
-        super().on_validation_batch_end(trainer, module, outputs, batch, *index)
-        self._say_batch(batch, index[0] + 1, self.total_val_batches_current_dataloader)
-
-    def on_test_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *index: int) -> None:
-        super().on_test_batch_end(trainer, module, outputs, batch, *index)
-        self._say_batch(batch, index[0] + 1, self.total_test_batches_current_dataloader)
-
-    def on_predict_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *index: int) -> None:
-        super().on_predict_batch_end(trainer, module, outputs, batch, *index)
-        self._say_batch(batch, index[0] + 1, self.total_predict_batches_current_dataloader)
+    on_validation_batch_end = partialmethod(_on_batch_end, "val")
+    on_test_batch_end = partialmethod(_on_batch_end, "test")
+    on_predict_batch_end = partialmethod(_on_batch_end, "predict")
 
     def _is_due(self, batches: int) -> bool:
         enough = self.is_enabled and batches % self.refresh_rate == 0
         return enough and time.monotonic() - self._drawn >= (self.seconds if self._plain else _REFRESH)
-
-    def _say_batch(self, batch: Any, number: int, total: float) -> None:
-        if self._plain and self._is_due(number):
-            self._drawn = time.monotonic()
-            print(f"{_kind(batch)} {number}/{total} batches", flush=True)
 
     def _show(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._drawn = time.monotonic()
@@ -216,11 +206,6 @@ class _Line(Tqdm):
 
 def _kind(batch: Any) -> str:
     return "answering questions" if isinstance(batch, PromptBatch) else "likelihood"
-
-
-def _name(bar: Tqdm, batch: Any) -> None:
-    if bar.desc != f"{_kind(batch)}: ":
-        bar.set_description(_kind(batch))
 
 
 class _AboveBars:

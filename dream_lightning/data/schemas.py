@@ -94,8 +94,24 @@ class ExampleReader(NamedTuple):
     task: str | None  # of a record that names none
 
     def read(self, row: Row) -> Example:
-        example = _example(row, SCHEMAS[self.schema], self.columns)
-        return apply_task(example, self.task) if example.prompt else example
+        prompt, thinking, answer, *calls = SCHEMAS[self.schema].read(row, self.columns)
+        if prompt and not any(message["content"].strip() for message in prompt if message["role"] == "user"):
+            raise UserError(f"{row.origin} has an empty prompt: correct or delete that row")
+        own_id = next((row.record[name] for name in _IDS if isinstance(row.record.get(name), str | int)), None)
+        own_task = row.record.get("task")
+        example = Example(
+            id=str(own_id) if own_id is not None else f"{Path(row.file).stem}-{row.number}",
+            prompt=tuple(prompt),
+            thinking=thinking,
+            answer=answer,
+            reference=row.optional_text(self.columns.reference),
+            origin=row.origin,
+            task=own_task if isinstance(own_task, str) and own_task else None,
+            filled_at=row.record.get("filled_at"),
+            record=row.record,
+            **dict(zip(("tools", "tool_calls"), calls, strict=False)),
+        )
+        return apply_task(example, self.task) if prompt else example
 
 
 def choose_reader(
@@ -278,23 +294,3 @@ def _find(names: Iterable[str], usual: tuple[str, ...], remedy: str) -> str | No
     if len(found) > 1 or (usual == _PROMPTS and not found):
         raise UserError(f"{remedy} to one of the columns {', '.join(found or names)}")
     return found[0] if found else None
-
-
-def _example(row: Row, schema: Schema, columns: Columns) -> Example:
-    prompt, thinking, answer, *calls = schema.read(row, columns)
-    if prompt and not any(message["content"].strip() for message in prompt if message["role"] == "user"):
-        raise UserError(f"{row.origin} has an empty prompt: correct or delete that row")
-    own_id = next((row.record[name] for name in _IDS if isinstance(row.record.get(name), str | int)), None)
-    own_task = row.record.get("task")
-    return Example(
-        id=str(own_id) if own_id is not None else f"{Path(row.file).stem}-{row.number}",
-        prompt=tuple(prompt),
-        thinking=thinking,
-        answer=answer,
-        reference=row.optional_text(columns.reference),
-        origin=row.origin,
-        task=own_task if isinstance(own_task, str) and own_task else None,
-        filled_at=row.record.get("filled_at"),
-        record=row.record,
-        **dict(zip(("tools", "tool_calls"), calls, strict=False)),
-    )

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
     elif _was_saved_to_disk(path):
         rows = _read_saved(path, split)
     else:
-        rows = (row for file in _files_of(path, split) for row in _read_file(file))
+        rows = chain.from_iterable(map(read_shard, _shards(path, split, sys.maxsize, tuple(READERS))))
     first = next(rows, None)
     if first is None:
         raise _no_rows(source)
@@ -110,20 +111,24 @@ def find_shards(source: str | Path, size: int, split: str = "train") -> list[Sha
 
     Raises UserError for a source that does not exist or cannot be cut.
     """
-    path, shards = Path(source).expanduser(), []
+    path = Path(source).expanduser()
     if not path.exists():
         raise UserError(f"{source} does not exist, and a stream reads local files only: download it, or correct it")
     if _was_saved_to_disk(path):
         raise UserError(f"{path} is a folder of save_to_disk, which is not streamed: write it with Dataset.to_parquet")
-    for file in _files_of(path, split):
-        check_file(file)
-        if file.suffix not in _STREAMED:
-            raise UserError(f"{file} is a {file.suffix} file, of which no stream reads a part: convert it to .jsonl")
-        with reading(file, f"a {file.suffix} file"):
-            shards += shards_of(file, size)
+    shards = list(_shards(path, split, size, _STREAMED))
     if not shards:
         raise _no_rows(source)
     return shards
+
+
+def _shards(path: Path, split: str, size: int, kinds: tuple[str, ...]) -> Iterator[Shard]:
+    for file in _files_of(path, split):
+        check_file(file)
+        if file.suffix not in kinds:
+            raise UserError(f"{file} is a {file.suffix} file, of which no stream reads a part: convert it to .jsonl")
+        with reading(file, f"a {file.suffix} file"):
+            yield from shards_of(file, size)
 
 
 def read_shard(shard: Shard) -> Iterator[Row]:
@@ -131,14 +136,6 @@ def read_shard(shard: Shard) -> Iterator[Row]:
     path = Path(shard.file)
     with reading(path, f"a {path.suffix} file"):
         yield from numbered(READERS[path.suffix](shard), shard.name, shard.number)
-
-
-def _read_file(path: Path) -> Iterator[Row]:
-    check_file(path)
-    with reading(path, f"a {path.suffix} file"):
-        shards = shards_of(path, sys.maxsize)
-    for shard in shards:
-        yield from read_shard(shard)
 
 
 def _no_rows(source: str | Path) -> UserError:

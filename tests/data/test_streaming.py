@@ -4,6 +4,7 @@ import json
 import re
 
 import datasets
+import pyarrow.parquet
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from material import Recorder, short_trainer, tiny_data, tiny_module, write_jsonl
@@ -114,6 +115,10 @@ def test_sources_are_mixed_by_weight_and_what_a_stream_cannot_do_is_refused(tmp_
     with pytest.raises(UserError, match="no stream reads a part"):
         (tmp_path / "a.json").write_text("[]")
         find_shards(tmp_path / "a.json", 100)
+    twice = pyarrow.Table.from_pylist(questions(2)).rename_columns(["question", "question"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice.parquet has 'question' more than once"):
+        stream(tmp_path, tmp_path / "twice.parquet")
 
 
 def test_held_out_shards_validate_and_broken_rows_are_named(tmp_path, source):

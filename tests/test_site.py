@@ -28,12 +28,12 @@ def test_the_site_builds_without_warnings(tmp_path):
         "tasks.Task",
     ):
         assert f'id="dream_lightning.{name}"' in api, name
+    assert 'data-md-color-media="(prefers-color-scheme)"' in api, "what the first visit found would be kept"
     for page in ("index", "masked_diffusion/index", "tutorials/index", "notebooks/tour/index"):
         text = (tmp_path / f"{page}.html").read_text(encoding="utf-8")
         assert "](" not in text and 'src="http' not in text, page
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cells = json.loads((ROOT / "docs/notebooks/tour.ipynb").read_text(encoding="utf-8"))["cells"]

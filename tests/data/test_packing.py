@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from material import shared_path
 from safetensors.torch import load_file
 
 from dream_lightning.batch import Document, SampleKey
@@ -38,14 +37,14 @@ def test_a_document_without_a_prompt_is_refused():
         collate([[(SampleKey(0, 0, 0), document([1], [2])), (SampleKey(0, 1, 1), document([], [3]))]], pad_token_id=0)
 
 
-@pytest.mark.parametrize(("budget", "least"), [(8_192, 0.91), (16_384, 0.97)])
-def test_rows_of_s1k_are_nearly_full(budget, least):
+def test_rows_of_s1k_are_nearly_full(shared):
     """At 8,192 most documents are longer than half a row and too few are short enough to fill the rest."""
-    examples = read_examples(str(shared_path("data/s1k/s1k_gemini_traces.jsonl")))
-    tokenizer = load_tokenizer(shared_path("data/dream-v0-instruct-7b"))
-    lengths = tokenize(examples, tokenizer).full_length.clip(max=budget).tolist()  # what truncate_trace leaves
-    for documents in (lengths, random.Random(0).choices(lengths, k=1000)):
-        assert sum(documents) >= least * budget * len(pack(documents, budget))
+    examples = read_examples(shared("data/s1k/s1k_gemini_traces.jsonl"))
+    whole = tokenize(examples, load_tokenizer(shared("data/dream-v0-instruct-7b"))).full_length
+    for budget, least in ((8_192, 0.91), (16_384, 0.97)):
+        lengths = whole.clip(max=budget).tolist()  # what truncate_trace leaves
+        for documents in (lengths, random.Random(0).choices(lengths, k=1000)):
+            assert sum(documents) >= least * budget * len(pack(documents, budget))
 
 
 @torch.no_grad()

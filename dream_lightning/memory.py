@@ -268,6 +268,10 @@ def setting_from(options: Namespace) -> Setting:
     sharded = "fsdp" in name.lower() or "ModelParallel" in name
     if sharded:
         refuse_sharded(quantized=model.quantize is not None, compiled_answers=model.sampling.compile)
+    if not (gpus := processes(trainer) if sharded else 1):
+        raise UserError(
+            f"trainer.devices is {trainer.devices}, and no GPU is visible here: set a number (--trainer.devices=2)"
+        )
     tokenizer = load_tokenizer(model.tokenizer) if model.pretrained is None else None
     config = config_of(model.pretrained, model.new_model, tokenizer, model.from_autoregressive)
     bfloat16 = model.quantize is not None or precision in ("bf16-true", "bf16")
@@ -284,7 +288,7 @@ def setting_from(options: Namespace) -> Setting:
         checkpointed=model.gradient_checkpointing,
         compiled=model.compile_layers,
         accumulation=trainer.accumulate_grad_batches,
-        gpus=_gpus(trainer) if sharded else 1,
+        gpus=gpus,
     )
 
 
@@ -294,13 +298,14 @@ def _instantiate(kind: Any, value: Any) -> Any:
     return parser.instantiate_classes(parser.parse_object({"value": value})).value
 
 
-def _gpus(trainer: Namespace) -> int:
-    devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
-    if devices in ("auto", "-1", -1) and not (devices := torch.cuda.device_count()):
-        raise UserError(
-            f"trainer.devices is {trainer.devices}, and no GPU is visible here: set a number (--trainer.devices=2)"
-        )
-    return int(devices) * (trainer.num_nodes or 1)
+def processes(trainer: Namespace) -> int:
+    """How many `trainer.devices` starts on all nodes; 0 if it means all GPUs of this machine and torch sees none."""
+    devices = trainer.devices
+    if devices in ("auto", "-1", -1):
+        devices = torch.cuda.device_count()
+    elif isinstance(devices, str):
+        devices = [number for number in devices.split(",") if number] if "," in devices else int(devices)
+    return (len(devices) if isinstance(devices, list) else devices) * (trainer.num_nodes or 1)
 
 
 def changes(s: Setting, gpu_gib: float) -> Iterator[tuple[str, Plan]]:

@@ -98,7 +98,8 @@ def build(module: L.LightningModule, trainer: L.Trainer | None) -> None:
         compute_dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else None
         steps = ("training_step", "validation_step", "test_step", "predict_step")
         if module.pretrained is None:
-            fsdp.broadcast_parameters(model.to(device))
+            for parameter in model.to(device).parameters():  # those of rank 0, because they are random
+                torch.distributed.broadcast(parameter.detach(), src=0)
         mesh = module.device_mesh["data_parallel"]
         fsdp.shard(model, module, mesh=mesh, compute_dtype=compute_dtype, steps=steps)
         if module.pretrained is not None:

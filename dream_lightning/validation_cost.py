@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
 from dream_lightning.errors import UserError
-from dream_lightning.memory import GAPS, GIB, RESERVE, Setting, count_parameters, optimizer_bytes
+from dream_lightning.memory import GAPS, GIB, RESERVE, Setting, count_parameters, optimizer_bytes, processes
 from dream_lightning.model.flops import matmul_ceiling
 from dream_lightning.sampling import SamplingParams
 from dream_lightning.training.summary import duration
@@ -169,14 +169,10 @@ def describe_answering(s: Setting, a: Answering, speed: Speed) -> str:
 
 def plan_validation(options: Namespace, s: Setting) -> str:
     """For the options of `fit`; reads nothing. On an H100 unless a GPU is visible."""
-    trainer, data = options.trainer, options.data
-    devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
-    processes = int(devices) * (trainer.num_nodes or 1) if str(devices).isdigit() else max(1, torch.cuda.device_count())
-    params = SamplingParams(**vars(options.model.sampling))
-    rows = data.question_batch_size or data.batch_size
-    gpu = torch.cuda.is_available()
-    speed = measured_speed(torch.device("cuda"), torch.bfloat16) if gpu else H100
-    return describe_answering(s, Answering(data.validation_questions, rows, PROMPT, params, processes), speed)
+    data, params = options.data, SamplingParams(**vars(options.model.sampling))
+    rows, count = data.question_batch_size or data.batch_size, max(1, processes(options.trainer))
+    speed = measured_speed(torch.device("cuda"), torch.bfloat16) if torch.cuda.is_available() else H100
+    return describe_answering(s, Answering(data.validation_questions, rows, PROMPT, params, count), speed)
 
 
 class ValidationCost(L.Callback):

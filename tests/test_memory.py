@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,12 @@ def test_a_plan_that_does_not_fit_lists_changes(plan):
 def test_what_has_no_plan(plan, monkeypatch, options, message):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert message in plan(*options)
+
+
+def test_devices_are_counted_however_they_are_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for devices in (2, "2", [0, 1], "0,1", "1,2,", "auto", "-1", -1):
+        assert memory.processes(SimpleNamespace(devices=devices, num_nodes=2)) == 4
 
 
 def test_running_out_of_memory_says_what_to_change(monkeypatch, capsys, tmp_path):

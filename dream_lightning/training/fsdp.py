@@ -157,12 +157,6 @@ def sum_over_processes(tensor: Tensor, world_size: int) -> Tensor:
     return tensor
 
 
-def broadcast_parameters(model: nn.Module) -> None:
-    """Give every process the weights of rank 0, if they were initialized at random; call it before `shard`."""
-    for parameter in model.parameters():
-        torch.distributed.broadcast(parameter.detach(), src=0)
-
-
 def shard(
     model: DreamModel, root: nn.Module, *, mesh: DeviceMesh, compute_dtype: torch.dtype | None, steps: Iterable[str]
 ) -> None:

@@ -118,6 +118,7 @@ class _Reader(dcp.FileSystemReader):
 
 class _TableUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # its name in Python 3.13
         if name not in _TABLE_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{_TABLE} names {module}.{name}, which no table of contents does")
         return super().find_class(module, name)

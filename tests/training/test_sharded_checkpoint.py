@@ -1,11 +1,12 @@
 """Sharded checkpoints: atomic, read without pickled code, and exported like files."""
 
 import errno
+import io
 import os
 import pickle
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from dream_lightning.adapters import LoraParams, add_lora, base_hash
 from dream_lightning.export import export_adapter, export_model, model_from_checkpoint
 from dream_lightning.model import DreamConfig, DreamModel
 from dream_lightning.model.loading import weight_files
-from dream_lightning.training.sharded_checkpoint import read_into, read_rest, read_sharded, write
+from dream_lightning.training.sharded_checkpoint import _TableUnpickler, read_into, read_rest, read_sharded, write
 
 pytestmark = pytest.mark.xdist_group("sharded_checkpoint")  # one launch of processes
 # odd sizes, so that the two shards differ
@@ -175,6 +176,10 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="mkdir"):
         read_rest(tmp_path / "c.ckpt")
     assert not (tmp_path / "attacked").exists()
+
+
+def test_a_table_of_contents_of_python_3_13_is_read():
+    assert _TableUnpickler(io.BytesIO(b"cpathlib._local\nPurePosixPath\n.")).load() is PurePosixPath
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -16,11 +16,13 @@ from dream_lightning.evaluation.card import Item, percent
 
 _STYLE = """
 :root { color-scheme: light dark; --line: light-dark(#d0d0d0, #444); --soft: light-dark(#f4f4f4, #222) }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem }
-.wide { overflow-x: auto } table { border-collapse: collapse } td, th { border-bottom: 1px solid var(--line) }
-td, th { padding: .3rem .7rem; text-align: left; white-space: nowrap } td.n, th.n { text-align: right }
-svg { max-width: 100%; height: auto } figure { margin: 1rem 0 }
+.wide { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse } td, th { border-bottom: 1px solid var(--line) }
+td, th { padding: .3rem .5rem; text-align: left; vertical-align: bottom } td { white-space: nowrap }
+td.n, th.n { text-align: right } figure { margin: 1rem 0 }
+svg { width: 100%; max-width: 44rem; height: auto }
 @media (prefers-color-scheme: dark) { svg { filter: invert(.93) hue-rotate(180deg) } }
 details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .4rem .7rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; border-radius: .4rem }
@@ -34,7 +36,7 @@ _SCORES = {  # name → key of a card's task, share or number
     "terminated": ("terminated", True),
     "tokens": ("mean_tokens", False),
     "thinking tokens": ("mean_thinking_tokens", False),
-    "tokens / forward": ("tokens_per_forward", False),
+    "tokens/forward": ("tokens_per_forward", False),
 }
 # Of lines: colors that color-blind readers can tell apart (Okabe and Ito), each with a marker of its own.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f5539")
@@ -89,6 +91,8 @@ def comparison_page(comparison: dict[str, Any], flips: Iterable[tuple[Item, Item
     ]
     points = [(name, s["difference"], *s["interval"]) for name, s in comparison["tasks"].items()]
     blocks = [f"<p>A: {escape(a)}<br>B: {escape(b)}</p>", table(head, rows)]
+    if differ := comparison["settings"]["differ"]:
+        blocks.append(table(["what differs", "A", "B"], [[name, *values] for name, values in differ.items()]))
     blocks.append(intervals(points, "accuracy of B − A, 95 % interval", zero=True))
     blocks.append("<h2>Questions whose verdict changed</h2>")
     for n, (one, other) in enumerate(flips):
@@ -103,7 +107,7 @@ def comparison_page(comparison: dict[str, Any], flips: Iterable[tuple[Item, Item
 
 def grid_page(grid: dict[str, Any]) -> str:
     """The page of `evaluate-grid`: a table, and accuracy against both measures of speed."""
-    head = ["", "sampling", "accuracy [95 % interval]", "tokens / forward", "tokens/s"]
+    head = ["", "sampling", "accuracy [95 % interval]", "tokens/forward", "tokens/s"]
     rows = [
         [
             *(number, row["sampling"], percent(row["accuracy"], row["interval"])),
@@ -198,7 +202,8 @@ def answer_block(item: Item) -> str:
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, height), layout="constrained")
+    """Of 6 inches: its words can be read where a phone shows it at 60 %."""
+    figure = Figure(figsize=(6, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -234,7 +239,11 @@ def _lengths(items: Sequence[Item]) -> str:
     kinds = ((True, "right", _COLORS[0], ""), (False, "wrong", _COLORS[1], "//"), (None, "not scored", "#999", ".."))
     kept = [(*kind, n) for v, *kind in kinds if (n := [i["tokens"] for i in items if i["correct"] is v])]
     label, color, hatch, lengths = map(list, zip(*kept, strict=True))
-    axes.hist(lengths, bins=30, stacked=True, label=label, color=color, hatch=hatch, edgecolor="white")
+    least, most = min(map(min, lengths)), max(map(max, lengths))
+    width = (most - least) // 30 + 1  # whole tokens
+    bins = [edge - 0.5 for edge in range(least, most + width + 1, width)]
+    axes.hist(lengths, bins=bins, stacked=True, label=label, color=color, hatch=hatch, edgecolor="white")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("tokens of an answer")
     axes.set_ylabel("answers")
     axes.legend(frameon=False)

@@ -129,7 +129,7 @@ def test_several_answers_give_pass_at_k_and_an_interval_over_questions(run, tmp_
 def test_a_comparison_is_paired(run, network, tmp_path):
     run("a")
     torch.manual_seed(1)
-    run("b", model=random_model(WIDE, network[1]).eval())
+    run("b", model=random_model(WIDE, network[1]).eval(), sampling=replace(SAMPLING, steps=2))
     result = compare(tmp_path / "a", tmp_path / "b", out=tmp_path / "c")
     got, pairs = result["tasks"]["parities"], zip(read_run(tmp_path / "a")[1], read_run(tmp_path / "b")[1], strict=True)
     steps = [b["correct"] - a["correct"] for a, b in pairs if a["correct"] is not None]
@@ -139,7 +139,9 @@ def test_a_comparison_is_paired(run, network, tmp_path):
     assert got["interval"][0] <= got["difference"] <= got["interval"][1]
     page = (tmp_path / "c" / "comparison.html").read_text()
     assert page.count("<details>") == len(got["only_a"]) + len(got["only_b"])
+    assert "<th>what differs" in page and "<td>steps<td class=n>3<td class=n>2" in page
     same = compare(tmp_path / "a", tmp_path / "a", out=tmp_path / "d")["tasks"]["parities"]
+    assert "what differs" not in (tmp_path / "d" / "comparison.html").read_text()
     assert (same["difference"], same["interval"], same["p"]) == (0, [0, 0], 1)
     run("fewer", questions=4)
     with pytest.raises(UserError, match=r"parities has other records in the two runs \(13, hash .* and 4, hash "):

@@ -21,7 +21,8 @@ def questions(count, name="q"):
 
 
 def stream(folder, source, rank=0, world_size=1, **options):
-    options = {"validation_source": "bundled", "streaming": True, "shuffle_mib": WINDOW, "packing": True} | options
+    few = write_jsonl(folder / "validation.jsonl", questions(5, "v"))
+    options = {"validation_source": str(few), "streaming": True, "shuffle_mib": WINDOW, "packing": True} | options
     data = tiny_data(source, folder, **{"max_length": 100, "batch_size": 2, **options})
     data.setup("fit")
     sampler = data.train_dataloader().sampler

@@ -2,7 +2,8 @@
 # Distill a model trained from scratch on its own trajectories, and compare accuracy × tokens per forward:
 # bash scripts/accelerate.sh CONFIG TRAINING TEST NEW_TOKENS QUESTIONS BATCH [options of fit …]
 #   e.g. bash scripts/accelerate.sh sudoku puzzles/sudoku_train.jsonl puzzles/sudoku_test.jsonl 82 60000 2048
-# Reads lightning_logs/CONFIG/checkpoints/last.ckpt; everything new goes to accelerate/CONFIG.
+# The teacher is the folder accelerate/CONFIG/teacher; if there is none, lightning_logs/CONFIG/checkpoints/last.ckpt.
+# Everything new goes to accelerate/CONFIG.
 set -euo pipefail
 config=$1 training=$2 test=$3 tokens=$4 count=$5 batch=$6
 shift 6
@@ -19,7 +20,7 @@ grid() {
 }
 
 started=$SECONDS
-export_model "lightning_logs/$(basename "$config")/checkpoints/last.ckpt" "$out/teacher"
+[ -d "$out/teacher" ] || export_model "lightning_logs/$(basename "$config")/checkpoints/last.ckpt" "$out/teacher"
 grid "$out/teacher" "$out/before" # also says that the teacher can do it, before anything long begins
 python -m dream_lightning write-trajectories --model "$out/teacher" --source "$training" --count "$count" \
   --out "$out/trajectories.jsonl" "${asked[@]}" --sampling.steps "$(((tokens + 1) / 2))"

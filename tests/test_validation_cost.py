@@ -108,7 +108,7 @@ def test_a_shipped_config_validates_in_15_percent_of_its_fit(name):
         validations = trainer["max_epochs"] / trainer.get("check_val_every_n_epoch", 1)
         spent = validations * (answer_seconds(s, asked, H100) + likelihood_seconds(s, tokens, H100, gpus))
         training = TOKENS * (1 - data["validation_fraction"]) * trainer["max_epochs"] / (speed * gpus)
-        assert spent <= 0.15 * (spent + training), f"{spent:.0f} s beside {training:.0f}"
+        assert spent <= 0.15 * (spent + training), f"{spent:.0f} s next to {training:.0f}"
         assert answer_gib(s, asked) < 0.93 * card
         print(f"{name} {gpus} GPUs: {validations:g} × {spent / validations:.0f} s, {training:.0f} s of training")
 

@@ -77,6 +77,7 @@ def ranks(work: Callable[[], None], log: Path | None = None) -> list[int]:
 def _begin(work: Callable, arguments: tuple, environment: dict[str, str], output: str) -> None:
     os.setsid()
     print_to(output)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test, when the server started: DDP would seed with it
     os.environ |= environment
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # workers of a DataLoader would each import torch again

@@ -1,6 +1,7 @@
 """The documentation builds as a site without warnings, its notebook runs, and its pictures say what they show."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -15,9 +16,10 @@ def test_the_site_builds_without_warnings(tmp_path):
     for package in ("mkdocs-material", "mkdocstrings-python"):
         if not list(distributions(name=package)):
             pytest.skip(f"{package} is not installed: pip install -e '.[docs]'")
-    # a process of its own: tests/material.py hides mkdocs-material here
+    # A process of its own, without tests/ in its path: material.py there hides mkdocs-material.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert built.returncode == 0 and "WARNING -" not in built.stderr, built.stderr
     api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     for name in (

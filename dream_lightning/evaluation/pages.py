@@ -243,8 +243,8 @@ def _lengths(items: Sequence[Item]) -> str:
     width = (most - least) // 30 + 1  # whole tokens
     bins = [edge - 0.5 for edge in range(least, most + width + 1, width)]
     axes.hist(lengths, bins=bins, stacked=True, label=label, color=color, hatch=hatch, edgecolor="white")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel("tokens of an answer")
     axes.set_ylabel("answers")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(lengths))
     return svg(figure)

@@ -106,16 +106,20 @@ class Engine:
         return self.most_rows - len(self.active) - len(self.waiting)
 
     def warm_up(self, length: int, params: SamplingParams) -> None:
-        """A turn for each power of two of rows of `length` tokens, prompt and answer: graphs have these shapes."""
-        most = 1 << (self.most_rows - 1).bit_length()
-        prompt = [self.tokenizer.eos_token_id] * (length - params.max_new_tokens)
-        for rows in (most >> i for i in range(most.bit_length())):
-            rows = min(rows, self.most_rows)
-            self.active = [Row(None, 0, prompt, params, params.max_new_tokens) for _ in range(rows)]
+        """One block for each power of two of rows of `length` tokens, prompt and answer: graphs have these shapes."""
+        block = Row(None, 0, [], params, 0).turn
+        prompt = [self.tokenizer.eos_token_id] * (length - block.max_new_tokens)
+        for power in reversed(range((self.most_rows - 1).bit_length() + 1)):
+            rows = min(1 << power, self.most_rows)
+            self.waiting.extend(Row(None, 0, prompt, block, block.max_new_tokens) for _ in range(rows))
+            self.finish()
+
+    def finish(self) -> None:
+        """Turns until every row has its answer; UserError if one fails."""
+        while self.waiting or self.active:
             for _, event in self.turn():
                 if "error" in event:
                     raise UserError(event["error"])
-        self.active = []
 
     def turn(self) -> Iterator[tuple[Row, Event]]:
         """One block for the rows that have waited longest, and all others with the same parameters.

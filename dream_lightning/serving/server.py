@@ -86,10 +86,7 @@ class DreamAPI(ls.LitAPI):
         cancelled = self.spec.cancelled
         self.engine = Engine(model, tokenizer, self.max_batch_size, lambda owner: owner and cancelled[owner[2]])
         self.engine.waiting += self.decode_request(Request(prompt="?"), params=self.spec.defaults, owner=None)
-        while self.engine.waiting or self.engine.active:
-            for _, event in self.engine.turn():
-                if "error" in event:
-                    raise UserError(event["error"])
+        self.engine.finish()
         if self.spec.defaults.compile:
             self.engine.warm_up(self.warm_up_length, self.spec.defaults)
 

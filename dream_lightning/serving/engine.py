@@ -41,6 +41,7 @@ class Row:
     forwards: int = 0
     sent: str = ""
     shown: set[int] = field(default_factory=set)  # positions of the current block whose tokens were reported
+    _turn: SamplingParams | None = None  # the last one: to check new parameters takes half a millisecond
 
     @property
     def block(self) -> int:
@@ -51,7 +52,9 @@ class Row:
         """The parameters of the current block alone. Rows with equal ones share a turn."""
         p = self.params
         early = min(max(p.min_new_tokens - len(self.ids), 0), self.block)
-        return replace(p, max_new_tokens=self.block, steps=p.steps // p.blocks, min_new_tokens=early)
+        if self._turn is None or self._turn.min_new_tokens != early:
+            self._turn = replace(p, max_new_tokens=self.block, steps=p.steps // p.blocks, min_new_tokens=early)
+        return self._turn
 
 
 def block_canvas(rows: Sequence[Row], config: DreamConfig, device: torch.device) -> Canvas:

@@ -46,7 +46,7 @@ BELOW = {
         *("errors", "batch", "adapters", "data", "model", "sampling", "tasks", "model_factory", "export"),
         *("diffusion", "locate"),
     },
-    "experiments": {"errors", "atomic", "evaluation"},
+    "experiments": {"errors", "atomic", "evaluation", "tasks"},
     "serving": {"errors", "batch", "data", "model", "sampling", "viewer", "locate"},
     "cli": {
         *(

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from matplotlib import pyplot, rc_context
+from matplotlib.transforms import ScaledTranslation
 
 from dream_lightning.atomic import write_texts
 from dream_lightning.evaluation.card import percent
@@ -16,9 +17,10 @@ from dream_lightning.evaluation.pages import STYLES, intervals, new_figure, page
 from dream_lightning.evaluation.statistics import student_interval
 from dream_lightning.experiments.pruning import import_optuna, open_study
 from dream_lightning.experiments.runs import Run, differing, find_runs
+from dream_lightning.tasks import proportion_interval
 
 _CURVES = ("train/loss", "val/nll", "val/accuracy", "train/gradient_norm")
-_MOST = 8  # runs whose curves have a color and a name; the best ones
+_MOST = 8  # curves with a color and a name, and runs whose texts are shown; the best ones
 _LONGEST = 4000  # characters of a run's texts
 
 Block = tuple[str, Any]  # kind → content: heading, table, html or text
@@ -46,11 +48,13 @@ def report(
     sign = 1 if mode == "min" else -1
     order = sorted(found, key=lambda run: min((sign * v for v in run.curves.get(monitor, {}).values()), default=9e99))
     blocks: list[Block] = [("table", _summary(found, monitor, min if mode == "min" else max))]
-    if groups := _groups(found, monitor, min if mode == "min" else max):
-        blocks += [("heading", "Seeds: mean and 95 % interval"), ("table", groups)]
+    groups = _groups(order)
+    if seeds := _seeds(groups, monitor, min if mode == "min" else max):
+        head = ["variant", "seeds", f"best {monitor}"]
+        blocks += [("heading", "Seeds: mean and 95 % interval"), ("table", (head, seeds))]
     if differ := differing(found):
         blocks += [("heading", "What differs"), ("table", _settings(found, differ))]
-    blocks += [b for tag in _CURVES for b in _curve(tag, found, order[:_MOST])]
+    blocks += [b for tag in _CURVES for b in _curve(tag, groups)]
     blocks += _scores(found)
     for path in map(Path, runs):
         if (path / "study.log").exists():
@@ -89,18 +93,22 @@ def _best(run: Run, monitor: str, best: Any) -> str:
     return f"{curve[step]:.4f} (step {step + 1:,})"
 
 
-def _groups(runs: list[Run], monitor: str, best: Any) -> tuple[list[str], list[list[str]]] | None:
-    """Runs of a sweep that differ in their seed only."""
-    groups: dict[str, list[float]] = {}
+def _groups(runs: list[Run]) -> dict[str, list[Run]]:
+    """Name → a run, or the runs of a sweep that differ in their seed only."""
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        if run.record and run.curves.get(monitor):
-            groups.setdefault(run.record["name"].rpartition(",seed=")[0], []).append(best(run.curves[monitor].values()))
+        groups.setdefault((run.record and run.name.rpartition(",seed=")[0]) or run.name, []).append(run)
+    return groups
+
+
+def _seeds(groups: dict[str, list[Run]], monitor: str, best: Any) -> list[list[str]]:
     rows = []
-    for name, values in groups.items():
-        if name and len(values) > 1:
+    for name, runs in groups.items():
+        values = [best(run.curves[monitor].values()) for run in runs if run.curves.get(monitor)]
+        if len(values) > 1:
             low, high = student_interval(values)
             rows.append([name, str(len(values)), f"{fmean(values):.4f} [{low:.4f}, {high:.4f}]"])
-    return (["variant", "seeds", f"best {monitor}"], rows) if rows else None
+    return rows
 
 
 def _settings(runs: list[Run], differ: dict[str, list[Any]]) -> tuple[list[str], list[list[str]]]:
@@ -111,20 +119,46 @@ def _settings(runs: list[Run], differ: dict[str, list[Any]]) -> tuple[list[str],
     return ["run", *texts], [[run.name, *values] for run, *values in zip(runs, *texts.values(), strict=True)]
 
 
-def _curve(tag: str, runs: list[Run], named: list[Run]) -> list[Block]:
-    if not (runs := [run for run in runs if run.curves.get(tag)]):
+def _points(tag: str, runs: list[Run]) -> tuple[list[int], list[float], list[tuple[float, float]], str]:
+    """Steps, the mean of the runs there, and its spread: the range of the seeds, or the interval of an accuracy."""
+    curves = [run.curves[tag] for run in runs if run.curves.get(tag)]
+    steps = sorted({step for curve in curves for step in curve})
+    values = [[curve[step] for curve in curves if step in curve] for step in steps]
+    means = [fmean(v) for v in values]
+    if len(runs) > 1:
+        return steps, means, [(min(v), max(v)) for v in values], "range of seeds"
+    counts = [round(runs[0].curves.get("val/scored", {}).get(step, 0)) for step in steps]
+    if tag != "val/accuracy" or not all(counts):
+        return steps, means, [(v, v) for v in means], ""
+    spread = [proportion_interval(round(v * n), n) for v, n in zip(means, counts, strict=True)]
+    return steps, means, spread, "95 % interval"
+
+
+def _curve(tag: str, groups: dict[str, list[Run]]) -> list[Block]:
+    if not any(run.curves.get(tag) for runs in groups.values() for run in runs):
         return []
-    figure, axes = new_figure(3.5)
-    for run in runs:
-        points = sorted(run.curves[tag].items())
-        style = {"color": "#bbb"}
-        if run in named:
-            style = STYLES[named.index(run)] | {"label": run.name, "zorder": 3, "markevery": -(-len(points) // 15)}
-        axes.plot([step for step, _ in points], [value for _, value in points], linewidth=1, markersize=4, **style)
-    axes.set_xlabel("step")
+    figure, axes = new_figure(3.2)
+    notes = {}  # what the bars are
+    for number, (name, runs) in enumerate(groups.items()):
+        steps, means, spread, note = _points(tag, runs)
+        if number >= _MOST:
+            axes.plot(steps, means, color="#bbb", linewidth=1)
+        elif steps:
+            every, label = -(-len(steps) // 15), name if len(runs) == 1 else f"{name} ({len(runs)} seeds)"
+            style = STYLES[number] | {"label": label, "linewidth": 1, "markersize": 4, "capsize": 2, "zorder": 3}
+            shift = ScaledTranslation(number / 36, 0, figure.dpi_scale_trans)  # inches: bars are side by side
+            style |= {"markevery": every, "errorevery": every, "transform": axes.transData + shift}
+            error = [[max(s * (v - e[i]), 0) for v, e in zip(means, spread, strict=True)] for i, s in ((0, 1), (1, -1))]
+            axes.errorbar(steps, means, yerr=error if note else None, **style)
+            axes.update_datalim([(step, v) for step, ends in zip(steps, spread, strict=True) for v in ends])
+            notes |= {note: None} if note else {}
+    axes.autoscale_view()
+    axes.set_xlabel(f"step; bars: {' or '.join(notes)}" if notes else "step")
     axes.set_ylabel(tag)
-    if any(run in named for run in runs):
-        axes.legend(frameon=False, fontsize=8)
+    if names := axes.get_legend_handles_labels()[1]:
+        columns = 2 if max(map(len, names)) < 30 else 1
+        figure.set_figheight(3.2 + 0.2 * -(-len(names) // columns))
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
     return [("heading", tag), ("html", svg(figure))]
 
 

@@ -106,13 +106,15 @@ def test_variants_are_checked_before_the_first_is_trained_and_seeds_get_an_inter
     runs = tiny(variants=variants, seeds=[0, 1])
     assert [run.record["name"] for run in runs] == ["a,seed=0", "a,seed=1"]
     text = (tmp_path / "sweep" / "report.md").read_text()
-    assert "| a | 2 | " in text and "model.seed" in text
+    assert "runs/a | 2 | " in text and "model.seed" in text
+    assert "range of seeds" in (tmp_path / "sweep" / "report.html").read_text()
     with pytest.raises(UserError, match=r"options was .* and is"):
         tiny(variants={"a": Variant(options={"model.weighting": "linear"})}, seeds=[0, 1])
     record = json.loads((tmp_path / "sweep/runs/a,seed=0/run.json").read_text())
     assert record["state"] == "complete" and record["command"][0] == "fit"
     report([tmp_path / "sweep/runs/a,seed=0"], out=tmp_path / "one")
     assert "val/nll" in (tmp_path / "one/report.md").read_text()
+    assert "step; bars: 95 % interval<" in (tmp_path / "one/report.html").read_text()  # of the accuracy
 
 
 def test_pages_and_their_figures_are_dark_where_the_reader_wants_it(tmp_path):

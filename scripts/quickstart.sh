@@ -20,4 +20,5 @@ python -m dream_lightning predict --config tiny --ckpt_path last "$@"
 bin=$(dirname "$(command -v python)")
 echo "trained, validated and queried in $((SECONDS - started)) s"
 echo "curves:  $bin/tensorboard --logdir lightning_logs"
+echo "         and open http://localhost:6006/#custom_scalars"
 echo "chat:    $bin/dream-lightning chat --model lightning_logs/tiny"

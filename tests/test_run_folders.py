@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from dream_lightning import DreamModule, cli
 from dream_lightning.errors import UserError
 from dream_lightning.export import export_checkpoint
-from dream_lightning.locate import TRAINED, Trained, find_model, trained, with_checkpoint
+from dream_lightning.locate import TRAINED, find_model, trained, with_checkpoint
 from dream_lightning.training import RunSummary
 
 SIZES = "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}"
@@ -77,7 +77,7 @@ def test_fit_ends_with_scores_checkpoints_and_commands(run):
         "Best checkpoint: logs/tiny/checkpoints/best-step=2.ckpt (val/nll",
         f"  dream-lightning chat --model {LAST}",
         f"  dream-lightning export --model {LAST} --folder my-dream",
-        "  tensorboard --logdir logs",
+        "  tensorboard --logdir logs\n    and open http://localhost:6006/#custom_scalars",
     ):
         assert f"\n{line}" in said
 
@@ -116,7 +116,7 @@ def test_what_is_not_one_thing_is_refused_by_name(inside, tmp_path):
         find_model(tmp_path / "empty")
     with pytest.raises(UserError, match="does not exist: name a run"):
         find_model("./absent")
-    assert find_model("Dream-org/Dream-v0-Base-7B").kind == "hub" and trained("org/name") == Trained({})
+    assert find_model("Dream-org/Dream-v0-Base-7B").kind == "hub"
 
 
 def test_a_checkpoint_alone_makes_the_module(inside):
@@ -147,6 +147,9 @@ def test_a_model_folder_or_adapters_replace_the_model_of_a_config(inside, tmp_pa
     rest = ["--data.predict_source=q.jsonl"]
     words = with_checkpoint("predict", [f"--ckpt_path={tmp_path / 'model'}", *rest], gpu=False)
     assert f"--model.pretrained={tmp_path / 'model'}" in words and "--data.source=q.jsonl" in words
+    assert {"--model.sampling.steps=15", "--data.style=plain"} <= set(words)
+    given = with_checkpoint("predict", ["--ckpt_path", str(tmp_path / "model"), "--data.style=chat"], gpu=False)
+    assert given.index("--data.style=plain") < given.index("--data.style=chat")
     assert not any("ckpt_path" in word for word in words)
     kept = ["--config=tiny", "--ckpt_path=last"]
     assert with_checkpoint("validate", kept, gpu=False) == kept

@@ -97,6 +97,7 @@ def _checkpoints(trainer: L.Trainer) -> list[str]:
     ]
     if isinstance(trainer.logger, TensorBoardLogger):
         commands.append(f"tensorboard --logdir {_shown(trainer.logger.save_dir)}")
+        commands.append("  and open http://localhost:6006/#custom_scalars")  # it opens on another tab by itself
     return [*lines, f"Last checkpoint: {_shown(last)}", "Next:", *(f"  {command}" for command in commands)]
 
 

@@ -12,6 +12,7 @@ import yaml
 from dream_lightning.adapters import is_peft_folder
 from dream_lightning.adapters.peft_folder import read_peft_folder
 from dream_lightning.errors import UserError, reading
+from dream_lightning.model.loading import local_folder
 from dream_lightning.training.sharded_checkpoint import read_rest
 
 _KEYWORDS = ("last", "best", "hpc", "registry")  # of Lightning's ckpt_path
@@ -92,10 +93,14 @@ class Trained:
 
 
 def trained(name: str | Path) -> Trained:
-    """Of a checkpoint or an exported folder; other models do not say it. Raises UserError as `find_model`."""
+    """Of a checkpoint or what was exported from one, here or on the hub; other models do not say it.
+
+    Raises:
+        UserError: as `find_model` and `local_folder`; the file is damaged.
+    """
     found = find_model(name)
-    if found.kind == "model" and (file := found.path / TRAINED).is_file():
-        with reading(file, "the fields of Trained as JSON", "export the folder again, or remove the file"):
+    if found.kind in ("model", "hub") and (file := local_folder(found.name, files=[TRAINED]) / TRAINED).is_file():
+        with reading(file, "a JSON object with the fields of Trained", "export the folder again, or remove the file"):
             return Trained(**json.loads(file.read_text(encoding="utf-8")))
     if found.kind != "checkpoint":
         return Trained({})
@@ -125,14 +130,18 @@ def with_checkpoint(command: str, words: list[str], gpu: bool) -> list[str]:
     options = {"new_model": "null", "pretrained": found.name, "tokenizer": "null"}
     if found.kind == "adapters":
         options |= {"pretrained": read_peft_folder(found.name).base["name"], "lora.adapter": found.name}
+    defaults = {}
     if not _has_config(words):
-        options |= {"dtype": "bfloat16" if gpu else "float32", "sampling.forbid_mask": "true"}
-    source = [word.partition("=")[2] for word in words if word.startswith("--data.predict_source=")]
-    wanted = source and not _has_config(words) and not any(word.startswith("--data.source") for word in words)
+        how, sources = trained(given), [w.partition("=")[2] for w in rest if w.startswith("--data.predict_source=")]
+        defaults = {"model.dtype": "bfloat16" if gpu else "float32", "data.style": how.style}
+        sampling = {"forbid_mask": True} | how.sampling
+        defaults |= {f"model.sampling.{name}": json.dumps(value) for name, value in sampling.items()}
+        defaults |= {"data.system_prompt": json.dumps(how.system_prompt)}
+        defaults |= {"data.source": sources[-1]} if sources else {}
     return [
+        *(f"--{name}={value}" for name, value in defaults.items()),
         *rest,
         *(f"--model.{name}={value}" for name, value in options.items()),
-        *[f"--data.source={source[-1]}"] * bool(wanted),
     ]
 
 

@@ -33,7 +33,7 @@ BELOW = {
     },
     "predict": {"errors", "batch", "atomic", "data", "tasks", "answering"},
     "tokenizer_training": {"errors", "data", "model", "export"},
-    "locate": {"errors", "adapters", "training"},
+    "locate": {"errors", "adapters", "model", "training"},
     "export": {"errors", "atomic", "model", "adapters", "training", "locate"},
     "memory": {"errors", "model", "adapters", "diffusion", "training", "model_factory"},
     "validation_cost": {"errors", "memory", "model", "sampling", "training"},

@@ -17,6 +17,7 @@ from dream_lightning.adapters import LoraParams, adapter_state, add_lora, base_h
 from dream_lightning.errors import UserError
 from dream_lightning.export import export_model
 from dream_lightning.hub import upload
+from dream_lightning.locate import TRAINED, Trained, trained
 from dream_lightning.model.loading import weight_files
 
 BASE, TUNED, PRIVATE = "Dream-org/tiny", "me/tuned", "me/private"
@@ -181,6 +182,12 @@ def test_the_card_says_what_a_checkpoint_was_trained_with(hub, base, tmp_path):
     assert (data.license, data.datasets, data.base_model) == ("mit", ["owner/rows"], None)
     assert '| model.weighting | `"cart"` |' in text and '`{"steps": 7}`' in text and "data.task" not in text
     assert str(tmp_path) not in text
+    assert trained(TUNED).sampling == {"steps": 7}
+    revision = hub.commit(TUNED, {TRAINED: b"{"})
+    with pytest.raises(UserError, match=rf"{revision}/{TRAINED} is damaged or no JSON object"):
+        trained(f"{TUNED}@{revision}")
+    hub.commit(BASE, files_of(base))
+    assert trained(BASE) == Trained({})
 
 
 def test_what_the_hub_refuses_is_an_error_with_a_remedy(hub, base, monkeypatch):

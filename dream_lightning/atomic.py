@@ -159,15 +159,15 @@ def check_folder(option: str, folder: str | Path | None) -> None:
         ) from error
 
 
-def on_rank_zero(work: Callable[[], Any], *, is_rank_zero: bool, broadcast: Callable[[Any], Any]) -> Any:
-    """What `work` returns on rank 0, or its UserError, on every process; `broadcast` returns rank 0's argument."""
+def on_rank_zero(strategy: Any, work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, or its UserError, on every process of a Lightning strategy; all call this."""
     result = problem = None
-    if is_rank_zero:
+    if strategy.is_global_zero:
         try:
             result = work()
         except UserError as error:
             problem = str(error)
-    result, problem = broadcast((result, problem))
+    result, problem = strategy.broadcast((result, problem))
     if problem is not None:
         raise UserError(problem)
     return result

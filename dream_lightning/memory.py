@@ -21,9 +21,9 @@ from dream_lightning.diffusion.head import chunk_of, filled_rows
 from dream_lightning.errors import UserError
 from dream_lightning.model import DreamConfig, load_tokenizer
 from dream_lightning.model_factory import check_options, config_of
+from dream_lightning.reporting import versions
 from dream_lightning.training.fsdp import refuse_sharded
 from dream_lightning.training.optimizer import BLOCK, AdamW8bit, decay_groups, in_8_bits
-from dream_lightning.training.summary import versions
 
 GIB = 2**30
 RESERVE = 1.0  # GiB that torch does not count: CUDA context, buffers of libraries and NCCL

@@ -15,7 +15,7 @@ from dream_lightning import diffusion, model_factory
 from dream_lightning.adapters import LoraParams, Quantize
 from dream_lightning.answering import answer_questions
 from dream_lightning.batch import Answers, Batch, LossTerms, NoisedBatch, PromptBatch
-from dream_lightning.diffusion.denoiser import annealed_mask, features
+from dream_lightning.diffusion.denoiser import align, annealed_mask, features
 from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
@@ -217,8 +217,11 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
 
     def of_masked(self, function: Callable, batch: Batch, noised: NoisedBatch) -> Tensor:
         """What a function as `token_nll` gives for each masked token, [B, L, …]; 0 elsewhere."""
-        if torch.compiler.is_compiling():  # a whole step, where the number of masked tokens would not be constant
-            return self.compiled_step.of_masked(function, batch, noised)
+        if torch.compiler.is_compiling():  # the whole step: at all positions, as the number of masked ones varies
+            h = align(self.model.model(noised.x_t, rotation=self.compiled_step.rotation)).flatten(0, 1)  # [B·L, D]
+            out = function(h, self.model.lm_head, batch.input_ids.flatten(), chunk=len(h))
+            is_masked = noised.is_masked.view(-1, *[1] * (out.dim() - 1))
+            return torch.where(is_masked, out, 0.0).view(*noised.x_t.shape, *out.shape[1:])
         step = self.trainer.global_step if self.training and self._trainer is not None else self.anneal_causal_steps
         if step < self.anneal_causal_steps:
             mask = annealed_mask(batch, visible=step / self.anneal_causal_steps, seed=self.seed)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -182,8 +182,8 @@ class PredictionWriter(L.Callback):
         self._settings |= data.question_settings() if resumable else {"questions": None}
         self._file = file = PredictionFile(self.path)
         self._started, self._written, self._tokens = False, 0, 0
-        self._answered = _on_rank_zero(
-            trainer, lambda: file.open(self._settings, resumable=resumable, overwrite=self.overwrite)
+        self._answered = on_rank_zero(
+            trainer.strategy, lambda: file.open(self._settings, resumable=resumable, overwrite=self.overwrite)
         )
         if self._answered:
             data.skip_questions(self._answered)
@@ -192,8 +192,8 @@ class PredictionWriter(L.Callback):
         """Compare the weights, too: Lightning loads a checkpoint after `setup`."""
         self._settings["weights"] = weights_fingerprint(pl_module)
         if self._answered:
-            _on_rank_zero(trainer, lambda: self._file.check(self._settings))
-        _on_rank_zero(trainer, lambda: self._file.write_settings(self._settings))
+            on_rank_zero(trainer.strategy, lambda: self._file.check(self._settings))
+        on_rank_zero(trainer.strategy, lambda: self._file.write_settings(self._settings))
         self._started, self._since = True, time.perf_counter()
 
     def on_predict_batch_end(
@@ -213,7 +213,7 @@ class PredictionWriter(L.Callback):
         if not trainer.is_global_zero:
             self._file.close()
         written = trainer.strategy.reduce(torch.tensor(self._written, device=pl_module.device), reduce_op="sum")
-        _on_rank_zero(trainer, lambda: self._file.merge(len(self._answered) + int(written)))
+        on_rank_zero(trainer.strategy, lambda: self._file.merge(len(self._answered) + int(written)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Print the score. If all questions were answered before, `on_predict_start` and `_end` have not run."""
@@ -255,7 +255,3 @@ def weights_fingerprint(module: L.LightningModule) -> str:
         digest.update(name.encode())
         digest.update(flat[:: max(1, len(flat) // 1000)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _on_rank_zero(trainer: L.Trainer, act: Callable[[], Any]) -> Any:
-    return on_rank_zero(act, is_rank_zero=trainer.is_global_zero, broadcast=trainer.strategy.broadcast)

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from dream_lightning.errors import UserError
 from dream_lightning.memory import GAPS, GIB, RESERVE, Setting, count_parameters, optimizer_bytes, processes
 from dream_lightning.model.flops import matmul_ceiling
+from dream_lightning.reporting import duration
 from dream_lightning.sampling import SamplingParams
-from dream_lightning.training.summary import duration
 
 PROMPT = 256  # tokens of a question, as a plan assumes them
 _CHUNK = 256  # positions whose float32 logits exist at once

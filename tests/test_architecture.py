@@ -17,6 +17,7 @@ BELOW = {
     "batch": set(),
     "atomic": {"errors"},
     "commands": {"errors"},
+    "reporting": set(),
     "data": {"errors", "batch", "atomic", "tasks"},  # a task words its prompts
     "diffusion": {"errors", "batch"},
     "model": {"errors", "batch"},
@@ -25,7 +26,10 @@ BELOW = {
     "sampling": {"errors", "batch", "diffusion"},
     "kernels": {"errors", "batch", "model", "diffusion", "sampling"},
     "answering": {"errors", "batch", "data", "sampling", "tasks"},
-    "training": {"errors", "batch", "atomic", "data", "diffusion", "model", "adapters", "tasks", "sampling"},
+    "training": {
+        *("errors", "batch", "atomic", "reporting"),
+        *("data", "diffusion", "model", "adapters", "tasks", "sampling"),
+    },
     "model_factory": {"errors", "batch", "diffusion", "model", "adapters", "kernels", "training"},
     "module": {
         *("errors", "batch", "diffusion", "model", "adapters", "tasks", "sampling", "training"),
@@ -35,11 +39,11 @@ BELOW = {
     "tokenizer_training": {"errors", "data", "model", "export"},
     "locate": {"errors", "adapters", "model", "training"},
     "export": {"errors", "atomic", "model", "adapters", "training", "locate"},
-    "memory": {"errors", "model", "adapters", "diffusion", "training", "model_factory"},
-    "validation_cost": {"errors", "memory", "model", "sampling", "training"},
+    "memory": {"errors", "reporting", "model", "adapters", "diffusion", "training", "model_factory"},
+    "validation_cost": {"errors", "reporting", "memory", "model", "sampling"},
     "evaluation": {
         *("errors", "batch", "atomic", "data", "diffusion", "model", "sampling", "tasks", "answering", "predict"),
-        *("export", "viewer", "training", "locate"),
+        *("export", "viewer", "training", "locate", "reporting"),
     },
     "hub": {"errors", "evaluation", "export", "locate"},
     "viewer": {

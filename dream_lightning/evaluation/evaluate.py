@@ -22,10 +22,10 @@ from dream_lightning.evaluation.card import Item, breakdown, scores
 from dream_lightning.evaluation.pages import card_page, model_card
 from dream_lightning.model import DreamModel
 from dream_lightning.predict import PredictionWriter
+from dream_lightning.reporting import versions
 from dream_lightning.sampling import SamplingParams, release_compiled
 from dream_lightning.tasks.registry import TASKS, load_task
 from dream_lightning.training import ProgressBar
-from dream_lightning.training.summary import versions
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,7 @@ class PruneTrial(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        work = {"is_rank_zero": trainer.is_global_zero, "broadcast": trainer.strategy.broadcast}
-        if on_rank_zero(lambda: self._is_hopeless(trainer), **work):
+        if on_rank_zero(trainer.strategy, lambda: self._is_hopeless(trainer)):
             trainer.should_stop = True
 
     def _is_hopeless(self, trainer: L.Trainer) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -51,7 +51,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written atomically and without Lightning's two copies in memory; URLs excepted."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        if storage_options is not None or not _is_local_file_protocol(path):
+        if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         # Through a Python file: given a path, torch hides the cause of a failed write.
@@ -59,7 +59,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if not _is_local_file_protocol(path):
+        if "://" in str(path):
             return super().load_checkpoint(path, *args, **kwargs)
         refuse_weights(Path(path))
         if Path(path).is_dir():
@@ -81,16 +81,19 @@ def refuse_weights(path: Path) -> None:
 
 def check_keyword(trainer: L.Trainer, ckpt_path: str | None) -> None:
     """Raise UserError for `best`, and for `last` where there is none: Lightning would use the initial weights."""
+    logs = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    folders = ", ".join(sorted({str(c.dirpath or "the folder of the logger") for c in savers})) or "no folder"
-    if ckpt_path == "last" and not any(c._find_last_checkpoints(trainer) for c in savers):
+    folders = sorted({str(c.dirpath or logs) for c in savers})
+    if ckpt_path == "last" and not any(get_filesystem(f).exists(f"{f}/last.ckpt") for f in folders):
         raise UserError(
-            f"ckpt_path is last, and there is no last.ckpt in {folders}: leave --ckpt_path out to start anew from the "
-            "weights of the config, or set checkpoint.dirpath and autosave.dirpath to the folder of the run"
+            f"ckpt_path is last, and there is no last.ckpt in {', '.join(folders) or 'any folder'}: leave --ckpt_path "
+            "out to start anew from the weights of the config, or set checkpoint.dirpath and autosave.dirpath to the "
+            "folder of the run"
         )
     if ckpt_path == "best":
         raise UserError(
-            f"ckpt_path is best, which only the process that trained knows: name the best-step=….ckpt in {folders}"
+            "ckpt_path is best, which only the process that trained knows: name the best-step=….ckpt in "
+            f"{', '.join(folders) or 'its folder'}"
         )
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dream_lightning.batch import Batch, LossTerms, NoisedBatch
-from dream_lightning.diffusion.denoiser import align
 from dream_lightning.diffusion.head import chunk_of
 
 
@@ -40,11 +39,3 @@ class CompiledStep:
     @cached_property
     def _compiled(self) -> Callable:
         return torch.compile(self.module.noised_loss, **self.options)
-
-    def of_masked(self, function: Callable, batch: Batch, noised: NoisedBatch) -> Tensor:
-        """`DreamModule.of_masked` while the step is compiled."""
-        model = self.module.model
-        h = align(model.model(noised.x_t, rotation=self.rotation)).flatten(0, 1)  # [B·L, D]
-        out = function(h, model.lm_head, batch.input_ids.flatten(), chunk=len(h))
-        is_masked = noised.is_masked.view(-1, *[1] * (out.dim() - 1))
-        return torch.where(is_masked, out, 0.0).view(*noised.x_t.shape, *out.shape[1:])

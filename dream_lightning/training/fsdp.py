@@ -67,7 +67,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         state = {"state_dict": checkpoint["state_dict"]}
         state |= {f"optimizer_{i}": s for i, s in enumerate(checkpoint.get("optimizer_states", []))}
         path = Path(self.broadcast(str(filepath)))
-        write(state, rest, path, is_rank_zero=self.is_global_zero, broadcast=self.broadcast)
+        write(state, rest, path, self)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load the folder's weights and optimizer states and return the rest. Always `weights_only`."""
@@ -188,7 +188,7 @@ def shard(
         register_fsdp_forward_method(root, step)
 
 
-@torch._dynamo.disable
+@torch.compiler.disable
 def _same_input_when_recomputed(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     # FSDP2 replaces an input by a view without the mark for a dynamic length, but not in recomputation.
     if not layer.training:

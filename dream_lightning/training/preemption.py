@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dream_lightning.atomic import check_folder, lock, on_rank_zero, remove_partials
 from dream_lightning.training.checkpointing import refuse_diverged
+from dream_lightning.training.step_accumulator import ends_step
 
 _SLURM = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # not on Windows
 
@@ -55,7 +55,7 @@ class Autosave(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         self._signal, self._stopping = 0, False
         if stage == "fit":
-            self._on_rank_zero(trainer, lambda: self._lock(self._folders(trainer)))
+            on_rank_zero(trainer.strategy, lambda: self._lock(self._folders(trainer)))
 
     def _folders(self, trainer: L.Trainer) -> list[Path]:
         """Of all checkpoint callbacks, once if there are several of this class."""
@@ -63,9 +63,6 @@ class Autosave(ModelCheckpoint):
         first = next(c for c in callbacks if isinstance(c, Autosave)) is self
         names = {str(c.dirpath) for c in callbacks if c.dirpath and "://" not in str(c.dirpath)}
         return [Path(name) for name in sorted(names)] if first else []
-
-    def _on_rank_zero(self, trainer: L.Trainer, work: Callable[[], Any]) -> Any:
-        return on_rank_zero(work, is_rank_zero=trainer.is_global_zero, broadcast=trainer.strategy.broadcast)
 
     def _lock(self, folders: list[Path]) -> None:
         self._unlock()
@@ -99,7 +96,7 @@ class Autosave(ModelCheckpoint):
         refuse_diverged(trainer.callback_metrics, trainer.global_step)
         others, self._others = self._others, ()
         if others:
-            self._on_rank_zero(trainer, lambda: [_move_checkpoints(folder) for folder in others] and None)
+            on_rank_zero(trainer.strategy, lambda: [_move_checkpoints(folder) for folder in others] and None)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._handle_signals()
@@ -157,8 +154,7 @@ class Autosave(ModelCheckpoint):
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Stop without waiting for the end of a long validation, unless it runs in the middle of a step."""
         training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        between_steps = training and not trainer.fit_loop._should_accumulate()
-        if between_steps and self._any_signal(trainer):
+        if training and ends_step(trainer) and self._any_signal(trainer):
             self._stopping = True
             self._save(trainer)
             self._stop(trainer)

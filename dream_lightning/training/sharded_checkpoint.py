@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import Strategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -35,13 +36,8 @@ _TABLE_CLASSES = {
 }
 
 
-def write(
-    state: dict[str, Any], rest: dict[str, Any], path: Path, *, is_rank_zero: bool, broadcast: Callable[[Any], Any]
-) -> None:
-    """Write the folder atomically; all processes call this, with their shards in `state`.
-
-    Args:
-        broadcast: returns rank 0's argument on every process.
+def write(state: dict[str, Any], rest: dict[str, Any], path: Path, strategy: Strategy) -> None:
+    """Write the folder atomically; all processes of the strategy call this, with their shards in `state`.
 
     Raises:
         UserError: the disk is full or read-only, on every process; an older folder is unchanged.
@@ -54,7 +50,7 @@ def write(
             except (OSError, RuntimeError) as error:
                 raise not_written(path, error) from error
 
-        return on_rank_zero(written, is_rank_zero=is_rank_zero, broadcast=broadcast)
+        return on_rank_zero(strategy, written)
 
     with ExitStack() as stack:
         folder = atomic_write(path, needed_bytes=tensor_bytes(state))

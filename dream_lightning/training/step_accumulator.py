@@ -128,7 +128,9 @@ class _ShownAs(torch.autograd.Function):
 
 def ends_step(trainer: L.Trainer) -> bool:
     """Whether the micro-batch that is being processed is the last of its optimizer step."""
-    return not trainer.fit_loop._should_accumulate()
+    done = trainer.fit_loop.epoch_loop.batch_progress
+    is_last = done.is_last_batch or done.current.ready == trainer.num_training_batches  # the step may be a short one
+    return is_last or done.current.ready % trainer.accumulate_grad_batches == 0
 
 
 def logged_step(trainer: L.Trainer) -> int:

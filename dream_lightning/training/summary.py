@@ -1,9 +1,7 @@
 """What a run was and what came of it: settings and a layout for the logger, and a summary when training ends."""
 
-import platform
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from dream_lightning.reporting import duration
 from dream_lightning.tasks import proportion_interval
 from dream_lightning.training.checkpointing import settings_of_run
 
@@ -104,24 +103,6 @@ def _checkpoints(trainer: L.Trainer) -> list[str]:
 def _shown(path: str) -> str:
     whole = Path(path).absolute()
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
-
-
-def duration(seconds: float) -> str:
-    """Such as 3.2 s, 75 s, 40 min or 2.5 h."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of packages; `missing` if one is not installed."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # also a checkout on PYTHONPATH
-            found[name] = "missing"
-    return found
 
 
 def _plain(value: Any) -> bool | float | str:

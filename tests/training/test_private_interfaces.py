@@ -3,7 +3,6 @@
 import inspect
 
 import pytest
-from lightning.fabric.utilities import cloud_io
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops import _TrainingEpochLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -16,14 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
     ("owner", "name", "parameters"),
     [
         (_FitLoop, "_load_combined_loader_states", ["self"]),
-        (_FitLoop, "_should_accumulate", ["self"]),
         (_TrainingEpochLoop, "_broadcast_sigterm_tensor", ["self"]),
         (_TrainingEpochLoop, "_should_check_val_fx", ["self", "data_fetcher"]),
-        (ModelCheckpoint, "_find_last_checkpoints", ["self", "trainer"]),
         (ModelCheckpoint, "_monitor_candidates", ["self", "trainer"]),
         (ModelCheckpoint, "_save_last_checkpoint", ["self", "trainer", "monitor_candidates"]),
         (ModelCheckpoint, "_should_skip_saving_checkpoint", ["self", "trainer"]),
-        (cloud_io, "_is_local_file_protocol", ["path"]),
         (DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model", None),
         (_dynamo, "maybe_mark_dynamic", ["t", "index"]),
     ],

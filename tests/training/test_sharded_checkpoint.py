@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from meeting import Program, ranks
 from peft import PeftModel
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -127,7 +128,7 @@ def state_of(value: float) -> dict:
 
 def save(path: Path, value: float, **rest) -> None:
     """As one process."""
-    write(state_of(value), {"step": value, **rest}, path, is_rank_zero=True, broadcast=lambda anything: anything)
+    write(state_of(value), {"step": value, **rest}, path, SingleDeviceStrategy())
 
 
 def load(path: Path) -> float:

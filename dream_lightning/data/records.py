@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,8 @@ import pyarrow.parquet
 
 from dream_lightning.errors import UserError, reading
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")  # only so can bytes of UTF-8 hold one
 BLANK = object()  # an empty line of a .jsonl file, which counts
 _MAGIC = {
     **{b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip"},
@@ -81,8 +83,9 @@ def _lines(shard: Shard) -> Iterator[bytes]:
 
 
 def _read_jsonl(shard: Shard) -> Iterator[Any]:
+    name = shard.name
     for number, line in enumerate(_lines(shard), shard.number):
-        yield parse_json(line, f"{shard.name}, row {number}") if line.strip() else BLANK
+        yield parse_json(line, f"{name}, row {number}") if line.strip() else BLANK
 
 
 def _read_txt(shard: Shard) -> Iterator[Any]:
@@ -131,17 +134,41 @@ READERS = {
 
 
 def parse_json(content: bytes, origin: str) -> Any:
-    """Raises UserError for what is no JSON, or has a key twice."""
-
-    def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _refuse_repeated([key for key, _ in pairs], origin)
-        return dict(pairs)
-
+    """Raises UserError for what is no JSON, has a key twice, or holds a text that no encoding can store."""
     with reading(origin, "valid JSON", "correct it (.jsonl holds one object a line)"):
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=read_object)
+        try:
+            value = _DECODER.decode(content.decode("utf-8-sig"))
+        except _RepeatedKey as error:
+            _refuse_repeated(error.args, origin)
+        if _SURROGATE_ESCAPE.search(content):
+            _refuse_surrogates(value, origin)
+        return value
 
 
-def _refuse_repeated(names: list[str], origin: str) -> None:
+class _RepeatedKey(Exception):
+    """Its arguments are the keys of an object."""
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(record := dict(pairs)) < len(pairs):
+        raise _RepeatedKey(*(key for key, _ in pairs))
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_read_object)  # one for all rows: to make one takes as long as to read
+
+
+def _refuse_repeated(names: Sequence[str], origin: str) -> None:
     if len(names) > len(set(names)):
         repeated = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{origin} has {repeated!r} more than once, and one value would be lost: rename or remove one")
+
+
+def _refuse_surrogates(value: Any, origin: str) -> None:
+    """One half of a surrogate pair in a value or, of the list in a .json file, in one of its rows."""
+    if isinstance(value, list):
+        for number, record in enumerate(value, 1):
+            _refuse_surrogates(record, f"{origin}, row {number}")
+    elif half := _SURROGATE.search(text := json.dumps(value, ensure_ascii=False)):
+        near = ascii(text[max(half.start() - 20, 0) : half.end() + 20])
+        raise UserError(f"{origin} has half a surrogate pair in {near}: correct or delete that row")

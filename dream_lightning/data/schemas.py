@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence, Set
 from functools import partial
 from itertools import chain
+from os.path import basename, splitext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,8 +100,9 @@ class ExampleReader(NamedTuple):
             raise UserError(f"{row.origin} has an empty prompt: correct or delete that row")
         own_id = next((row.record[name] for name in _IDS if isinstance(row.record.get(name), str | int)), None)
         own_task = row.record.get("task")
+        tools, tool_calls = calls or (None, None)
         example = Example(
-            id=str(own_id) if own_id is not None else f"{Path(row.file).stem}-{row.number}",
+            id=str(own_id) if own_id is not None else f"{splitext(basename(row.file))[0]}-{row.number}",
             prompt=tuple(prompt),
             thinking=thinking,
             answer=answer,
@@ -109,7 +111,8 @@ class ExampleReader(NamedTuple):
             task=own_task if isinstance(own_task, str) and own_task else None,
             filled_at=row.record.get("filled_at"),
             record=row.record,
-            **dict(zip(("tools", "tool_calls"), calls, strict=False)),
+            tools=tools,
+            tool_calls=tool_calls,
         )
         return apply_task(example, self.task) if prompt else example
 

@@ -14,7 +14,6 @@ from dream_lightning.data.records import BLANK, READERS, Shard, check_file, shar
 from dream_lightning.errors import UserError, reading
 
 _STREAMED = (".jsonl", ".txt", ".parquet")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Row(NamedTuple):
@@ -84,26 +83,13 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
 
 
 def numbered(records: Iterable[Any], name: str, first: int = 1) -> Iterator[Row]:
-    """Rows of the records, which count from `first`; blank lines count, too. Raises UserError for a broken record."""
+    """Rows of the records, which count from `first`; blank lines count, too. Raises UserError for what is no record."""
     for number, record in enumerate(records, first):
         if record is BLANK:
             continue
         if not isinstance(record, dict):
             raise UserError(f"{name}, row {number} is a {type(record).__name__}, wanted a JSON object: correct it")
-        with reading(f"{name}, row {number}", "a flat record", "correct or delete that row"):  # RecursionError
-            if text := _lone_surrogate(record):
-                at = _SURROGATE.search(text).start()
-                near = ascii(text[max(at - 20, 0) : at + 20])
-                raise UserError(f"{name}, row {number} has half a surrogate pair in {near}: correct or delete that row")
         yield Row(record, name, number)
-
-
-def _lone_surrogate(value: Any) -> str | None:
-    """A text in a nested value that no encoding can store: JSON may hold one half of a surrogate pair."""
-    if isinstance(value, str):
-        return value if not value.isascii() and _SURROGATE.search(value) else None
-    parts = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next(filter(None, map(_lone_surrogate, parts)), None)
 
 
 def find_shards(source: str | Path, size: int, split: str = "train") -> list[Shard]:

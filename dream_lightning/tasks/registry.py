@@ -78,7 +78,8 @@ def apply_task(example: Example, default: str | None) -> Example:
     task = task_of(example)
     task.reference(example)
     *earlier, last = example.prompt
-    return replace(example, prompt=(*earlier, {**last, "content": task.prompt(example)}))
+    asked = task.prompt(example)
+    return example if asked == last["content"] else replace(example, prompt=(*earlier, {**last, "content": asked}))
 
 
 def grade_response(text: str, example: Example) -> Grade:

@@ -13,6 +13,7 @@ from argparse import SUPPRESS
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,7 +85,7 @@ class _Parser(LightningArgumentParser):
             value = shown.get(action.dest)
             if isinstance(value, list) and value and all(hasattr(v, "class_path") for v in value):
                 shown[action.dest] = ", ".join(v.class_path.rpartition(".")[2] for v in value)
-        self.get_defaults = lambda: shown
+        self.get_defaults = lambda: shown  # jsonargparse prints these; parsing needs the classes themselves
         try:
             return re.sub(r"<function (\w+)\s+at\s+0x\w+>", r"\1", super().format_help())
         finally:
@@ -290,21 +291,15 @@ def check_config(path: Path) -> None:
     check_yaml(text, str(path), path.resolve().parent)
 
 
-def checker() -> Callable[[str, list[str]], None]:
-    """A function that exits with a message if an option of `fit` or `evaluate` is wrong, and runs nothing."""
-    parser: list[_Parser] = []  # building it takes a second
+def check_words(command: str, words: list[str]) -> None:
+    """Exit with a message if an option of `fit` or `evaluate` is wrong; nothing is run."""
+    find_configs(words := list(words))
+    if command == "evaluate":
+        from dream_lightning.evaluation import commands as evaluation
 
-    def check(command: str, words: list[str]) -> None:
-        find_configs(words := list(words))
-        if command == "evaluate":
-            from dream_lightning.evaluation import commands as evaluation
-
-            evaluation.parse_evaluate(_Parser(prog="dream-lightning evaluate"), words)
-        else:
-            parser.extend([] if parser else [_built("fit")])
-            parser[0].parse_args(["fit", *words])
-
-    return check
+        evaluation.parse_evaluate(_Parser(prog="dream-lightning evaluate"), words)
+    else:
+        _built(command).parse_args([command, *words])
 
 
 def sweep(parser: LightningArgumentParser, arguments: list[str]) -> None:
@@ -314,7 +309,7 @@ def sweep(parser: LightningArgumentParser, arguments: list[str]) -> None:
     """
     from dream_lightning.experiments import commands as experiments
 
-    experiments.sweep(parser, arguments, checker())
+    experiments.sweep(parser, arguments, check_words)
 
 
 class _Built(Exception):
@@ -331,8 +326,9 @@ class _DescribedCLI(DreamCLI):
         raise _Built(parser)
 
 
+@cache
 def _built(command: str) -> _Parser:
-    """The parser that a command would parse its words with; the command is not run."""
+    """The parser that a command would parse its words with; the command is not run. Building it takes a second."""
     try:
         if command in TRAINER_COMMANDS:
             _DescribedCLI(command)

@@ -275,20 +275,29 @@ def setting_from(options: Namespace) -> Setting:
     tokenizer = load_tokenizer(model.tokenizer) if model.pretrained is None else None
     config = config_of(model.pretrained, model.new_model, tokenizer, model.from_autoregressive)
     bfloat16 = model.quantize is not None or precision in ("bf16-true", "bf16")
-    return Setting(
+    return setting_of(
         config,
+        model,
         rows=data.batch_size * (2 if model.complementary_masks else 1),
         length=data.max_length,
         optimizer=_instantiate(OptimizerCallable, model.optimizer),
         dtype=torch.bfloat16 if bfloat16 else getattr(torch, model.dtype),
         mixed=precision == "bf16-mixed",
         lora=lora,
+        accumulation=trainer.accumulate_grad_batches,
+        gpus=gpus,
+    )
+
+
+def setting_of(config: DreamConfig, model: Any, **others: Any) -> Setting:
+    """The fields that a DreamModule, or its options, say in their own words, and others."""
+    return Setting(
+        config,
         four_bit=model.quantize in ("nf4", "nf4_float8"),
         float8_products=model.float8_products or model.quantize in ("nf4_float8", "float8"),
         checkpointed=model.gradient_checkpointing,
         compiled=model.compile_layers,
-        accumulation=trainer.accumulate_grad_batches,
-        gpus=gpus,
+        **others,
     )
 
 

@@ -21,6 +21,7 @@ from dream_lightning.atomic import PARTIAL, atomic_write, lock, on_rank_zero, wr
 from dream_lightning.batch import Answers, PromptBatch
 from dream_lightning.errors import UserError, reading
 from dream_lightning.tasks import proportion_interval
+from dream_lightning.training.fsdp import whole
 
 REMEDY = "Move it away, or write elsewhere (predict: --trainer.callbacks.path=FILE, evaluate: --out=FOLDER)"
 
@@ -250,8 +251,7 @@ def weights_fingerprint(module: L.LightningModule) -> str:
     """A hash of about a thousand elements of every weight (10 s for 7B). All processes must call it: it gathers."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        flat = whole.detach().flatten()
+        flat = whole(tensor).detach().flatten()
         digest.update(name.encode())
         digest.update(flat[:: max(1, len(flat) // 1000)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

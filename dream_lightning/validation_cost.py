@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
 from dream_lightning.errors import UserError
-from dream_lightning.memory import GAPS, GIB, RESERVE, Setting, count_parameters, optimizer_bytes, processes
+from dream_lightning.memory import GAPS, GIB, RESERVE, Setting, count_parameters, optimizer_bytes, processes, setting_of
 from dream_lightning.model.flops import matmul_ceiling
 from dream_lightning.reporting import duration
 from dream_lightning.sampling import SamplingParams
@@ -182,7 +182,17 @@ class ValidationCost(L.Callback):
         data = trainer.datamodule
         if not hasattr(data, "prompt_lengths") or not trainer.num_val_batches or not trainer.is_global_zero:
             return
-        s = setting_of(pl_module, data)
+        s = setting_of(
+            pl_module.model.config,
+            pl_module,
+            rows=data.batch_size,
+            length=data.encoding["max_length"] if data.packing else int(data.validation_set.lengths.max()),
+            optimizer=pl_module.optimizer,
+            dtype=torch.bfloat16 if pl_module.quantize else pl_module.weights_dtype,
+            mixed=trainer.precision == "bf16-mixed",
+            lora=pl_module.lora,
+            gpus=trainer.world_size if pl_module.sharded else 1,
+        )
         speed = measured_speed(pl_module.device, torch.bfloat16 if s.compute == 2 else torch.float32)
         lengths, processes = data.prompt_lengths(), trainer.world_size
         a = Answering(len(lengths), data.question_batch_size, max(lengths, default=0), pl_module.sampling, processes)
@@ -197,21 +207,3 @@ class ValidationCost(L.Callback):
             training = training_seconds(s, int(lengths.sum() * total / batches), speed, processes)
             told += f"; {count:,.0f} validations, {seconds / (seconds + training):.0%} of the fit"
         rank_zero_info(told)
-
-
-def setting_of(module: L.LightningModule, data: L.LightningDataModule) -> Setting:
-    """Of a module whose network is built."""
-    mixed = module.trainer.precision == "bf16-mixed"
-    return Setting(
-        module.model.config,
-        rows=data.batch_size,
-        length=int(data.validation_set.lengths.max()) if not data.packing else data.encoding["max_length"],
-        optimizer=module.optimizer,
-        dtype=torch.bfloat16 if module.quantize else module.weights_dtype,
-        mixed=mixed,
-        lora=module.lora,
-        four_bit=module.quantize in ("nf4", "nf4_float8"),
-        checkpointed=module.gradient_checkpointing,
-        compiled=module.compile_layers,
-        gpus=module.trainer.world_size if module.sharded else 1,
-    )

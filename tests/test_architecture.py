@@ -35,7 +35,7 @@ BELOW = {
         *("errors", "batch", "diffusion", "model", "adapters", "tasks", "sampling", "training"),
         *("answering", "model_factory"),
     },
-    "predict": {"errors", "batch", "atomic", "data", "tasks", "answering"},
+    "predict": {"errors", "batch", "atomic", "data", "tasks", "answering", "training"},
     "tokenizer_training": {"errors", "data", "model", "export"},
     "locate": {"errors", "adapters", "model", "training"},
     "export": {"errors", "atomic", "model", "adapters", "training", "locate"},

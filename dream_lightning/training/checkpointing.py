@@ -84,16 +84,15 @@ def check_keyword(trainer: L.Trainer, ckpt_path: str | None) -> None:
     logs = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     folders = sorted({str(c.dirpath or logs) for c in savers})
+    where = ", ".join(folders) or "no folder"
     if ckpt_path == "last" and not any(get_filesystem(f).exists(f"{f}/last.ckpt") for f in folders):
         raise UserError(
-            f"ckpt_path is last, and there is no last.ckpt in {', '.join(folders) or 'any folder'}: leave --ckpt_path "
-            "out to start anew from the weights of the config, or set checkpoint.dirpath and autosave.dirpath to the "
-            "folder of the run"
+            f"ckpt_path is last, and there is no last.ckpt in {where}: leave --ckpt_path out to start anew from the "
+            "weights of the config, or set checkpoint.dirpath and autosave.dirpath to the folder of the run"
         )
     if ckpt_path == "best":
         raise UserError(
-            "ckpt_path is best, which only the process that trained knows: name the best-step=….ckpt in "
-            f"{', '.join(folders) or 'its folder'}"
+            f"ckpt_path is best, which only the process that trained knows: name the best-step=….ckpt in {where}"
         )
 
 

@@ -144,9 +144,8 @@ def _new_state(p: Tensor) -> dict[str, Any]:
     shape = (p.numel() // BLOCK, BLOCK) if in_8_bits(p) else (p.numel(),)
     state: dict[str, Any] = {"step": 0}
     if p.dtype == torch.bfloat16:
-        state["low_bits"] = torch.full(
-            shape, -(2**15), dtype=torch.int16, device=p.device
-        )  # `split` of a bfloat16 number
+        # `split` of a bfloat16 number
+        state["low_bits"] = torch.full(shape, -(2**15), dtype=torch.int16, device=p.device)
     for i, (levels, _) in enumerate(levels_on(p.device), 1):
         state[f"moment{i}"] = torch.zeros(shape, device=p.device)
         if in_8_bits(p):

@@ -101,7 +101,7 @@ def test_variants_are_checked_before_the_first_is_trained_and_seeds_get_an_inter
     commands, _ = started
     variants = {"a": Variant(["objective/focal"], {"trainer.max_steps": 2})}
     with pytest.raises(SystemExit):
-        tiny(variants=variants | {"b": Variant(options={"data.max_lenght": 8})}, check=cli.checker())
+        tiny(variants=variants | {"b": Variant(options={"data.max_lenght": 8})}, check=cli.check_words)
     assert "did you mean --data.max_length" in capsys.readouterr().err and not commands
     runs = tiny(variants=variants, seeds=[0, 1])
     assert [run.record["name"] for run in runs] == ["a,seed=0", "a,seed=1"]
@@ -141,16 +141,11 @@ def test_what_is_no_run_or_no_space_is_named(tmp_path, tiny):
         tiny(search={"x": Space(1, 2)}, seeds=[1, 2])
 
 
-@pytest.fixture(scope="module")
-def check():
-    return cli.checker()
-
-
 @pytest.mark.parametrize("name", [name for name in cli.shipped_configs() if name.startswith("experiments/")])
-def test_every_shipped_sweep_parses_and_so_do_its_runs(name, tmp_path, monkeypatch, check):
+def test_every_shipped_sweep_parses_and_so_do_its_runs(name, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
-    checked = []
-    monkeypatch.setattr(cli, "checker", lambda: lambda *words: (check(*words), checked.append(str(words))))
+    check, checked = cli.check_words, []
+    monkeypatch.setattr(cli, "check_words", lambda *words: (check(*words), checked.append(str(words))))
     monkeypatch.setattr(module, "_search", lambda *arguments: None)
     monkeypatch.setattr(module._Runner, "run", lambda *arguments: "complete")
     monkeypatch.setattr(module, "report", lambda *arguments, **options: [])

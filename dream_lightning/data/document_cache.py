@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,11 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.atomic import atomic_write, check_folder
 from dream_lightning.batch import Document, Example
-from dream_lightning.data.tokenization import Encoded, encode_documents
+from dream_lightning.data.processes import map_in_processes
+from dream_lightning.data.tokenization import encode_documents
 from dream_lightning.errors import UserError, reading
 
 _FORMAT = 4  # part of the hash: raise it when encode() gives other documents for the same input
 _PARALLEL_FROM = 500  # examples; with fewer, starting processes takes longer than they save
+_CHUNK = 64  # examples that a process encodes at once, and returns as arrays: small to send
 
 
 class TokenizedSet(Sequence[Document]):
@@ -43,25 +44,12 @@ class TokenizedSet(Sequence[Document]):
         self._ends = self.lengths.cumsum()
 
     @classmethod
-    def of(cls, encoded: Iterable[Encoded]) -> "TokenizedSet":
-        ids, weights, names, counts = [np.zeros(0, np.int32)], [np.ones(0, np.float32)], [], []
-        trajectory = [np.zeros(0, np.float32)]
-        for document, prompt_length, full_length, filled in encoded:
-            counts.append((full_length, prompt_length, len(document.response_ids) if document else 0, filled))
-            if document is not None:
-                ids.append(np.array(document.prompt_ids + document.response_ids, np.int32))
-                weights.append(np.array([1.0] * prompt_length + document.response_weight, np.float32))
-                names.append(document.id)
-                if document.trajectory is not None:
-                    trajectory.append(np.array([0.0] * prompt_length + document.trajectory, np.float32))
-        weight = np.concatenate(weights)
-        arrays = {
-            "ids": np.concatenate(ids),  # [tokens]
-            "weights": weight if (weight != 1).any() else weights[0],  # [tokens], or [0] if all are 1
-            "trajectory": np.concatenate(trajectory),  # [tokens], or [0] without
-            "names": np.array(names, np.str_),  # [documents]
-            "counts": np.array(counts, np.int64).reshape(-1, 4).T,  # [4, examples]
-        }
+    def of(cls, parts: Iterable[dict[str, np.ndarray]]) -> "TokenizedSet":
+        """One set of what `encode_arrays` made of several parts of it."""
+        parts = list(parts)
+        arrays = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
+        if (arrays["weights"] == 1).all():
+            arrays["weights"] = arrays["weights"][:0]
         return cls(arrays)
 
     @classmethod
@@ -104,6 +92,29 @@ class TokenizedSet(Sequence[Document]):
         )
 
 
+def encode_arrays(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, **encoding: Any
+) -> dict[str, np.ndarray]:
+    """What `encode_documents` makes of some examples, as the arrays of a TokenizedSet."""
+    ids, weights, trajectory, names, counts = array("i"), array("f"), array("f"), [], []
+    encoded = chain.from_iterable(encode_documents(example, tokenizer, **encoding) for example in examples)
+    for document, prompt_length, full_length, filled in encoded:
+        counts.append((full_length, prompt_length, len(document.response_ids) if document else 0, filled))
+        if document is not None:
+            ids.extend(document.prompt_ids + document.response_ids)
+            weights.extend([1.0] * prompt_length + document.response_weight)
+            names.append(document.id)
+            if document.trajectory is not None:
+                trajectory.extend([0.0] * prompt_length + document.trajectory)
+    return {
+        "ids": np.array(ids, np.int32),  # [tokens]
+        "weights": np.array(weights, np.float32),  # [tokens]; of a set [0] if all are 1
+        "trajectory": np.array(trajectory, np.float32),  # [tokens], or [0] without
+        "names": np.array(names, np.str_),  # [documents]
+        "counts": np.array(counts, np.int64).reshape(-1, 4).T,  # [4, examples]
+    }
+
+
 def tokenize(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -129,8 +140,15 @@ def tokenize(
         if os.path.exists(folder):  # of a folder of another user, too: Path.exists raises PermissionError
             return TokenizedSet.load(folder)
         check_folder("data.cache_dir", folder.parent)
-    encoder = partial(encode_documents, tokenizer=tokenizer, **encoding)
-    documents = TokenizedSet.of(_encode_all(examples, encoder, num_proc))
+    if num_proc is None:
+        # Only Linux tells which cores this process may use.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_proc = min(8, cores) if len(examples) >= _PARALLEL_FROM else 1
+    encode = partial(_encode_chunk, examples=examples, tokenizer=tokenizer, encoding=encoding)
+    chunks = range(0, len(examples), _CHUNK)
+    arrays = map_in_processes(encode, chunks, num_proc if num_proc > 1 else 0)
+    bar = tqdm(arrays, "Tokenizing", len(chunks), unit=f" × {_CHUNK} examples", disable=None)
+    documents = TokenizedSet.of(bar)
     if not len(documents):
         raise UserError(
             f"overflow drops all {len(examples)} documents: the shortest has {documents.full_length.min():,} tokens, "
@@ -142,30 +160,10 @@ def tokenize(
     return TokenizedSet.load(folder)
 
 
-def _encode_all(examples: Sequence[Example], encoder: partial, num_proc: int | None) -> Iterable[Encoded]:
-    if num_proc is None:
-        # Only Linux tells which cores this process may use.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_proc = min(8, cores) if len(examples) >= _PARALLEL_FROM else 1
-    bar = partial(tqdm, total=len(examples), desc="Tokenizing", unit=" examples", disable=None)
-    if num_proc <= 1:
-        yield from chain.from_iterable(bar(map(encoder, examples)))
-        return
-    with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(encoder,)) as pool:
-        without_records = (replace(example, record={}) for example in examples)
-        yield from chain.from_iterable(bar(pool.map(_encode_one, without_records, chunksize=64)))
-
-
-_worker: dict[str, Any] = {}  # the encoder of this worker process: pickling a tokenizer for every example takes seconds
-
-
-def _start_worker(encoder: partial) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    _worker["encoder"] = encoder
-
-
-def _encode_one(example: Example) -> list[Encoded]:
-    return _worker["encoder"](example)
+def _encode_chunk(
+    start: int, *, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    return encode_arrays(examples[start : start + _CHUNK], tokenizer, **encoding)
 
 
 def settings_hash(tokenizer: PreTrainedTokenizerBase, encoding: dict[str, Any]) -> str:

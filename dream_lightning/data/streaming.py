@@ -8,7 +8,6 @@ resumes at the window where it stopped. Tokenized shards stay in the cache, memo
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dream_lightning.atomic import lock_file
 from dream_lightning.batch import Document, Example, SampleKey
-from dream_lightning.data.document_cache import TokenizedSet, settings_hash
+from dream_lightning.data.document_cache import TokenizedSet, encode_arrays, settings_hash
 from dream_lightning.data.epoch_order import KeyRow, RowSampler
 from dream_lightning.data.packing import pack
+from dream_lightning.data.processes import map_in_processes
 from dream_lightning.data.schemas import choose_reader
 from dream_lightning.data.sources import find_shards, read_shard
 from dream_lightning.data.splits import passes
-from dream_lightning.data.tokenization import encode_documents
 from dream_lightning.errors import UserError
 
 _PARTS = 16  # shards of a window
@@ -110,8 +109,8 @@ class ShardStream(Dataset):
         with (self.cache_dir / "streaming.lock").open("ab") as lock:
             lock_file(lock, wait=True, byte=int(folder.name[-7:], 16))  # released when this process ends
             if not folder.exists():
-                encoded = (encode_documents(e, self.tokenizer, **self.encoding) for e in self.examples(number))
-                TokenizedSet.of(itertools.chain.from_iterable(encoded)).save(folder)
+                arrays = encode_arrays(self.examples(number), self.tokenizer, **self.encoding)
+                TokenizedSet.of([arrays]).save(folder)
 
     def __getitem__(self, index: int) -> Document:
         return self.opened(index >> _BITS & (1 << _BITS) - 1)[index & (1 << _BITS) - 1]
@@ -148,23 +147,6 @@ class ShardStream(Dataset):
     def fingerprint(self) -> str:
         parts = [[Path(s.file).name, *s[2:]] for s in self.shards]
         return hashlib.sha256(json.dumps([parts, self.held, self.weights]).encode()).hexdigest()[:16]
-
-
-class _Tokenizing(Dataset):
-    """Maps the number of a shard to None once it is tokenized, or to what is wrong with it."""
-
-    def __init__(self, stream: ShardStream) -> None:
-        self.stream = stream
-
-    def __getitem__(self, number: int) -> str | None:
-        try:
-            self.stream.tokenize(number)
-        except UserError as error:  # a DataLoader would wrap it into a traceback
-            return str(error)
-
-
-def _start_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 
 
 class StreamSampler(RowSampler):
@@ -234,20 +216,9 @@ class StreamSampler(RowSampler):
         """Yield once for each window that is tokenized; with workers, those after it are tokenized meanwhile."""
         shards = [[shard for _, shard in window] for window in windows]
         turned = [part[i:] + part[:i] for part in shards for i in [len(part) * self.rank // self.num_replicas]]
-        workers = self.stream.num_workers
-        results = iter(
-            DataLoader(
-                _Tokenizing(self.stream),
-                batch_size=None,
-                sampler=list(itertools.chain.from_iterable(turned)),  # ranks begin with different shards
-                num_workers=workers,
-                prefetch_factor=max(2, -(-_PARTS // workers)) if workers else None,
-                worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # its default would advance the global one
-            )
-        )
+        numbers = list(itertools.chain.from_iterable(turned))  # ranks begin with different shards
+        tokenized = map_in_processes(self.stream.tokenize, numbers, self.stream.num_workers, ahead=_PARTS)
         for part in shards:
-            for problem in itertools.islice(results, len(part)):
-                if problem is not None:
-                    raise UserError(problem)
+            for _ in itertools.islice(tokenized, len(part)):
+                pass
             yield

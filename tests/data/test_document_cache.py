@@ -37,7 +37,8 @@ def examples(count=12):
         {"style": "plain", "system_prompt": "S", "eos_fill_to": 50}, {"thinking": False},
     ],
 )  # fmt: skip
-def test_set_equals_one_by_one(options, num_proc):
+def test_set_equals_one_by_one(options, num_proc, monkeypatch):
+    monkeypatch.setattr(document_cache, "_CHUNK", 5)
     alone = [encode(example, BYTES, **options) for example in examples()]
     got = tokenize(examples(), BYTES, num_proc=num_proc, **options)
     assert list(got) == [one.document for one in alone if one.document is not None]

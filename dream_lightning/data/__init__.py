@@ -1,7 +1,8 @@
 """Records → examples → documents of token ids → batches.
 
 `records` and `sources` read rows, `schemas` makes examples of them, `splits` chooses among these, `prompt_format` and
-`tokenization` give ids, in several `processes`, `document_cache` keeps them, `packing` and `epoch_order` make batches and their order.
+`tokenization` give ids, in several `processes`, `document_cache` keeps them, `packing` and `epoch_order` make batches
+and their order.
 
 Training is fed in one of three ways, of which `S1KDataModule.train_dataloader` picks one: documents in memory
 (`epoch_order`), documents on the model's device (`preloaded`), or a stream of shards (`streaming`).

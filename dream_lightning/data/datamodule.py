@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -162,8 +162,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         if self.trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn != "predict":
             training, validation = self.read()
             self.tokenized(validation, self.encoding)
-            if not self.streaming:
-                self.tokenized(training, self.training_encoding)
+            self._documents(training)
 
     def setup(self, stage: str) -> None:
         if stage == "predict":
@@ -181,7 +180,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
             warn_of_responses(training, self.tokenizer, self.encoding)
             turns = any(sum(m["role"] != "system" for m in example.prompt) > 1 for example in training)
             self.several_turns = turns or (None if self.streaming else False)
-            self.train_set = self._stream() if self.streaming else self.tokenized(training, self.training_encoding)
+            self.train_set = self._documents(training)
             rank_zero_info(f"training: {self.train_set.summary()}")
 
     def read(self) -> tuple[list[Example], list[Example]]:
@@ -189,7 +188,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         if self.validation_source is not None:
             validation = read_examples(self.validation_source, split="validation", **self.reading)
         if self.streaming:
-            training, held = self._stream().read()
+            training, held = self._stream.read()
             return training, held if self.validation_source is None else validation
         parts = [read_examples(source, split="train", **self.reading) for source in self.sources]
         training = list(chain(*parts))
@@ -206,6 +205,10 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
     def tokenized(self, examples: Sequence[Example], encoding: dict[str, Any]) -> TokenizedSet:
         return tokenize(examples, self.tokenizer, cache_dir=self.cache_dir, **encoding)
 
+    def _documents(self, training: list[Example]) -> TokenizedSet | ShardStream:
+        return self._stream if self.streaming else self.tokenized(training, self.training_encoding)
+
+    @cached_property
     def _stream(self) -> ShardStream:
         return ShardStream(
             self.sources,
@@ -259,7 +262,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         """Bucketed by length; an answer does not depend on its batch."""
         ranks = self._ranks(self.question_batch_size)
         window = _WINDOW * self.question_batch_size * ranks["world_size"]
-        numbers = bucket_by_length(numbers, [len(self._prompts[n]) for n in numbers], window=window)
+        numbers = bucket_by_length(numbers, lambda n: len(self._prompts[n]), window=window)
         sampler = RowSampler([[n] for n in numbers], shuffle=False, **ranks)
         items = list(zip(self.questions, self._prompts, strict=True))
         return self._loader(items, sampler, collate_prompts, batch_size=self.question_batch_size)

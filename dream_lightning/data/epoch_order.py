@@ -1,9 +1,10 @@
 """The order of documents in an epoch, cut into rows and distributed over ranks; the order of questions by length."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from dream_lightning.batch import SampleKey
 
+T = TypeVar("T")
 KeyRow = tuple[SampleKey, ...]
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -67,25 +69,20 @@ class RowSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[KeyRow]:
         keys = self._shuffled_keys() if self.shuffle else self._repeated_keys
-        for places in self.micro_batches():
-            for place in places:
-                yield keys(place) if place < self.uses else tuple(SampleKey(*key[:3], counted=False) for key in keys(0))
+        for places, counted in self.micro_batches(self.places()):
+            yield from mark_copies(list(map(keys, places)), counted)
 
-    @property
-    def uses(self) -> int:
-        """Rows of an epoch over all ranks."""
-        return len(self.rows) * self.repeats
+    def places(self) -> range:
+        """What is left of the epoch over all ranks, as places in its order."""
+        return range(self.start_row, len(self.rows) * self.repeats)
 
-    def micro_batches(self) -> Iterator[range]:
-        """This rank's places in the epoch's order; those from `uses` on are copies of the first, not counted."""
-        start = min(self.start_row, self.uses)
-        total = self.uses + (start - self.uses) % self.num_replicas
-        full = start + (total - start) // self.block * self.block
-        share = (total - full) // self.num_replicas
-        for first in range(start + self.rank * self.batch_size, full, self.block):
-            yield range(first, first + self.batch_size)
-        if share:
-            yield range(full + self.rank * share, full + (self.rank + 1) * share)
+    def micro_batches(self, rows: Iterable[T]) -> Iterator[tuple[list[T], int]]:
+        """This rank's micro-batches of the rows of all ranks, and how many of each count: the others are copies."""
+        rows = iter(rows)
+        while block := list(itertools.islice(rows, self.block)):
+            share = -(-len(block) // self.num_replicas)
+            own = block[self.rank * share : (self.rank + 1) * share]
+            yield own + block[:1] * (share - len(own)), len(own)
 
     def _repeated_keys(self, place: int) -> KeyRow:
         """The same noise at every pass: epochs −1, −2, …, whose orders are one sequence."""
@@ -110,6 +107,12 @@ class RowSampler(DistributedSampler):
         row_at = np.empty(len(self.rows), np.int64)
         row_at[np.argsort(_t(np.arange(len(self.rows))))] = np.argsort(_t(order[self._first]))
         return row_at, order
+
+
+def mark_copies(rows: list[KeyRow], counted: int) -> list[KeyRow]:
+    """Rows of which those after the first `counted` do not count."""
+    copies = [tuple(SampleKey(*key[:3], counted=False) for key in row) for row in rows[counted:]]
+    return rows[:counted] + copies
 
 
 def _t(order: np.ndarray) -> np.ndarray:  # without the epoch's offset: see `diffusion.schedule.stratified_t`
@@ -178,8 +181,7 @@ class ResumableLoader(DataLoader):
             )
 
 
-def bucket_by_length(numbers: Sequence[int], lengths: Sequence[int], *, window: int) -> list[int]:
+def bucket_by_length(numbers: Sequence[int], length: Callable[[int], int], *, window: int) -> list[int]:
     """Sort by length, longest first, within consecutive windows: little padding, and first questions come first."""
-    length = dict(zip(numbers, lengths, strict=True))
     windows = (numbers[start : start + window] for start in range(0, len(numbers), window))
-    return [number for part in windows for number in sorted(part, key=lambda n: -length[n])]
+    return [number for part in windows for number in sorted(part, key=length, reverse=True)]

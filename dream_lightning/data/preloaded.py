@@ -68,8 +68,6 @@ class PreloadedLoader(ResumableLoader):
     def _batches(self) -> Iterator[Batch]:
         sampler = self.sampler
         row_at, order = sampler.shuffled()
-        for places in sampler.micro_batches():
-            place = np.arange(places.start, places.stop)
-            counted = place < sampler.uses
-            documents = row_at[np.where(counted, place, 0)]  # one a row, in their order
-            yield self.dataset.batch(documents, order[documents], sampler.epoch, counted)
+        for places, counted in sampler.micro_batches(sampler.places()):
+            documents = row_at[places]  # one a row
+            yield self.dataset.batch(documents, order[documents], sampler.epoch, np.arange(len(places)) < counted)

@@ -136,22 +136,16 @@ READERS = {
 def parse_json(content: bytes, origin: str) -> Any:
     """Raises UserError for what is no JSON, has a key twice, or holds a text that no encoding can store."""
     with reading(origin, "valid JSON", "correct it (.jsonl holds one object a line)"):
-        try:
-            value = _DECODER.decode(content.decode("utf-8-sig"))
-        except _RepeatedKey as error:
-            _refuse_repeated(error.args, origin)
+        value = _DECODER.decode(content.decode("utf-8-sig"))
         if _SURROGATE_ESCAPE.search(content):
             _refuse_surrogates(value, origin)
         return value
 
 
-class _RepeatedKey(Exception):
-    """Its arguments are the keys of an object."""
-
-
 def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(record := dict(pairs)) < len(pairs):
-        raise _RepeatedKey(*(key for key, _ in pairs))
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"{_repeated([key for key, _ in pairs])!r} more than once, and one value would be lost")
     return record
 
 
@@ -160,8 +154,12 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_read_object)  # one for all rows:
 
 def _refuse_repeated(names: Sequence[str], origin: str) -> None:
     if len(names) > len(set(names)):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{origin} has {repeated!r} more than once, and one value would be lost: rename or remove one")
+        name = _repeated(names)
+        raise UserError(f"{origin} has {name!r} more than once, and one value would be lost: rename or remove one")
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)
 
 
 def _refuse_surrogates(value: Any, origin: str) -> None:

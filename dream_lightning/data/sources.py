@@ -77,7 +77,7 @@ def read_rows(source: str | Path, split: str = "train", subset: str | None = Non
         rows = chain.from_iterable(map(read_shard, _shards(path, split, sys.maxsize, tuple(READERS))))
     first = next(rows, None)
     if first is None:
-        raise _no_rows(source)
+        raise no_rows(source)
     yield first
     yield from rows
 
@@ -104,7 +104,7 @@ def find_shards(source: str | Path, size: int, split: str = "train") -> list[Sha
         raise UserError(f"{path} is a folder of save_to_disk, which is not streamed: write it with Dataset.to_parquet")
     shards = list(_shards(path, split, size, _STREAMED))
     if not shards:
-        raise _no_rows(source)
+        raise no_rows(source)
     return shards
 
 
@@ -124,7 +124,7 @@ def read_shard(shard: Shard) -> Iterator[Row]:
         yield from numbered(READERS[path.suffix](shard), shard.name, shard.number)
 
 
-def _no_rows(source: str | Path) -> UserError:
+def no_rows(source: str | Path) -> UserError:
     return UserError(f"{source} has no rows: check that the file was written completely, or name another source")
 
 

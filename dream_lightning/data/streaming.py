@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from dream_lightning.atomic import lock_file
 from dream_lightning.batch import Document, Example, SampleKey
 from dream_lightning.data.document_cache import TokenizedSet, encode_arrays, settings_hash
-from dream_lightning.data.epoch_order import KeyRow, RowSampler
+from dream_lightning.data.epoch_order import KeyRow, RowSampler, mark_copies
 from dream_lightning.data.packing import pack
 from dream_lightning.data.processes import map_in_processes
 from dream_lightning.data.schemas import choose_reader
-from dream_lightning.data.sources import find_shards, read_shard
+from dream_lightning.data.sources import find_shards, no_rows, read_shard
 from dream_lightning.data.splits import passes
 from dream_lightning.errors import UserError
 
@@ -66,7 +66,7 @@ class ShardStream(Dataset):
             shards = find_shards(source, max(1, int(shuffle_mib * 2**20 / _PARTS)))
             first = next(filter(None, (list(read_shard(shard)) for shard in shards)), None)
             if first is None:
-                raise UserError(f"{source} has no rows: check that it was written completely, or name another source")
+                raise no_rows(source)
             self.groups.append(list(range(len(self.shards), len(self.shards) + len(shards))))
             self.readers += [choose_reader(first, **reading)] * len(shards)
             self.shards += shards
@@ -172,12 +172,8 @@ class StreamSampler(RowSampler):
         self.start_window = tuple(place.get("window", (0, 0, 0)))
 
     def __iter__(self) -> Iterator[KeyRow]:
-        rows = self._from_start()
-        while block := list(itertools.islice(rows, self.block)):
-            uncounted = tuple(SampleKey(*key[:3], counted=False) for key in block[0])
-            block += [uncounted] * (-len(block) % self.num_replicas)
-            share = len(block) // self.num_replicas
-            yield from block[self.rank * share : (self.rank + 1) * share]
+        for rows, counted in self.micro_batches(self._from_start()):
+            yield from mark_copies(rows, counted)
 
     def _from_start(self) -> Iterator[KeyRow]:
         order = self.stream.order(self.epoch, self.seed)

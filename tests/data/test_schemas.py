@@ -201,7 +201,7 @@ def test_blank_lines_and_line_separators_in_text(tmp_path):
         ([QA[0]], {"schema": "s1k"}, "row 1 has no column 'thinking_trajectories', it has question, response"),
         ([QA[0]], {"prompt_column": "quest"}, "row 1 has no column 'quest'"),
         ([QA[0]], {"reference_column": "gold"}, "row 1 has no column 'gold'"),
-        ([QA[0], '{"question": "q", "question": "r"}'], {}, "row 2 has 'question' more than once"),
+        ([QA[0], '{"question": "q", "question": "r"}'], {}, "row 2 .*'question' more than once"),
         ([QA[0], {"question": "\ud83d", "response": "r"}], {}, r"row 2 has half a surrogate pair in .*\\ud83d"),
         ([QA[0], {**QA[1], "deep": [{"\udc00": 1}]}], {}, "train.jsonl, row 2 has half a surrogate pair"),
         ([QA[0], '{"question": ' + "9" * 5000 + "}"], {}, "row 2 is damaged or no valid JSON .ValueError: Exceeds"),

@@ -25,8 +25,13 @@ def test_sums_worked_out_by_hand(pair, trace, attempt):
     assert (row["thinking_trajectories"], row["attempt"]) == ([trace], attempt)
 
 
-def test_every_row_has_s1k_columns_a_true_answer_and_a_trace_that_gives_it():
-    for row in sample_rows("train"):
+@pytest.fixture(scope="module")
+def train():
+    return sample_rows("train")
+
+
+def test_every_row_has_s1k_columns_a_true_answer_and_a_trace_that_gives_it(train):
+    for row in train:
         assert re.fullmatch(r"[1-9]\d\d\+[1-9]\d\d=\?", row["question"])
         a, b = terms(row)
         assert int(row["solution"]) == a + b and row["attempt"] == f"\\boxed{{{a + b}}}"
@@ -42,8 +47,8 @@ def test_every_row_has_s1k_columns_a_true_answer_and_a_trace_that_gives_it():
         assert int(f"{carried}{result}") == a + b
 
 
-def test_splits_are_fixed_and_share_no_sum_in_either_order():
-    train, validation = sample_rows("train"), sample_rows("validation")
+def test_splits_are_fixed_and_share_no_sum_in_either_order(train):
+    validation = sample_rows("validation")
     assert train == sample_rows("train")
     assert (len({terms(row) for row in train}), len({terms(row) for row in validation})) == (20_000, 500)
     assert not {frozenset(terms(row)) for row in train} & {frozenset(terms(row)) for row in validation}

@@ -78,8 +78,9 @@ def test_the_number_of_scored_answers_is_logged(sums, tmp_path):
         assert trainer.callback_metrics[f"{stage}/scored"] == 3
 
 
-@pytest.mark.parametrize("long", [1000, 2_000_000])
-@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+@pytest.mark.parametrize(
+    ("command", "long"), [("fit", 1000), ("validate", 1000), ("predict", 1000), ("predict", 2_000_000)]
+)
 def test_a_question_that_is_too_long_is_named_before_the_model_is_built(tmp_path, command, long):
     source = str(write_jsonl(tmp_path / "rows.jsonl", rows(3, question="1" * long)))
     module = tiny_module(new_model=SMALL, sampling=SamplingParams(max_new_tokens=100))
@@ -127,7 +128,8 @@ def test_special_tokens_in_responses_and_weights_without_effect_are_named(tmp_pa
     lines[3]["response"] = "<|endoftext|> 3"
     source = str(write_jsonl(tmp_path / "rows.jsonl", lines))
     weights = {"</thnik>": 9.0, "1": 2.0, "<|endoftext|>": 0.1}
-    options = {"validation_source": "bundled", "validation_questions": 0}
+    validation = write_jsonl(tmp_path / "validation.jsonl", rows(1, question="new?"))
+    options = {"validation_source": str(validation), "validation_questions": 0}
     warned = " ".join(told(tiny_data(source, tmp_path, extra_weight=weights, **options))[1])
     assert "2 of 8 responses hold a special token as text, first <|endoftext|> in rows.jsonl, row 4" in warned
     assert re.findall(r"extra_weight: '(.*?)' is in no response", warned) == ["</thnik>"]

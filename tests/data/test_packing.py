@@ -1,5 +1,6 @@
 """Rows of whole documents, and the authors' batch cutoff."""
 
+import json
 import random
 
 import pytest
@@ -7,11 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from dream_lightning.batch import Document, SampleKey
-from dream_lightning.data.document_cache import tokenize
 from dream_lightning.data.packing import collate, collate_with_cutoff, pack
-from dream_lightning.data.schemas import read_examples
 from dream_lightning.diffusion.denoiser import logits
-from dream_lightning.model import DreamConfig, DreamModel, load_tokenizer
+from dream_lightning.model import DreamConfig, DreamModel
 
 
 def document(prompt, response):
@@ -39,10 +38,10 @@ def test_a_document_without_a_prompt_is_refused():
 
 def test_rows_of_s1k_are_nearly_full(shared):
     """At 8,192 most documents are longer than half a row and too few are short enough to fill the rest."""
-    examples = read_examples(shared("data/s1k/s1k_gemini_traces.jsonl"))
-    whole = tokenize(examples, load_tokenizer(shared("data/dream-v0-instruct-7b"))).full_length
+    s1k = json.loads(shared("golden/tokenizer.json").read_text())["s1k"]
+    whole = [row["prompt_tokens"] + row["response_tokens"] for row in s1k]
     for budget, least in ((8_192, 0.91), (16_384, 0.97)):
-        lengths = whole.clip(max=budget).tolist()  # what truncate_trace leaves
+        lengths = [min(length, budget) for length in whole]  # what truncate_trace leaves
         for documents in (lengths, random.Random(0).choices(lengths, k=1000)):
             assert sum(documents) >= least * budget * len(pack(documents, budget))
 

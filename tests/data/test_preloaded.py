@@ -4,18 +4,17 @@ from dataclasses import fields
 
 import pytest
 import torch
-from material import tiny_module
+from material import addition_rows, tiny_data, tiny_module, write_jsonl
 
-from dream_lightning import S1KDataModule, load_tokenizer
 from dream_lightning.errors import UserError
 from dream_lightning.training.compiled_step import CompiledStep
 
 
 def batches(folder, preload: bool, start_row: int = 0, **options):
     """Two epochs, resumed at a row of the first."""
-    options = {"first_n": 23, "batch_size": 4, "eos_fill_to": 96, "max_length": 96, "cache_dir": folder, **options}
-    data = S1KDataModule(
-        "bundled", tokenizer=load_tokenizer("bytes"), validation_source="bundled", preload=preload, **options
+    rows = write_jsonl(folder / "rows.jsonl", addition_rows(23))
+    data = tiny_data(
+        rows, folder, validation_source=str(rows), preload=preload, **{"eos_fill_to": 96, "max_length": 96, **options}
     )
     data.setup("fit")
     loader = data.train_dataloader()

@@ -53,13 +53,11 @@ def test_an_epoch_has_every_document_once_on_any_ranks_and_workers(source, tmp_p
     assert [k.index & 2**40 - 1 for row in sampler for k in row] != [k.index for k in keys]
 
 
-def test_a_stream_resumes_at_every_batch_without_the_windows_before(source, tmp_path, monkeypatch):
-    def loader():
-        return stream(tmp_path, source)[0].train_dataloader()
-
+def test_a_stream_resumes_at_every_batch_without_the_windows_before(source, tmp_path):
     def ids(batches):
         return [(b.input_ids.tolist(), b.document_ids.tolist(), b.sample_ids.tolist()) for b in batches]
 
+    loader = stream(tmp_path, source)[0].train_dataloader
     whole = ids(loader())
     stopped = loader()
     for used, _ in enumerate(stopped, 1):

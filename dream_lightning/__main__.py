@@ -11,6 +11,9 @@ def main() -> None:
     # OpenMP reads it when torch is loaded. Threads that spin while they wait take the cores of other programs, and on a
     # busy machine each waits for one that does not run: training becomes many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.platform == "win32":  # whose code pages, the encoding of files and pipes, lack most signs
+        for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     command = (sys.argv[1:] or ["--help"])[0]
     if command in ("-h", "--help"):
         print(program_help())

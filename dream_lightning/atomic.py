@@ -8,13 +8,14 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 from weakref import WeakSet
 
 from dream_lightning.errors import UserError
 
+WINDOWS = os.name == "nt"
 PARTIAL = ".partial"  # suffix of an unfinished write; no reader takes it for a result
 _UNUSED = 1 << 30  # a byte after the end of files that are locked
 _DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -117,6 +118,15 @@ def lock(path: Path, refusal: str) -> BinaryIO:
         file.close()
 
 
+def remove_locked(file: BinaryIO) -> None:
+    """Remove the file of a lock, then release it; on Windows, which removes no open file, the other way round."""
+    if WINDOWS:
+        file.close()
+    with suppress(FileNotFoundError, *[PermissionError] * WINDOWS):  # another process may have locked it by now
+        os.unlink(file.name)
+    file.close()
+
+
 def lock_file(file: IO, *, wait: bool, byte: int | None = None) -> None:
     """Lock an open file, or one byte of it for this process.
 
@@ -188,7 +198,7 @@ def not_written(path: Path, reason: object) -> UserError:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt":  # Windows syncs neither folders nor files that are open to read
+    if WINDOWS:  # it syncs neither folders nor files that are open to read
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,6 +1,7 @@
 """Upload a model to the Hugging Face hub: the official folder, its adapters as PEFT reads them, and a model card."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,8 +121,11 @@ def _public(value: Any) -> Any:
         return {_public(name): _public(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_public(part) for part in value]
-    local = isinstance(value, str) and (value.startswith(("/", "~", ".")) or ("/" in value and Path(value).exists()))
-    return Path(value).name if local else value
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    local = path.is_absolute() or value.startswith(("~", ".")) or (path.name != value and os.path.exists(value))
+    return path.name if local else value
 
 
 @contextmanager

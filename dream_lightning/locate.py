@@ -1,6 +1,7 @@
 """What a name on the command line means: a run, a checkpoint, adapters, a model folder, or a hub id."""
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,14 +133,17 @@ def with_checkpoint(command: str, words: list[str], gpu: bool) -> list[str]:
         options |= {"pretrained": read_peft_folder(found.name).base["name"], "lora.adapter": found.name}
     defaults = {}
     if not _has_config(words):
-        how, sources = trained(given), [w.partition("=")[2] for w in rest if w.startswith("--data.predict_source=")]
+        how = trained(given)
+        questions = ArgumentParser(add_help=False, allow_abbrev=False)
+        questions.add_argument("--data.predict_source", dest="source")
         defaults = {"model.dtype": "bfloat16" if gpu else "float32", "data.style": how.style}
         sampling = {"forbid_mask": True} | how.sampling
-        defaults |= {f"model.sampling.{name}": json.dumps(value) for name, value in sampling.items()}
-        defaults |= {"data.system_prompt": json.dumps(how.system_prompt)}
-        defaults |= {"data.source": sources[-1]} if sources else {}
+        defaults |= {f"model.sampling.{name}": value for name, value in sampling.items()}
+        defaults["data.system_prompt"] = how.system_prompt
+        if source := questions.parse_known_args(rest)[0].source:
+            defaults["data.source"] = source
     return [
-        *(f"--{name}={value}" for name, value in defaults.items()),
+        *(f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in defaults.items()),
         *rest,
         *(f"--model.{name}={value}" for name, value in options.items()),
     ]

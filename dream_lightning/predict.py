@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.distributed.tensor import DTensor
 
-from dream_lightning.atomic import PARTIAL, atomic_write, lock, on_rank_zero, write_texts
+from dream_lightning.atomic import PARTIAL, atomic_write, lock, on_rank_zero, remove_locked, write_texts
 from dream_lightning.batch import Answers, PromptBatch
 from dream_lightning.errors import UserError, reading
 from dream_lightning.tasks import proportion_interval
@@ -102,14 +102,18 @@ class PredictionFile:
         with atomic_write(self.path) as partial:
             partial.write_bytes(b"".join(lines[number] for number in sorted(lines)))
         for leftover in (*self._parts(), *self.path.parent.glob(f"{glob.escape(self.path.name)}*{PARTIAL}")):
-            leftover.unlink()
+            if self._part is None or leftover != Path(self._part.name):
+                leftover.unlink()
+        if self._part is not None:
+            remove_locked(self._part)
+            self._part = None
 
     def close(self) -> None:
         """Release the lock, and remove a part without answers."""
         if self._part is not None:
             state = os.fstat(self._part.fileno())
             if state.st_size == 0 and state.st_nlink:
-                os.unlink(self._part.name)
+                remove_locked(self._part)
             self._part.close()
             self._part = None
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def evaluate_grid(
     """
     out, rows = Path(out).expanduser(), []
     for number, (label, params) in enumerate(combinations(sampling, grid).items()):
-        folder = out / f"{number:03}-{label.replace('/', '_'):.100}"
+        folder = out / f"{number:03}-{re.sub('[^-_.=,0-9A-Za-z]', '_', label):.100}"  # a name on every system
         card = evaluate(model, tokenizer, [task], name=name, out=folder, sampling=params, **options)
         (scores,) = card["tasks"].values()
         if "accuracy" not in scores:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from dream_lightning.atomic import lock, write_texts
+from dream_lightning.atomic import WINDOWS, lock, write_texts
 from dream_lightning.errors import UserError, check_range, reading
 from dream_lightning.experiments.pruning import PruneTrial, import_optuna, open_study
 from dream_lightning.experiments.report import report
@@ -222,10 +222,11 @@ def _search(
 
 
 def start(arguments: list[str], output: Path, lock_file: int) -> int:
-    """Run a command of this program in a process of its own, which holds the sweep's lock too; returns its status."""
+    """Run a command of this program in a process of its own and return its status. On POSIX, it holds the lock, too."""
     with output.open("ab") as file:
         command = [sys.executable, "-m", "dream_lightning", *arguments]
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock_file,)).returncode
+        held = {} if WINDOWS else {"pass_fds": (lock_file,)}
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, **held).returncode
 
 
 class _Runner:

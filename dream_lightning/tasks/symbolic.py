@@ -9,12 +9,13 @@ import json
 import logging
 import math
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
+from functools import partial
 
 CHECK_SECONDS = 5.0  # CPU time, so that no verdict depends on the machine's load; a usual check takes 5-50 ms
 TOTAL_SECONDS = 600.0  # CPU time of all checks of a validation
@@ -54,7 +55,7 @@ class SymbolicChecker:
                     verdict, seconds = reply.split()
                     self._seconds_left -= float(seconds)
                     return verdict == b"1"
-                if ended not in (None, -signal.SIGKILL, -signal.SIGTERM):  # its CPU time, or out of memory
+                if ended not in (None, -9, -signal.SIGTERM):  # its CPU time, or out of memory
                     self._seconds_left -= CHECK_SECONDS
                     logging.getLogger(__name__).warning(
                         "no verdict after computing %g s, so False: %.80r %.80r", CHECK_SECONDS, target, gold
@@ -66,9 +67,9 @@ class SymbolicChecker:
     def _ask(self, gold: str, target: str) -> tuple[bytes, int | None]:
         """The reply, or b"" and the exit status, None if the subprocess was too slow."""
         self._start()
-        with suppress(BrokenPipeError):  # it was killed: its output ends, too
+        with suppress(OSError):  # it was killed: its output ends, too
             self._process.stdin.write(json.dumps([CHECK_SECONDS, gold, target]).encode() + b"\n")
-        if (reply := self._reply()) is None:
+        if (reply := self._reply(CHECK_SECONDS)) is None:
             self.stop()
             return b"", None
         return reply, None if reply else self.stop()
@@ -76,10 +77,6 @@ class SymbolicChecker:
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        if not hasattr(signal, "setitimer"):
-            from dream_lightning.errors import UserError  # the subprocess must not import the package
-
-            raise UserError("grading formulas needs Linux, macOS or WSL: set data.validation_questions to 0")
         command = [sys.executable, "-P", os.path.abspath(__file__)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         if self._reply() != b"ready\n":
@@ -88,17 +85,30 @@ class SymbolicChecker:
 
             raise UserError("Math-Verify did not start, see its error above: pip install 'math-verify>=0.9'")
 
-    def _reply(self) -> bytes | None:
-        in_time = select.select([self._process.stdout], [], [], WAIT_SECONDS)[0]
-        return self._process.stdout.readline() if in_time else None
+    def _reply(self, cpu_seconds: float = math.inf) -> bytes | None:
+        """A line, b"" if the subprocess has ended, None if it was too slow."""
+        process, lines, end = self._process, [], time.monotonic() + WAIT_SECONDS
+        reader = threading.Thread(target=lambda: lines.append(process.stdout.readline()), daemon=True)
+        reader.start()
+        if not hasattr(signal, "setitimer"):  # on Windows no timer ends the subprocess
+            import psutil
+
+            with suppress(psutil.NoSuchProcess):
+                usage = psutil.Process(process.pid).cpu_times
+                most = sum(usage()[:2]) + cpu_seconds
+                while reader.is_alive() and time.monotonic() < end:
+                    reader.join(0.1)
+                    if sum(usage()[:2]) > most:
+                        process.kill()
+        reader.join(max(end - time.monotonic(), 0))
+        return lines[0] if lines else None
 
     def stop(self) -> int | None:
         """End the subprocess; returns its exit status."""
         process, self._process = self._process, None
         if process is None:
             return None
-        if not select.select([process.stdout], [], [], 0)[0]:  # still running
-            process.kill()
+        process.kill()  # does not change the status of one that has ended
         process.communicate()
         return process.returncode
 
@@ -110,9 +120,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def _serve() -> None:
-    import resource
-    import time
-
     import sympy
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, grader, parse, verify
@@ -121,6 +128,8 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     sys.stdout = sys.stderr  # what sympy prints must not be read as a reply
     if sys.platform == "linux":
+        import resource
+
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # 10^(10^10) asks for 4 GB
     # No units: they take letters for units. No fallback: it takes a number out of a formula that does not parse.
     normalization = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
@@ -152,14 +161,15 @@ def _serve() -> None:
         return value.subs({symbol: sympy.I for symbol in units}) if units else value
 
     read(r"\frac{1}{2}")  # builds the grammar's tables
+    set_timer = partial(signal.setitimer, signal.ITIMER_PROF) if hasattr(signal, "setitimer") else lambda seconds: None
     replies.write(b"ready\n")
     for line in sys.stdin:
         seconds, *texts = json.loads(line)
         start = time.process_time()
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process, also in the middle of a long C call
+        set_timer(seconds)  # ends the process, also in the middle of a long C call
         gold, target = map(read, texts)
         verdict = verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        set_timer(0)
         replies.write(b"%d %.4f\n" % (verdict, time.process_time() - start))
 
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import threading
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -16,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dream_lightning.atomic import check_folder, lock, on_rank_zero, remove_partials
+from dream_lightning.atomic import check_folder, lock, on_rank_zero, remove_locked, remove_partials
 from dream_lightning.training.checkpointing import refuse_diverged
 from dream_lightning.training.step_accumulator import ends_step
 
@@ -78,9 +77,7 @@ class Autosave(ModelCheckpoint):
 
     def _unlock(self) -> None:
         for file in self._locks:
-            with suppress(FileNotFoundError):
-                os.unlink(file.name)
-            file.close()
+            remove_locked(file)
         self._locks = ()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -102,7 +102,8 @@ def _checkpoints(trainer: L.Trainer) -> list[str]:
 
 def _shown(path: str) -> str:
     whole = Path(path).absolute()
-    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
+    shown = str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
+    return f'"{shown}"' if " " in shown else shown  # for a shell of any system
 
 
 def _plain(value: Any) -> bool | float | str:

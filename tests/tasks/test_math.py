@@ -213,6 +213,18 @@ def test_a_busy_machine_changes_no_verdict(monkeypatch):
     assert symbolic.checker._process is process
 
 
+def test_without_timers_this_process_limits_the_cpu_time(monkeypatch, tmp_path):
+    """As on Windows, where the status of a killed process is 1."""
+    (tmp_path / "sitecustomize.py").write_text("import signal\ndel signal.setitimer")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(symbolic, "checker", symbolic.SymbolicChecker())
+    monkeypatch.setattr(symbolic.subprocess.Popen, "kill", lambda self: self.send_signal(signal.SIGHUP))
+    monkeypatch.delattr(signal, "setitimer")
+    monkeypatch.setattr(symbolic, "CHECK_SECONDS", 0.3)
+    assert [symbolic.checker.equal(text, "8") for text in ("9^{9^{9^{9}}}", "2^3")] == [False, True]
+    symbolic.checker.stop()
+
+
 def test_works_outside_the_main_thread():
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(lambda n: is_equivalent(rf"{n}/\sqrt{{{n}}}", rf"\sqrt{{{n}}}"), (3, 5, 7, 11)))

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def tokenize(
     """Documents of all examples.
 
     Args:
-        num_proc: processes; None takes 1 below 500 examples, up to 8 from there.
+        num_proc: processes; None takes 1 below 500 examples, up to 8 from there if they can be forked.
         cache_dir: a later call with the same arguments reads the result from here; several processes may fill it.
         encoding: options of `tokenization.encode_documents`.
 
@@ -143,7 +144,8 @@ def tokenize(
     if num_proc is None:
         # Only Linux tells which cores this process may use.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_proc = min(8, cores) if len(examples) >= _PARALLEL_FROM else 1
+        forks = get_all_start_methods()[0] == "fork"  # elsewhere, a process imports the program, and a script again
+        num_proc = min(8, cores) if forks and len(examples) >= _PARALLEL_FROM else 1
     encode = partial(_encode_chunk, examples=examples, tokenizer=tokenizer, encoding=encoding)
     chunks = range(0, len(examples), _CHUNK)
     arrays = map_in_processes(encode, chunks, num_proc if num_proc > 1 else 0)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
 from material import addition_rows, shared_path, write_jsonl
 
+from dream_lightning.cli import DreamCLI
 from dream_lightning.data import additions
 
 pytest_plugins = ["tiny_models"]
@@ -26,6 +28,22 @@ def sums(tmp_path):
 def few_bundled(monkeypatch):
     """400 bundled rows instead of 20,000, which take seconds to read."""
     monkeypatch.setattr(additions, "TRAIN_ROWS", 400)
+
+
+@pytest.fixture(scope="module")
+def cached_parsers():
+    """Building a parser for the Trainer takes five times as long as parsing with it."""
+    kept = {}
+
+    def setup_parser(cli, *arguments):
+        if cli.command not in kept:
+            LightningCLI.setup_parser(cli, *arguments)
+            kept[cli.command] = dict(vars(cli))
+        vars(cli).update(kept[cli.command])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DreamCLI, "setup_parser", setup_parser, raising=False)
+        yield
 
 
 def pytest_collection_modifyitems(items):

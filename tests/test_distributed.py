@@ -73,7 +73,10 @@ def nothing_masked_on_rank_1(model):
 
 
 def fit(folder, name, kind, strategy, *, batch_size, resume=None, unmasked=False, precision=None, **options):
-    """Train a case; process 0 saves the results as `{name}.pt`, the checkpoint is `{name}.ckpt`."""
+    """Train a case; process 0 saves the results as `{name}.pt`, the checkpoint is `{name}.ckpt`.
+
+    The cases whose answers are compared validate, in the middle of training.
+    """
     os.environ.update(ENVIRONMENT)  # Lightning removes its variables at the end of a run
     world_size = int(os.environ["WORLD_SIZE"])
     L.seed_everything(0, verbose=False)
@@ -87,7 +90,8 @@ def fit(folder, name, kind, strategy, *, batch_size, resume=None, unmasked=False
         **{"devices": world_size, "strategy": strategy, "precision": precision, "max_steps": STEPS, "max_epochs": 5},
         **{"accumulate_grad_batches": micro_batches, "gradient_clip_val": 1.0, "use_distributed_sampler": False},
         num_sanity_val_steps=0,
-        val_check_interval=SAVED * micro_batches,  # validation in the middle of training
+        limit_val_batches=1.0 if name in {f"{kind}-one", f"{kind}-{strategy}"} else 0,
+        val_check_interval=SAVED * micro_batches,
         default_root_dir=folder,
     )
     options = {"tokenizer": model.tokenizer, "batch_size": batch_size, "validation_questions": 5}

@@ -40,7 +40,7 @@ QLORA_7B = replace(FULL_7B, dtype=torch.bfloat16, lora=LoraParams(targets=["q_pr
 
 
 @pytest.fixture
-def plan(monkeypatch, capsys, shared, tmp_path):
+def plan(monkeypatch, capsys, shared, tmp_path, cached_parsers):
     """Options of `dream-lightning plan` → its output and messages, with the official config.json and no weights."""
     shutil.copy(shared("data/dream-v0-instruct-7b") / "config.json", tmp_path)
     monkeypatch.setattr(LightningCLI, "instantiate_classes", lambda _: pytest.fail("a class was instantiated"))

@@ -19,7 +19,7 @@ from dream_lightning import DreamModule
 from dream_lightning.batch import Batch, NoisedBatch
 from dream_lightning.training import ProgressBar, Throughput, progress
 
-ACCUMULATE, LOG_EVERY = 4, 3
+ACCUMULATE, LOG_EVERY = 2, 3
 OPTIONS = [{}, {"complementary_masks": True, "treat_eos_as_one": True}, {"weighting": "cart", "focal_gamma": 2.0}]
 
 

@@ -148,6 +148,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         self.training_encoding = self.encoding | {"trajectories": trajectories}
         self.batch_size, self.question_batch_size = batch_size, question_batch_size or batch_size
         self.packing, self.batch_cutoff, self.preload, self.too_long = packing, batch_cutoff, preload, too_long
+        self.budget = max_length if packing else None  # of a packed row
         self.validation_draws, self.validation_questions = validation_draws, validation_questions
         self.train_set: TokenizedSet | ShardStream | None = None  # number → document
         self.validation_set: TokenizedSet | None = None
@@ -227,13 +228,13 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         order = {"seed": self.seed, **self._ranks(self.batch_size)}
         loading = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         if self.streaming:
-            budget = self.encoding["max_length"] if self.packing else None
             # With a number of batches, Lightning knows the length of an epoch, and reads no batch ahead.
             ahead = self.trainer is not None and isinstance(self.trainer.limit_train_batches, float)
-            sampler = StreamSampler(self.train_set, budget=budget, read_ahead=ahead, **order)
+            sampler = StreamSampler(self.train_set, budget=self.budget, read_ahead=ahead, **order)
         else:
-            lengths = self.train_set.lengths.tolist() if self.short_first else None
-            sampler = RowSampler(self._rows(self.train_set), lengths=lengths, **order)
+            lengths = self.train_set.lengths.tolist()
+            rows = pack(lengths, self.budget)
+            sampler = RowSampler(rows, lengths=lengths if self.short_first else None, **order)
         if self.preload:
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             return PreloadedLoader(PreloadedSet(self.train_set, device), sampler=sampler, **loading)
@@ -244,8 +245,8 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         return self._loader(self.train_set, sampler, collation, ResumableLoader, **loading)
 
     def val_dataloader(self) -> list[DataLoader]:
-        ranks = self._ranks(self.batch_size)
-        sampler = RowSampler(self._rows(self.validation_set), shuffle=False, repeats=self.validation_draws, **ranks)
+        ranks, rows = self._ranks(self.batch_size), pack(self.validation_set.lengths.tolist(), self.budget)
+        sampler = RowSampler(rows, shuffle=False, repeats=self.validation_draws, **ranks)
         likelihood = self._loader(self.validation_set, sampler, collate, batch_size=self.batch_size)
         return [likelihood, self._question_loader(range(len(self.questions)))] if self.questions else [likelihood]
 
@@ -266,11 +267,6 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         sampler = RowSampler([[n] for n in numbers], shuffle=False, **ranks)
         items = list(zip(self.questions, self._prompts, strict=True))
         return self._loader(items, sampler, collate_prompts, batch_size=self.question_batch_size)
-
-    def _rows(self, documents: TokenizedSet) -> list[list[int]]:
-        if self.packing:
-            return pack(documents.lengths.tolist(), self.encoding["max_length"])
-        return [[i] for i in range(len(documents))]
 
     def _ranks(self, batch_size: int) -> dict[str, int]:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

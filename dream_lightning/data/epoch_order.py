@@ -125,9 +125,6 @@ class KeyedItems(Dataset):
     def __init__(self, items: Any) -> None:
         self.items = items
 
-    def __len__(self) -> int:
-        return len(self.items)
-
     def __getitem__(self, row: KeyRow) -> list[tuple[SampleKey, Any]]:
         return [(key, self.items[key.index]) for key in row]
 

@@ -16,12 +16,14 @@ _BOUNDS = 32  # document_bounds are padded to a multiple of this, so that compil
 KeyedRow = Sequence[tuple[SampleKey, Document]]  # the documents of one row
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put whole documents into rows of at most `budget` tokens; the numbers of each row's documents.
+def pack(lengths: Sequence[int], budget: int | None) -> list[list[int]]:
+    """Put whole documents into rows of at most `budget` tokens, None = one a row; the numbers of each row's documents.
 
     Best-fit decreasing: longest first, each into the fullest row that fits. At most 22 % more rows than the optimum
     (Johnson 1974), in practice none. Raises UserError if a document is longer than a row.
     """
+    if budget is None:
+        return [[i] for i in range(len(lengths))]
     if lengths and max(lengths) > budget:
         raise UserError(f"a document has {max(lengths)} tokens and a packed row {budget}: raise max_length")
     rows: list[list[int]] = []

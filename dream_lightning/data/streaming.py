@@ -188,11 +188,11 @@ class StreamSampler(RowSampler):
             self.windows.append((row, number, document))
             sets = [self.stream.opened(shard) for _, shard in windows[number]]
             lengths = np.concatenate([documents.lengths for documents in sets]).tolist()
-            starts = zip(windows[number], sets, strict=True)
             if max(map(len, sets)) >> _BITS:
                 raise UserError(f"a shard has more than {1 << _BITS:,} documents: lower shuffle_mib")
-            samples = [((use << _BITS | shard) << _BITS) + i for (use, shard), s in starts for i in range(len(s))]
-            rows = pack(lengths, self.budget) if self.budget else [[i] for i in range(len(lengths))]
+            firsts = [(use << _BITS | shard) << _BITS for use, shard in windows[number]]
+            samples = [first + i for first, s in zip(firsts, sets, strict=True) for i in range(len(s))]
+            rows = pack(lengths, self.budget)
             shuffled = RowSampler(rows, batch_size=1, seed=self.seed * 1_000_003 + number)
             shuffled.epoch = self.epoch
             row_at, place = (array.tolist() for array in shuffled.shuffled())
@@ -215,6 +215,5 @@ class StreamSampler(RowSampler):
         numbers = list(itertools.chain.from_iterable(turned))  # ranks begin with different shards
         tokenized = map_in_processes(self.stream.tokenize, numbers, self.stream.num_workers, ahead=_PARTS)
         for part in shards:
-            for _ in itertools.islice(tokenized, len(part)):
-                pass
+            list(itertools.islice(tokenized, len(part)))  # waits for them
             yield

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -43,14 +44,15 @@ def split(
     Questions are ranked by a hash of (seed, question) and go to validation, with all their repetitions, until it holds
     `validation_fraction` of the examples. Raises UserError if one of the two sides is empty.
     """
-    counts = Counter(map(question_key, examples))
+    keys = list(map(question_key, examples))
+    counts = Counter(keys)
     wanted, taken, held = round(validation_fraction * len(examples)), 0, set()
     for key in sorted(counts, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).hexdigest()):
         if taken >= wanted:
             break
         held.add(key)
         taken += counts[key]
-    training, validation = _partition(examples, held)
+    training, validation = _partition(examples, keys, held)
     if not training or not validation:
         raise UserError(
             f"validation_fraction {validation_fraction} of {len(counts)} different questions leaves {len(training)} "
@@ -85,14 +87,14 @@ def warn_of_overlap(training: list[Example], validation: list[Example]) -> None:
 
 def without_overlap(examples: list[Example], other: list[Example]) -> tuple[list[Example], list[Example]]:
     """(kept, dropped): an example is dropped if its question occurs in `other`. Of s1K, MATH-500 drops 3."""
-    return _partition(examples, set(map(question_key, other)))
+    return _partition(examples, map(question_key, examples), set(map(question_key, other)))
 
 
-def _partition(examples: list[Example], keys: set[str]) -> tuple[list[Example], list[Example]]:
-    """The examples whose question has none of the keys, and the others."""
+def _partition(examples: list[Example], keys: Iterable[str], chosen: set[str]) -> tuple[list[Example], list[Example]]:
+    """The examples whose key is not chosen, and the others."""
     parts: tuple[list[Example], list[Example]] = [], []
-    for example in examples:
-        parts[question_key(example) in keys].append(example)
+    for example, key in zip(examples, keys, strict=True):
+        parts[key in chosen].append(example)
     return parts
 
 

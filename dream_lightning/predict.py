@@ -233,17 +233,16 @@ class PredictionWriter(L.Callback):
         self._file.close()
         predictions = [json.loads(line) for line in self.path.read_bytes().splitlines()]
         verdicts = [p["correct"] for p in predictions if p["correct"] is not None]
-        score = "none could be scored"
-        if verdicts:
-            low, high = proportion_interval(sum(verdicts), len(verdicts))
-            score = f"{sum(verdicts)} of {len(verdicts)} scored are correct ({sum(verdicts) / len(verdicts):.1%}, "
-            score += f"95 % interval {low:.1%} to {high:.1%})"
-        score += (
-            f", {unscored} not scored" if 0 < (unscored := len(predictions) - len(verdicts)) < len(predictions) else ""
-        )
-        score += f", {too_long} too long" if (too_long := sum(p["too_long"] for p in predictions)) else ""
+        right, scored = sum(verdicts), len(verdicts)
+        told, counts = ["none could be scored"], {"too long": sum(p["too_long"] for p in predictions)}
+        if scored:
+            low, high = proportion_interval(right, scored)
+            share = f"{right / scored:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+            told = [f"{right} of {scored} scored are correct ({share})"]
+            counts = {"not scored": len(predictions) - scored} | counts
+        told += [f"{count} {what}" for what, count in counts.items() if count]
         unparsed = sum(p["answer"] is None for p in predictions)
-        print(f"{len(predictions)} questions, {unparsed} without an answer; {score}: {self.path.resolve()}")
+        print(f"{len(predictions)} questions, {unparsed} without an answer; {', '.join(told)}: {self.path.resolve()}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Release the lock, so that the same process can try again."""

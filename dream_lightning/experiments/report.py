@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib import pyplot, rc_context
-from matplotlib.transforms import ScaledTranslation
 
 from dream_lightning.atomic import write_texts
 from dream_lightning.evaluation.card import percent
@@ -119,46 +119,40 @@ def _settings(runs: list[Run], differ: dict[str, list[Any]]) -> tuple[list[str],
     return ["run", *texts], [[run.name, *values] for run, *values in zip(runs, *texts.values(), strict=True)]
 
 
-def _points(tag: str, runs: list[Run]) -> tuple[list[int], list[float], list[tuple[float, float]], str]:
-    """Steps, the mean of the runs there, and its spread: the range of the seeds, or the interval of an accuracy."""
-    curves = [run.curves[tag] for run in runs if run.curves.get(tag)]
-    steps = sorted({step for curve in curves for step in curve})
-    values = [[curve[step] for curve in curves if step in curve] for step in steps]
-    means = [fmean(v) for v in values]
-    if len(runs) > 1:
-        return steps, means, [(min(v), max(v)) for v in values], "range of seeds"
-    counts = [round(runs[0].curves.get("val/scored", {}).get(step, 0)) for step in steps]
-    if tag != "val/accuracy" or not all(counts):
-        return steps, means, [(v, v) for v in means], ""
-    spread = [proportion_interval(round(v * n), n) for v, n in zip(means, counts, strict=True)]
-    return steps, means, spread, "95 % interval"
+def _points(tag: str, runs: list[Run]) -> tuple[np.ndarray, str]:
+    """Step, mean of the runs, lower and upper end of its bar [4, steps]; and what the bars are, if there are any."""
+    curves = [run.curves.get(tag, {}) for run in runs]
+    values = {step: [curve[step] for curve in curves if step in curve] for step in sorted(set().union(*curves))}
+    counts = {step: round(runs[0].curves.get("val/scored", {}).get(step, 0)) for step in values}
+    if scored := len(runs) == 1 and tag == "val/accuracy" and all(counts.values()):
+        ends = {step: proportion_interval(round(v[0] * counts[step]), counts[step]) for step, v in values.items()}
+    else:
+        ends = {step: (min(v), max(v)) for step, v in values.items()}
+    note = "95 % interval" if scored else "range of seeds" if len(runs) > 1 else ""
+    return np.array([(step, fmean(v), *ends[step]) for step, v in values.items()]).T, note
 
 
 def _curve(tag: str, groups: dict[str, list[Run]]) -> list[Block]:
-    if not any(run.curves.get(tag) for runs in groups.values() for run in runs):
+    drawn = {n: _points(tag, runs) for n, runs in groups.items() if any(run.curves.get(tag) for run in runs)}
+    if not drawn:
         return []
-    figure, axes = new_figure(3.2)
-    notes = {}  # what the bars are
-    for number, (name, runs) in enumerate(groups.items()):
-        steps, means, spread, note = _points(tag, runs)
-        if number >= _MOST:
-            axes.plot(steps, means, color="#bbb", linewidth=1)
-        elif steps:
-            every, label = -(-len(steps) // 15), name if len(runs) == 1 else f"{name} ({len(runs)} seeds)"
-            style = STYLES[number] | {"label": label, "linewidth": 1, "markersize": 4, "capsize": 2, "zorder": 3}
-            shift = ScaledTranslation(number / 36, 0, figure.dpi_scale_trans)  # inches: bars are side by side
-            style |= {"markevery": every, "errorevery": every, "transform": axes.transData + shift}
-            error = [[max(s * (v - e[i]), 0) for v, e in zip(means, spread, strict=True)] for i, s in ((0, 1), (1, -1))]
-            axes.errorbar(steps, means, yerr=error if note else None, **style)
-            axes.update_datalim([(step, v) for step, ends in zip(steps, spread, strict=True) for v in ends])
-            notes |= {note: None} if note else {}
-    axes.autoscale_view()
-    axes.set_xlabel(f"step; bars: {' or '.join(notes)}" if notes else "step")
+    notes = " or ".join({note: None for _, note in drawn.values() if note})
+    figure, axes = new_figure(3.2 + 0.2 * min(len(drawn), _MOST))
+    width = max(points[0].max() for points, _ in drawn.values())
+    for number, name in enumerate(groups):
+        if name in drawn:
+            (steps, means, low, high), note = drawn[name]
+            every, style = -(-len(steps) // 15), {"color": "#bbb", "linewidth": 1}
+            if number < _MOST:
+                label = name if len(groups[name]) == 1 else f"{name} ({len(groups[name])} seeds)"
+                style |= STYLES[number] | {"label": label, "markersize": 4, "markevery": every, "zorder": 3}
+                steps = steps + number * width / 150  # bars side by side
+            bars = np.maximum([means - low, high - means], 0) if note and number < _MOST else None
+            axes.errorbar(steps, means, yerr=bars, errorevery=every, capsize=2, **style)
+    axes.set_xlabel(f"step; bars: {notes}" if notes else "step")
     axes.set_ylabel(tag)
-    if names := axes.get_legend_handles_labels()[1]:
-        columns = 2 if max(map(len, names)) < 30 else 1
-        figure.set_figheight(3.2 + 0.2 * -(-len(names) // columns))
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return [("heading", tag), ("html", svg(figure))]
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from torch import Tensor
 
-from dream_lightning.errors import UserError, reading
+from dream_lightning.errors import UserError, guess, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _TYPES = ("BF16", "F16", "F32", "F64")  # of weights; others would need scales
@@ -35,9 +35,10 @@ def local_folder(path_or_hub_id: str | Path, *, files: Sequence[str] = CHECKPOIN
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             unnamed = isinstance(error, HFValidationError)  # a path, not an id
             why = "no such folder" if unnamed else f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            meant = guess(path.name, (near.name for near in path.parent.glob("*")))
             raise UserError(
-                f"{str(path_or_hub_id)!r} is neither a folder here nor a hub id that can be fetched ({why}). Check the "
-                "spelling; without network name a local folder, with a mirror set HF_ENDPOINT"
+                f"{str(path_or_hub_id)!r} is neither a folder here nor a hub id that can be fetched ({why}): {meant}"
+                "check the spelling; without network name a local folder, with a mirror set HF_ENDPOINT"
             ) from error
     if any(fnmatch("config.json", pattern) for pattern in files) and not (path / "config.json").is_file():
         raise UserError(

@@ -266,10 +266,12 @@ def test_a_damaged_folder_is_refused_by_name(model, tmp_path, damage, words):
         DreamModel.from_pretrained(tmp_path)
 
 
-def test_an_unknown_hub_id_is_refused(monkeypatch):
+def test_an_unknown_hub_id_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="neither a folder here nor a hub id"):
-        DreamModel.from_pretrained("nobody/no-such-model")
+    (tmp_path / "a-model").mkdir()
+    for name, meant in (("nobody/no-such-model", ""), (tmp_path / "a-modle", "did you mean a-model. ")):
+        with pytest.raises(ValueError, match=rf"neither a folder here nor a hub id.*\): {meant}check the spelling"):
+            DreamModel.from_pretrained(name)
 
 
 @pytest.mark.parametrize("padding", [None, 3])

@@ -69,19 +69,19 @@ class StepAccumulator:
         return nll / tokens
 
     def log_step(self, module: L.LightningModule) -> None:
-        """Log the step that the last micro-batch ends, and every `log_every_n_steps` also its losses by t."""
+        """Log the loss of the step that the last micro-batch ends; every `log_every_n_steps` also what loggers write."""
         trainer = module.trainer
         loss_sum, count, masked, maskable = self.take_step(trainer.world_size)
         loss, bar = loss_sum / count.clamp(min=1), trainer.progress_bar_callback
         # Lightning reads what another bar shows after every micro-batch: on the host it synchronizes once a step only.
         shown = bar is not None and not getattr(bar, "fetches_loss", False)
         module.log("train/loss", loss.cpu() if shown else loss, prog_bar=shown)
-        module.log("train/masked_fraction", masked / maskable.clamp(min=1))
-        # A tensor on the host: Lightning would copy a number to the GPU, which synchronizes.
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        module.log("train/lr", torch.as_tensor(lr, dtype=torch.float32))
         every = trainer.log_every_n_steps
-        if every and (trainer.global_step + 1) % every == 0:
+        if every and (trainer.global_step + 1) % every == 0:  # a call of `log` takes the host a tenth of a small step
+            module.log("train/masked_fraction", masked / maskable.clamp(min=1))
+            # A tensor on the host: Lightning would copy a number to the GPU, which synchronizes.
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            module.log("train/lr", torch.as_tensor(lr, dtype=torch.float32))
             for number, mean in enumerate(self.take_quartiles(trainer.world_size), start=1):
                 module.log(f"train/nll_t_quartile_{number}", mean)
 

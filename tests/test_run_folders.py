@@ -148,7 +148,7 @@ def test_a_model_folder_or_adapters_replace_the_model_of_a_config(inside, tmp_pa
     words = with_checkpoint("predict", [f"--ckpt_path={tmp_path / 'model'}", *rest], gpu=False)
     assert f"--model.pretrained={tmp_path / 'model'}" in words and "--data.source=q.jsonl" in words
     assert {"--model.sampling.steps=15", "--data.style=plain"} <= set(words)
-    cli.checker()("fit", words)  # they parse
+    cli.check_words("fit", words)  # they parse
     given = with_checkpoint("predict", ["--ckpt_path", str(tmp_path / "model"), "--data.style=chat"], gpu=False)
     assert given.index("--data.style=plain") < given.index("--data.style=chat")
     assert not any("ckpt_path" in word for word in words)

@@ -69,7 +69,7 @@ class StepAccumulator:
         return nll / tokens
 
     def log_step(self, module: L.LightningModule) -> None:
-        """Log the loss of the step that the last micro-batch ends; every `log_every_n_steps` also what loggers write."""
+        """Log the loss of the step that the last micro-batch ends, and what loggers write every `log_every_n_steps`."""
         trainer = module.trainer
         loss_sum, count, masked, maskable = self.take_step(trainer.world_size)
         loss, bar = loss_sum / count.clamp(min=1), trainer.progress_bar_callback

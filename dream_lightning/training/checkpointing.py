@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -81,18 +80,16 @@ def refuse_weights(path: Path) -> None:
 
 def check_keyword(trainer: L.Trainer, ckpt_path: str | None) -> None:
     """Raise UserError for `best`, and for `last` where there is none: Lightning would use the initial weights."""
-    logs = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    folders = sorted({str(c.dirpath or logs) for c in savers})
-    where = ", ".join(folders) or "no folder"
-    if ckpt_path == "last" and not any(get_filesystem(f).exists(f"{f}/last.ckpt") for f in folders):
+    folders = ", ".join(sorted({str(c.dirpath or "the folder of the logger") for c in savers})) or "no folder"
+    if ckpt_path == "last" and not any(c._find_last_checkpoints(trainer) for c in savers):
         raise UserError(
-            f"ckpt_path is last, and there is no last.ckpt in {where}: leave --ckpt_path out to start anew from the "
+            f"ckpt_path is last, and there is no last.ckpt in {folders}: leave --ckpt_path out to start anew from the "
             "weights of the config, or set checkpoint.dirpath and autosave.dirpath to the folder of the run"
         )
     if ckpt_path == "best":
         raise UserError(
-            f"ckpt_path is best, which only the process that trained knows: name the best-step=….ckpt in {where}"
+            f"ckpt_path is best, which only the process that trained knows: name the best-step=….ckpt in {folders}"
         )
 
 

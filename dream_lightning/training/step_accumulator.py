@@ -77,7 +77,7 @@ class StepAccumulator:
         shown = bar is not None and not getattr(bar, "fetches_loss", False)
         module.log("train/loss", loss.cpu() if shown else loss, prog_bar=shown)
         every = trainer.log_every_n_steps
-        if every and (trainer.global_step + 1) % every == 0:  # a call of `log` takes the host a tenth of a small step
+        if every and (trainer.global_step + 1) % every == 0:  # two calls of `log` take the host a tenth of a small step
             module.log("train/masked_fraction", masked / maskable.clamp(min=1))
             # A tensor on the host: Lightning would copy a number to the GPU, which synchronizes.
             lr = trainer.optimizers[0].param_groups[0]["lr"]

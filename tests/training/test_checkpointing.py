@@ -11,11 +11,19 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from material import SIZES, Recorder, short_trainer, tiny_data, tiny_module
 from test_atomic import files_up_to
 
 from dream_lightning.training import Autosave
-from dream_lightning.training.checkpointing import SafeCheckpointIO, check_checkpoint, rescale_progress, tensor_bytes
+from dream_lightning.training.checkpointing import (
+    SafeCheckpointIO,
+    check_checkpoint,
+    check_keyword,
+    rescale_progress,
+    tensor_bytes,
+)
 
 STATE = {"step": 1, "weight": torch.ones(1_000_000)}
 
@@ -24,6 +32,21 @@ STATE = {"step": 1, "weight": torch.ones(1_000_000)}
 def path(tmp_path):
     SafeCheckpointIO().save_checkpoint(STATE, tmp_path / "checkpoints" / "last.ckpt")
     return tmp_path / "checkpoints" / "last.ckpt"
+
+
+def test_last_is_looked_for_where_lightning_does(path, tmp_path):
+    """A logger of another kind has its checkpoints in save_dir/name/version, and `last` may have a number."""
+
+    class Logger(DummyLogger):
+        save_dir, name, version = str(tmp_path.parent), tmp_path.name, ""
+
+    trainer = L.Trainer(logger=Logger(), callbacks=[ModelCheckpoint()], accelerator="cpu")
+    check_keyword(trainer, "last")
+    path = path.rename(path.with_name("last-v1.ckpt"))
+    check_keyword(trainer, "last")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"no last\.ckpt in the folder of the logger"):
+        check_keyword(trainer, "last")
 
 
 def test_it_is_written_without_a_copy_in_memory(path):

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
         (_FitLoop, "_load_combined_loader_states", ["self"]),
         (_TrainingEpochLoop, "_broadcast_sigterm_tensor", ["self"]),
         (_TrainingEpochLoop, "_should_check_val_fx", ["self", "data_fetcher"]),
+        (ModelCheckpoint, "_find_last_checkpoints", ["self", "trainer"]),
         (ModelCheckpoint, "_monitor_candidates", ["self", "trainer"]),
         (ModelCheckpoint, "_save_last_checkpoint", ["self", "trainer", "monitor_candidates"]),
         (ModelCheckpoint, "_should_skip_saving_checkpoint", ["self", "trainer"]),

@@ -104,7 +104,7 @@ def answer_texts(
 def answer_ids(
     model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams, *, batch_size: int = 16
 ) -> list[list[int]]:
-    """Token ids → the `max_new_tokens` ids of each answer; prompts are bucketed by length."""
+    """Token ids → the ids of each answer, `max_new_tokens` or fewer; prompts are bucketed by length."""
     check_range("batch_size", batch_size, least=1, whole=True)
     lengths = [len(prompt) for prompt in prompts]
     if 0 in lengths:
@@ -151,7 +151,7 @@ def complete(
     Args:
         text: with a `marker` for every gap; special tokens in it are plain text.
         tokens_per_gap: tokens in each gap, none of them eos.
-        params: `max_new_tokens` is not used. None fills one token a step, the most certain first.
+        params: `max_new_tokens` and `max_length` are not used. None fills one token a step, the most certain first.
         longest: with a DreamOn, gaps begin with `tokens_per_gap` tokens, grow and shrink, to this many in all of them.
 
     Raises:
@@ -173,6 +173,7 @@ def complete(
     if params is None:
         steps = len(gap) * (len(pieces) - 1)
         params = SamplingParams(max_new_tokens=0, steps=steps, tokens_per_step=1, forbid_mask=True)
-    params = replace(params, max_new_tokens=0, banned_tokens=[*(params.banned_tokens or []), tokenizer.eos_token_id])
+    banned = [*(params.banned_tokens or []), tokenizer.eos_token_id]
+    params = replace(params, max_new_tokens=0, max_length=None, banned_tokens=banned)
     out = diffusion_generate(model, torch.tensor([ids], device=model.device), params=params, infill=True)
     return tokenizer.decode(out.sequences[0])

@@ -276,7 +276,7 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
     def max_prompt_length(self) -> int:
         """Tokens of a question that leave room for its answer; reads config.json only."""
         config = model_factory.config_of(self.pretrained, self.new_model, self.tokenizer, self.from_autoregressive)
-        return config.max_position_embeddings - self.sampling.max_new_tokens
+        return self.sampling.longest_prompt(config.max_position_embeddings)
 
     def configure_model(self) -> None:
         """Build or load the network; Lightning calls this on every rank, once the strategy is known."""

@@ -14,12 +14,11 @@ Item = dict[str, Any]  # a line of items.jsonl: the fields of `Prediction`, numb
 GROUPS = ("source_type", "source", "subject", "type", "level", "category", "cot_type")  # columns of a breakdown
 
 
-def scores(runs: Sequence[Sequence[Item]], *, max_new_tokens: int) -> dict[str, Any]:
+def scores(runs: Sequence[Sequence[Item]]) -> dict[str, Any]:
     """Scores of one benchmark.
 
     Args:
         runs: for each of S samples the items of all questions, in the same order.
-        max_new_tokens: an answer of so many tokens was not terminated by eos.
     """
     items = [item for run in runs for item in run]
     questions = [q for q in zip(*runs, strict=True) if q[0]["correct"] is not None]
@@ -30,7 +29,7 @@ def scores(runs: Sequence[Sequence[Item]], *, max_new_tokens: int) -> dict[str, 
         result["unparsed"] = fmean(item["answer"] is None for item in scored)
     result |= {
         "empty": fmean(not item["prediction"].strip() for item in items),
-        "terminated": fmean(item["tokens"] < max_new_tokens for item in items),
+        "terminated": fmean(item["tokens"] < item["filled"] for item in items),
         "mean_tokens": fmean(item["tokens"] for item in items),
         "median_tokens": median(item["tokens"] for item in items),
         "mean_thinking_tokens": fmean(item["thinking_tokens"] for item in items),

@@ -106,7 +106,7 @@ class _Answerer(L.LightningModule):
 
     @property
     def max_prompt_length(self) -> int:
-        return self.model.config.max_position_embeddings - self.sampling.max_new_tokens
+        return self.sampling.longest_prompt(self.model.config.max_position_embeddings)
 
     def cpu(self) -> "_Answerer":
         """Keep the device: Lightning moves a module to the host after every run. It also frees what CUDA graphs use."""
@@ -179,7 +179,7 @@ def evaluate(
         card["model"] |= {"weights": settings["weights"], "tokenizer": settings["tokenizer"]}
         about = {"source": found[task].source, "task": found[task].task, "records": settings["records"]}
         timing["tasks"][task] = _timing(runs)
-        found_scores = scores(runs, max_new_tokens=sampling.max_new_tokens)
+        found_scores = scores(runs)
         card["tasks"][task] = about | found_scores | {"groups": breakdown(runs, examples)}
         items += [item for run in runs for item in run]
     if trainer.is_global_zero:

@@ -20,7 +20,7 @@ class Canvas:
     """The rows between two steps; L = P + N. Its tensors are never changed in place."""
 
     x: Tensor  # [B, L] int64
-    real: Tensor  # [B, L] bool, False = left padding
+    real: Tensor  # [B, L] bool, False = left padding, or after `params.max_length`
     positions: Tensor  # [B, L] int64, counted from the row's first real token; padding has position 1
     sample_ids: Tensor  # [B] int64, keys of the noise
     copies: Tensor  # [B] int64, number of the returned sequence among those of its prompt
@@ -100,15 +100,23 @@ def prepare(
     sample_ids: Tensor | None = None,
     infill: bool = False,
 ) -> Canvas:
-    """Append `params.max_new_tokens` masks; UserError if an argument of `diffusion_generate` is wrong."""
+    """Append masks for new tokens; UserError if an argument of `diffusion_generate` is wrong.
+
+    With `params.max_length`, rows with longer prompts have fewer masks, and eos after them, which nothing attends to.
+    """
     if sample_ids is None:
         sample_ids = torch.arange(len(input_ids))
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
     for is_wrong, message in _problems(config, input_ids, mask, params, sample_ids, infill):
         if is_wrong:
             raise UserError(message)
-    real = F.pad(mask.bool(), (0, params.max_new_tokens), value=True)  # [B, L]
-    x = F.pad(input_ids, (0, params.max_new_tokens), value=config.mask_token_id)  # [B, L]
+    lengths = mask.sum(1)  # [B]
+    new = params.room(int(lengths.min()))
+    real = F.pad(mask.bool(), (0, new), value=True)  # [B, L]
+    x = F.pad(input_ids, (0, new), value=config.mask_token_id)  # [B, L]
+    if params.max_length is not None:
+        after = lengths[:, None] + torch.arange(1 - input_ids.shape[1], new + 1, device=x.device) > params.max_length
+        real, x = real & ~after, x.masked_fill(after, config.eos_token_id)
     return Canvas(
         x=x,
         real=real,
@@ -145,8 +153,14 @@ def _problems(
     row = int(broken.int().argmax())
     yield broken.any(), f'row {row} of attention_mask has a 0 after a 1: set tokenizer.padding_side = "left"'
 
-    old, new, limit = got[1], params.max_new_tokens, config.max_position_embeddings
-    yield old + new > limit, f"{old} prompt tokens and {new} new ones exceed the model's {limit} positions: shorten one"
+    longest, least = int(real.sum(1).max()), params.max_length
+    too_long = least is not None and longest >= least
+    yield too_long, f"a prompt has {longest} tokens and max_length is {least}: raise it, or shorten the prompt"
+    yield least is not None and infill, "infill=True with max_length, which is for new tokens: leave max_length out"
+    yield least is not None and config.eos_token_id is None, "max_length needs an eos_token_id in the model's config"
+    old, new, limit = got[1], params.room(int(real.sum(1).min())), config.max_position_embeddings
+    whole = old + new if least is None else min(old + new, least)
+    yield whole > limit, f"{old} prompt tokens and {new} new ones exceed the model's {limit} positions: shorten one"
     masks = int(((ids == config.mask_token_id) & real).sum())
     yield masks > 0 and not infill, f"input_ids has {masks} mask tokens: pass infill=True, or escape special tokens"
     yield not infill and new == 0, "max_new_tokens is 0, so there is nothing to fill: raise it, or pass infill=True"

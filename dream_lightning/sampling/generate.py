@@ -22,7 +22,7 @@ from dream_lightning.sampling.unmasking import UnmaskingRule, rule_of
 class GenerationOutput:
     """Prompts with their answers."""
 
-    sequences: Tensor  # [B, P+N] int64
+    sequences: Tensor  # [B, P+N] int64; with `max_length`, N is that of the shortest prompt, and rows end with eos
     history: Tensor | None = None  # [S, B, P+N] int64, the state after every step
     filled_at: Tensor | None = None  # [B, P+N] int64, the step at which a token was filled; -1 = not predicted (prompt)
     confidence: Tensor | None = None  # [B, P+N] float32, see `token_sampling.certainty`; 0 = not predicted
@@ -105,7 +105,7 @@ def denoising_steps(
         if is_wrong:
             raise UserError(message)
     canvas = prepare(model.config, input_ids, attention_mask, params, sample_ids, infill).repeat(sequences)
-    rule = unmasking or rule_of(params, rows_differ=infill or tokens_hook is not None)
+    rule = unmasking or rule_of(params, rows_differ=bool(infill or tokens_hook or params.max_length))
     # A generator would check all this at the first step only.
     return denoise_canvas(model, canvas, params, rule, infill=infill, run_every_step=run_every_step, **hooks)
 

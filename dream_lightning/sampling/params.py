@@ -25,6 +25,9 @@ class SamplingParams(metaclass=GuessKeywords):
 
     max_new_tokens: int = 256
     """Masks appended to the prompt. 0 is for pure infilling."""
+    max_length: int | None = None
+    """End the row here, prompt included, or after max_new_tokens, whichever comes first. For a model trained on rows
+    filled with eos to one length: where the masks end tells it how long an answer may be."""
     steps: int = 256
     """Denoising steps, at most one forward each. The authors' schedule fills about max_new_tokens / steps positions a
     step; with another rule this is the maximum, and the last step (of a block) fills what is left."""
@@ -98,6 +101,30 @@ class SamplingParams(metaclass=GuessKeywords):
             n for n in ("tokens_per_step", "threshold", "fast_dllm_threshold", "factor") if getattr(self, n) is not None
         ]
 
+    def room(self, prompt_length: int) -> int:
+        """New tokens of a row; none or less if its prompt is too long for `max_length`."""
+        new = self.max_new_tokens
+        return new if self.max_length is None else min(new, self.max_length - prompt_length)
+
+    def longest_prompt(self, positions: int) -> int:
+        """Tokens of a prompt after which a model with so many positions has room for the new ones."""
+        return positions - self.max_new_tokens if self.max_length is None else min(self.max_length, positions) - 1
+
+    def after(self, prompt_length: int) -> "SamplingParams":
+        """The same for a row alone, with its own number of new tokens.
+
+        Raises UserError for a prompt that leaves no room, and for blocks, which a row alone has whole.
+        """
+        if self.max_length is None:
+            return self
+        check_range(f"max_length, for a prompt of {prompt_length} tokens,", self.max_length, least=prompt_length + 1)
+        if self.block_length is not None:
+            raise UserError(
+                f"block_length is {self.block_length} and max_length {self.max_length}, which may end inside of a "
+                "block: set one of them to null"
+            )
+        return replace(self, max_new_tokens=self.room(prompt_length), max_length=None)
+
     def _conflicts(self) -> Iterator[tuple[bool, str]]:
         """Whether options exclude each other, and the error; later checks rely on earlier ones."""
         length, new, steps, rules = self.block_length, self.max_new_tokens, self.steps, self.rules
@@ -158,7 +185,7 @@ def _one_of(*choices: Any) -> tuple:
 
 
 _ALLOWED = {  # option → which values other than None, as a function and in words
-    **dict.fromkeys(("steps", "top_k", "block_length", "tokens_per_step", "refresh_every"), _integer(1)),
+    **dict.fromkeys(("steps", "top_k", "max_length", "block_length", "tokens_per_step", "refresh_every"), _integer(1)),
     **dict.fromkeys(("max_new_tokens", "min_new_tokens"), _integer(0)),
     **dict.fromkeys(("forbid_mask", "stop_at_eos", "compile"), _one_of(True, False)),  # the text "False" is true
     **dict.fromkeys(("temperature", "alg_temp"), _number(nextafter(0, -1), _MAX, "finite and at least 0")),

@@ -49,7 +49,7 @@ def infill_variable_length(
     if len(x) + room > config.max_position_embeddings:
         raise UserError(f"{len(x) + room} tokens exceed the model's {config.max_position_embeddings}: lower longest")
     top_k = params.top_k or getattr(config, "default_top_k", None)
-    params = replace(params, max_new_tokens=0, forbid_mask=True, top_k=top_k)
+    params = replace(params, max_new_tokens=0, max_length=None, forbid_mask=True, top_k=top_k)
     step, expansions, ids = 0, 0, torch.tensor([sample_id])
     with evaluating(model):
         while masks := int((x == mask).sum()):

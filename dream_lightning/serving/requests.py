@@ -107,8 +107,9 @@ class Request(_Strict):
                 check_range("a token id", token, least=0, most=engine.model.config.vocab_size - 1)
             if tokenizer.mask_token_id in ids or not ids:
                 raise UserError(f"prompt {number} is empty or has the mask token: wanted at least one other token")
+            own = params.after(len(ids))
             name = "the number of tokens of the prompt and of max_tokens in whole blocks"
-            check_range(name, len(ids) + params.max_new_tokens, most=limit)
+            check_range(name, len(ids) + own.max_new_tokens, most=limit)
             for copy in range(self.n):
-                size = self.max_tokens or params.max_new_tokens
-                yield Row(owner, number * self.n + copy, ids, params, size, copy=copy, **options)
+                size = min(self.max_tokens or own.max_new_tokens, own.max_new_tokens)
+                yield Row(owner, number * self.n + copy, ids, own, size, copy=copy, **options)

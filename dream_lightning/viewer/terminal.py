@@ -84,14 +84,14 @@ class Chat:
                     live.update(Padding(text, (1, 0, 0, 2)), refresh=step == 1)
         else:
             list(frames)
-        reply, new = self.conversation.last, self.conversation.params.max_new_tokens
+        reply = self.conversation.last
         if reply.thinking is not None:
             self._print(f"▸ thought for {reply.thinking_tokens:,} tokens · /think shows it", "dim italic", margin=True)
         self._print(reply.answer or "the model gave no answer", "" if reply.answer else "yellow", margin=True)
         limit, length = self.conversation.model.config.max_position_embeddings, reply.context + reply.tokens
         notes = [f"{reply.tokens:,} tokens in {reply.seconds:.1f} s, {reply.tokens / reply.seconds:,.0f} tok/s"]
         if not reply.finished:
-            notes.append(f"cut off at max_new_tokens={new:,}")
+            notes.append(f"cut off after {reply.tokens:,} tokens, by max_new_tokens or max_length")
         notes.append(f"conversation {length:,} of {limit:,} tokens")
         if length > _TRAINED_LENGTH:
             notes.append(f"longer than the {_TRAINED_LENGTH:,} that Dream was trained at: /reset")

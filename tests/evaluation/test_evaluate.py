@@ -178,11 +178,11 @@ def test_scores_count_what_their_names_say():
         return {"correct": correct, "answer": answer, "prediction": prediction} | counted
 
     items = [item(True, "1", "1", 3), item(False, None, " ", 8, 4), item(False, "2", "2", 1), item(None, "3", "3", 8)]
-    got = scores([items], max_new_tokens=8)
+    got = scores([items])
     wanted = {"questions": 4, "scored": 3, "unparsed": 1 / 3, "empty": 1 / 4, "terminated": 1 / 2, "mean_tokens": 5}
     wanted |= {"mean_thinking_tokens": 1, "tokens_per_forward": 4, "accuracy": 1 / 3, "median_tokens": 5.5}
     assert {name: got[name] for name in wanted} == pytest.approx(wanted)
-    assert "accuracy" not in scores([items[3:]], max_new_tokens=8)
+    assert "accuracy" not in scores([items[3:]])
 
 
 def test_benchmarks_are_names_files_or_tasks_with_a_source(tmp_path):

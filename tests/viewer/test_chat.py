@@ -134,7 +134,7 @@ def test_a_pipe_gets_the_answer_as_it_is(says):
     says(r"[bold]wide[/bold] \frac{1}{2} :apple: 12")
     lines = screen(make_conversation(), "?").splitlines()
     assert lines[0] == r"[bold]wide[/bold] \frac{1}{2} :apple: 12"
-    assert lines[1].startswith("40 tokens in ") and "cut off at max_new_tokens=40" in lines[1]
+    assert lines[1].startswith("40 tokens in ") and "cut off after 40 tokens" in lines[1]
 
 
 ATTACKS = "a\tb\n\x1b]52;c;aGk=\x07 \x1b]0;t\x1b\\ \x1b[2J \x9b8m \r \x7f \u202e"

@@ -104,7 +104,7 @@ def answer_texts(
 def answer_ids(
     model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams, *, batch_size: int = 16
 ) -> list[list[int]]:
-    """Token ids → the ids of each answer, `max_new_tokens` or fewer; prompts are bucketed by length."""
+    """Token ids → the `params.room(…)` ids of each answer; prompts are bucketed by length."""
     check_range("batch_size", batch_size, least=1, whole=True)
     lengths = [len(prompt) for prompt in prompts]
     if 0 in lengths:
@@ -119,7 +119,7 @@ def answer_ids(
         real = pad_sequence([torch.ones_like(row) for row in rows], **left)  # [B, P]
         out = diffusion_generate(model, ids, real, params=params, sample_ids=torch.tensor(numbers))
         for n, row in zip(numbers, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
-            answers[n] = row
+            answers[n] = row[: params.room(lengths[n])]
     return answers
 
 

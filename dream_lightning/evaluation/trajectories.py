@@ -52,7 +52,8 @@ def trajectories(
     """Records of the schema `messages` with `filled_at`, the step at which each token of the response was filled.
 
     An answer is left out if it is wrong, has no eos, or other tokens after it, or if its text is not tokenized into the
-    same ids. To train on the others, set `data.trajectories`, and `data.eos_fill_to` to `sampling.max_new_tokens`.
+    same ids. To train on the others, set `data.trajectories`, `data.eos_fill_to` to `sampling.max_new_tokens`, and
+    `data.max_length` to `sampling.max_length` if it is set.
 
     Args:
         examples: questions; those without a reference are not graded.
@@ -68,7 +69,7 @@ def trajectories(
     if sampling.stop_at_eos:
         raise UserError("sampling.stop_at_eos fills the rest of an answer at no step: set it to false")
     prompting = {"style": style, "system_prompt": system_prompt}
-    encoding = prompting | {"eos_fill_to": sampling.max_new_tokens, "trajectories": True}
+    encoding = {**prompting, "eos_fill_to": sampling.room(0), "max_length": sampling.max_length, "trajectories": True}
     for start in tqdm(range(0, len(examples), batch_size), desc="Answering", unit=" batches", disable=None):
         part = enumerate(examples[start : start + batch_size], start)
         prompts = [[(SampleKey(0, n, n), (e, encode_prompt(e, tokenizer, **prompting)))] for n, e in part]
@@ -76,7 +77,8 @@ def trajectories(
         inputs = batch.input_ids, batch.attention_mask
         out = diffusion_generate(model, *inputs, params=sampling, sample_ids=batch.sample_ids)
         new = [x[:, inputs[0].shape[1] :].tolist() for x in (out.sequences, out.filled_at)]
-        for example, ids, filled_at in zip(batch.examples, *new, strict=True):
+        for example, length, *answer in zip(batch.examples, inputs[1].sum(1).tolist(), *new, strict=True):
+            ids, filled_at = (x[: sampling.room(length)] for x in answer)
             end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else 0
             text = tokenizer.decode(ids[:end], skip_special_tokens=True)
             if text.strip() and grade_response(text, example).correct is not False:

@@ -44,7 +44,7 @@ def reverse_process(
             first, last = 0, canvas.x.shape[1]
             if params.block_length is not None:
                 first = canvas.prompt_length + block * params.block_length
-                last = first + params.block_length
+                first, last = min(first, last - 1), min(first + params.block_length, last)  # rows may end before it
             predict.start_block(first, last)
         if rows.plan(step, i):
             tokens, certainty, order = propose(rows.canvas, rows.where, rows.remaining, step, i)  # [b, L] each

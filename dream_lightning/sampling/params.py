@@ -108,7 +108,8 @@ class SamplingParams(metaclass=GuessKeywords):
 
     def longest_prompt(self, positions: int) -> int:
         """Tokens of a prompt after which a model with so many positions has room for the new ones."""
-        return positions - self.max_new_tokens if self.max_length is None else min(self.max_length, positions) - 1
+        is_bound = self.max_length is not None and self.max_length <= positions
+        return self.max_length - 1 if is_bound else positions - self.max_new_tokens
 
     def after(self, prompt_length: int) -> "SamplingParams":
         """The same for a row alone, with its own number of new tokens.
@@ -123,7 +124,8 @@ class SamplingParams(metaclass=GuessKeywords):
                 f"block_length is {self.block_length} and max_length {self.max_length}, which may end inside of a "
                 "block: set one of them to null"
             )
-        return replace(self, max_new_tokens=self.room(prompt_length), max_length=None)
+        new = self.room(prompt_length)
+        return replace(self, max_new_tokens=new, max_length=None, min_new_tokens=min(new, self.min_new_tokens))
 
     def _conflicts(self) -> Iterator[tuple[bool, str]]:
         """Whether options exclude each other, and the error; later checks rely on earlier ones."""

@@ -77,10 +77,9 @@ class Conversation:
         example = Example("chat", tuple(messages), None, "", None, "the conversation")
         prompt = encode_prompt(example, self.tokenizer, **self.prompting)
         start, eos = time.perf_counter(), self.tokenizer.eos_token_id
-        params = self.params.after(len(prompt))
-        ids = [self.tokenizer.mask_token_id] * params.max_new_tokens
+        ids = [self.tokenizer.mask_token_id] * self.params.room(len(prompt))
         input_ids = torch.tensor([prompt], device=self.model.device)
-        for state in denoising_steps(self.model, input_ids, params=params):
+        for state in denoising_steps(self.model, input_ids, params=self.params):
             before, ids = ids, state.x[0, len(prompt) :].tolist()
             yield Frame(ids, [new != old for new, old in zip(ids, before, strict=True)])
         kept = ids[: ids.index(eos)] if eos in ids else ids

@@ -14,6 +14,7 @@ from material import SIZES, save_tiny_folder, write_jsonl
 from dream_lightning import DreamModule, S1KDataModule, cli
 from dream_lightning.adapters import LoraParams
 from dream_lightning.batch import Example
+from dream_lightning.data.prompt_format import encode_prompt
 from dream_lightning.errors import UserError
 from dream_lightning.evaluation import evaluate as module
 from dream_lightning.evaluation.card import breakdown, scores
@@ -183,6 +184,18 @@ def test_scores_count_what_their_names_say():
     wanted |= {"mean_thinking_tokens": 1, "tokens_per_forward": 4, "accuracy": 1 / 3, "median_tokens": 5.5}
     assert {name: got[name] for name in wanted} == pytest.approx(wanted)
     assert "accuracy" not in scores([items[3:]])
+
+
+def test_an_answer_that_ends_at_max_length_without_eos_is_not_terminated(run, network, tmp_path):
+    (model, tokenizer), length = network, 28
+    banned = [*set(range(model.config.vocab_size)) - {*b"01234567", tokenizer.eos_token_id}]
+    options = {"max_new_tokens": 99, "max_length": length, "steps": 4, "temperature": 1.0, "banned_tokens": banned}
+    card = run("short", sampling=SamplingParams(forbid_mask=True, **options))["tasks"]["parities"]
+    ends = []
+    for item in read_run(tmp_path / "short")[1]:
+        question = Example("", ({"role": "user", "content": item["prompt"]},), None, "", None, "")
+        ends.append(item["tokens"] < length - len(encode_prompt(question, tokenizer)))
+    assert 0 < sum(ends) < len(ends) == 13 and card["terminated"] == pytest.approx(sum(ends) / 13)
 
 
 def test_benchmarks_are_names_files_or_tasks_with_a_source(tmp_path):

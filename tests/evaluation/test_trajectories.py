@@ -6,6 +6,7 @@ import pytest
 import torch
 from material import tiny_data, tiny_module, write_jsonl
 from torch import nn
+from torch.nn.functional import pad
 
 from dream_lightning import SamplingParams, load_tokenizer
 from dream_lightning.cli import run
@@ -113,7 +114,8 @@ def test_the_weight_of_certainty_adds_its_term(tmp_path):
         tiny_module(certainty_weight=1.0, focal_gamma=1.0)
 
 
-def test_only_right_answers_that_training_reads_unchanged_are_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("after", [0, 3])  # columns after sampling.max_length
+def test_only_right_answers_that_training_reads_unchanged_are_written(tmp_path, monkeypatch, after):
     tokenizer = load_tokenizer("bytes")
     texts = ["7", "8", "seven 7", " ", "7"]  # right, wrong, right, blank, and one that goes on after eos
     answers = [tokenizer(text)["input_ids"] for text in texts]
@@ -124,6 +126,7 @@ def test_only_right_answers_that_training_reads_unchanged_are_written(tmp_path, 
     def generate(model, ids, mask, *, params, sample_ids):
         new = torch.tensor([answers[n] for n in sample_ids])
         order = torch.arange(LENGTH).expand(len(new), -1) + sample_ids[:, None]
+        new, order = pad(new, (0, after), value=tokenizer.eos_token_id), pad(order, (0, after), value=-1)
         return GenerationOutput(torch.cat([ids, new], 1), None, torch.cat([ids * 0 - 1, order], 1))
 
     monkeypatch.setattr(trajectories, "diffusion_generate", generate)
@@ -133,7 +136,8 @@ def test_only_right_answers_that_training_reads_unchanged_are_written(tmp_path, 
 
     monkeypatch.setattr(trajectories, "open_model", opened)
     source, out = write_jsonl(tmp_path / "questions.jsonl", questions), tmp_path / "new.jsonl"
-    options = f"--model m --source {source} --out {out} --sampling.max_new_tokens {LENGTH} --sampling.forbid_mask true"
+    options = f"--model m --source {source} --out {out} --sampling.max_new_tokens {LENGTH + after} "
+    options += "--sampling.forbid_mask true" + f" --sampling.max_length {len('0 + ?') + 1 + LENGTH}" * bool(after)
     run(["write-trajectories", *options.split(), "--style", "bare", "--task", "exact", "--batch_size", "2"])
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in written] == ["0"]

@@ -42,6 +42,40 @@ def test_the_answer_of_a_row_depends_on_neither_batch_nor_order_nor_padding(deep
         assert alone.forwards[0] == together.forwards[b]
 
 
+@pytest.mark.parametrize(
+    ("rule", "most"), [(RULES[1], NEW), ({"tokens_per_step": 1}, NEW), ({"threshold": 0.4, "steps": 9}, 20)], ids=str
+)
+def test_rows_that_end_at_max_length_are_those_of_their_own_number_of_tokens(deep, ragged, run, rule, most):
+    ids, mask, padding = ragged
+    together = run(deep, ids, mask, max_length=30, max_new_tokens=most, **rule)
+    assert together.sequences.shape[1] == 12 + min(most, 23)
+    for b, start in enumerate(padding.tolist()):
+        size = min(most, 30 - (12 - start))
+        options = {"sample_ids": torch.tensor([b]), "max_new_tokens": size, **rule}
+        alone = run(deep, ids[b : b + 1, start:], **options)
+        assert torch.equal(alone.history[:, 0], together.history[:, b, start : 12 + size])
+        assert torch.equal(alone.filled_at[0], together.filled_at[b, start : 12 + size])
+        assert alone.forwards[0] == together.forwards[b]
+        assert (together.history[:, b, 12 + size :] == PAD).all() and (together.filled_at[b, 12 + size :] == -1).all()
+
+
+@pytest.mark.parametrize("cache", CACHES[1:], ids=str)
+@pytest.mark.parametrize("max_length", [30, 20])  # the last block is partly or wholly outside
+def test_blocks_fill_the_masks_before_max_length_and_nothing_else(deep, ragged, run, cache, max_length):
+    ids, mask, padding = ragged
+    options = {"max_length": max_length, "threshold": 0.3, "steps": 9, **cache}
+    out = run(deep, ids, mask, **options)
+    column = torch.arange(out.sequences.shape[1]) - 12
+    inside = (column >= 0) & (column < max_length - mask.sum(1, keepdim=True))
+    assert torch.equal(out.filled_at >= 0, inside) and (out.sequences != MASK).all()
+    assert torch.equal((out.filled_at // 3)[inside], (column // 8).expand_as(inside)[inside])
+    assert (out.sequences[:, 12:][~inside[:, 12:]] == PAD).all()
+    assert torch.equal(run(deep, ids, mask, run_every_step=True, **options).history, out.history)
+    for b, start in enumerate(padding.tolist()):
+        alone = run(deep, ids[b : b + 1, start:], sample_ids=torch.tensor([b]), **options).history[:, 0]
+        assert torch.equal(alone, out.history[:, b, start : start + alone.shape[1]])
+
+
 @every_rule
 @every_cache
 def test_only_masks_change_and_the_output_says_when_and_how_certainly(deep, prompts, run, rule, cache):

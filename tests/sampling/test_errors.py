@@ -10,6 +10,7 @@ from dream_lightning.sampling import SamplingParams
 from dream_lightning.sampling.canvas import prepare
 
 CONFIG = SimpleNamespace(mask_token_id=7, vocab_size=10, max_position_embeddings=32, eos_token_id=None)
+ENDS = SimpleNamespace(**{**vars(CONFIG), "eos_token_id": 0})
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 8, 9]])
 
 
@@ -18,6 +19,7 @@ WRONG = {
     "alg": ["random"],
     "steps": [0, 2.5, True],
     "max_new_tokens": [-1],
+    "max_length": [0, 4.5],
     "temperature": [-0.1, NAN, INF],
     "top_p": [0.0, 1.1, NAN],
     "top_k": [0],
@@ -96,6 +98,10 @@ def params(**options):
         ({"attention_mask": rows([0, 2, 1, 1], [1, 1, 1, 1])}, "other than 0 and 1"),
         ({"params": params(banned_tokens=[10])}, r"banned_tokens holds \[10\]"),
         ({"params": params(min_new_tokens=2)}, "config has no eos_token_id"),
+        ({"params": params(max_length=4)}, "a prompt has 4 tokens and max_length is 4: raise it"),
+        ({"params": params(max_length=9), "infill": True}, "infill=True with max_length"),
+        ({"params": params(max_length=9)}, "max_length needs an eos_token_id in the model's config"),
+        ({"params": params(max_length=33, max_new_tokens=40), "config": ENDS}, "tokens and 29 new ones exceed"),
         ({"params": params(block_length=4), "infill": True}, "infill=True with block_length"),
         ({"params": params(stop_at_eos=True), "infill": True}, "infill=True with stop_at_"),
         ({"sample_ids": torch.zeros(3, dtype=torch.int64)}, r"sample_ids is torch.int64 \[3\]"),
@@ -103,9 +109,19 @@ def params(**options):
     ],
 )  # fmt: skip
 def test_prompts(change, message):
-    arguments = {"input_ids": IDS, "attention_mask": None, "params": params(), **change}
+    arguments = {"config": CONFIG, "input_ids": IDS, "attention_mask": None, "params": params(), **change}
     with pytest.raises(ValueError, match=message):
-        prepare(CONFIG, **arguments)
+        prepare(**arguments)
+
+
+@pytest.mark.parametrize("max_length", [None, 1, 20, 32, 33, 99])
+def test_the_longest_prompt_is_the_longest_that_is_taken(max_length):
+    sampling = params(max_length=max_length)
+
+    def fits(length):
+        return sampling.room(length) > 0 and length + sampling.room(length) <= ENDS.max_position_embeddings
+
+    assert sampling.longest_prompt(32) == max((length for length in range(1, 32) if fits(length)), default=0)
 
 
 def test_canvas():

@@ -20,14 +20,17 @@ import torch
 from material import SIZES
 
 from dream_lightning import SamplingParams, diffusion_generate, load_tokenizer
+from dream_lightning.answering import answer_ids
 from dream_lightning.batch import Example
 from dream_lightning.cli import run
 from dream_lightning.data.prompt_format import encode_prompt
 from dream_lightning.export import export_model
 from dream_lightning.model_factory import random_model
+from dream_lightning.viewer import Conversation
 
 uvicorn, litserve = (pytest.importorskip(n, reason="needs the extra serve") for n in ("uvicorn", "litserve"))
 from dream_lightning.serving.api import CHAT_PATH  # noqa: E402
+from dream_lightning.serving.engine import Engine  # noqa: E402
 from dream_lightning.serving.requests import Request  # noqa: E402
 from dream_lightning.serving.server import make_server  # noqa: E402
 
@@ -181,6 +184,8 @@ WRONG = {
     '{"prompt": "a", "sampling": {"steps": 1000}}': "steps is 1000, wanted at most one for each new token",
     '{"prompt": "a", "sampling": {"forbid_mask": false, "stop_at_eos": false, "block_length": null}}': "forbid_mask is",
     '{"prompt": "a", "sampling": {"cache": "prefix"}}': "cache is prefix",
+    '{"prompt": "a", "sampling": {"max_length": 99}}': "block_length is 8 and max_length 99, which may end inside",
+    '{"prompt": "ab", "sampling": {"max_length": 2, "block_length": null}}': "a prompt of 2 tokens, is 2, wanted",
     '{"prompt": "a", "sampling": {"seed": 3}}': "sampling has compile, max_new_tokens or seed",
     '{"prompt": "a", "sampling": {"banned_tokens": [-1]}}': "a token id is -1",
 }
@@ -200,6 +205,24 @@ def test_wrong_requests_get_openais_errors(here):
         assert answer.status_code == status and answer.json()["error"]["code"] == str(status)
     with pytest.raises(openai.NotFoundError, match=r"model is 'gpt', this server has tiny: set model"):
         here.client().completions.create(model="gpt", prompt="a")
+
+
+def test_an_answer_that_ends_at_max_length_is_the_same_everywhere(model):
+    params = SamplingParams(max_new_tokens=40, max_length=60, min_new_tokens=30, steps=8, forbid_mask=True)
+    texts = ["2+2?", "what is 12 + 345?"]
+    prompts = [chat_ids({"role": "user", "content": text}) for text in texts]
+    engine, answers = Engine(model, TOKENIZER, 4), answer_ids(model, prompts, params)
+    assert [len(answer) for answer in answers] == [60 - len(prompt) for prompt in prompts]
+    how = SimpleNamespace(style="chat", system_prompt=None)
+    for text, prompt, answer in zip(texts, prompts, answers, strict=True):
+        out = diffusion_generate(model, torch.tensor([prompt]), params=params)
+        *_, frame = Conversation(model, TOKENIZER, params).ask(text)
+        request = Request(messages=[{"role": "user", "content": text}], seed=0)
+        (row,) = request.rows(None, request.params(params), engine, how, 512)
+        engine.waiting.append(row)
+        engine.finish()
+        assert answer == out.sequences[0, len(prompt) :].tolist() == frame.ids == row.ids
+        assert row.limit == len(answer)
 
 
 def test_many_clients_get_their_own_answers(here, model):

@@ -18,10 +18,10 @@ MASK, EOS = TOKENIZER.mask_token_id, TOKENIZER.eos_token_id
 NEW = 40
 
 
-def make_conversation(system_prompt=None):
+def make_conversation(system_prompt=None, **options):
     torch.manual_seed(0)
     model = random_model(SIZES | {"max_position_embeddings": 300}, TOKENIZER).eval()
-    params = SamplingParams(max_new_tokens=NEW, steps=4, forbid_mask=True)
+    params = SamplingParams(max_new_tokens=NEW, steps=4, forbid_mask=True, **options)
     return Conversation(model, TOKENIZER, params, system_prompt)
 
 
@@ -84,11 +84,15 @@ def test_thinking_without_an_end_is_kept_as_the_message(says):
 
 
 @pytest.mark.parametrize(
-    ("question", "message"),
-    [("  \n", "nothing was asked"), ("y" * 300, "40 new ones exceed")],
+    ("question", "message", "options"),
+    [
+        ("  \n", "nothing was asked", {}),
+        ("y" * 300, "40 new ones exceed", {}),
+        ("y" * 99, "and max_length is 99: raise it", {"max_length": 99}),
+    ],
 )
-def test_empty_and_too_long_questions_are_refused(question, message):
-    talk = make_conversation()
+def test_empty_and_too_long_questions_are_refused(question, message, options):
+    talk = make_conversation(**options)
     with pytest.raises(ValueError, match=message):
         next(talk.ask(question))
     assert not talk.messages

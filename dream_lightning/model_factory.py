@@ -22,7 +22,6 @@ from dream_lightning.adapters import (
     trainable_summary,
 )
 from dream_lightning.diffusion.objective import check_focal
-from dream_lightning.diffusion.schedule import T_MIN
 from dream_lightning.diffusion.weighting import check_cart_p
 from dream_lightning.errors import UserError, check_range
 from dream_lightning.model import DreamConfig, DreamModel, check_tokenizer
@@ -44,7 +43,6 @@ def check_options(o: Mapping[str, Any]) -> None:
     if o["tokenizer"] is None and o["pretrained"] is None:
         raise UserError("a new model needs a tokenizer: name a folder or hub id, or `bytes`")
     lora, causal, masks = o["lora"], o["causal"], (o["complementary_masks"], o["treat_eos_as_one"])
-    t_range = (o["t_min"], o["t_max"])
     if not isinstance(lora, LoraParams | None):
         raise UserError(f"lora is {lora!r:.200}, wanted LoraParams, such as LoraParams(rank=16)")
     if o["quantize"] is not None and not lora:
@@ -59,12 +57,10 @@ def check_options(o: Mapping[str, Any]) -> None:
     check_range("seed", o["seed"], least=0, most=2**32 - 1, whole=True)
     steps = {"least": 0, "most": 0 if causal else 2**31, "whole": True}
     check_range("anneal_causal_steps (0 with causal)", o["anneal_causal_steps"], **steps)
-    check_range("t_min", t_range[0], least=1e-6, most=1 - T_MIN if masks[0] else 1)
-    check_range("t_max", t_range[1], least=t_range[0], most=1)
-    if causal and (o["weighting"] not in ("original", "none") or any(masks) or t_range != (T_MIN, 1)):
+    if causal and (o["weighting"] not in ("original", "none") or any(masks)):
         raise UserError(
             f"causal has no masks: weighting is {o['weighting']}, wanted original or none, which are the same, with "
-            f"complementary_masks ({masks[0]}) and treat_eos_as_one ({masks[1]}) false, and t from {T_MIN} to 1"
+            f"complementary_masks ({masks[0]}) and treat_eos_as_one ({masks[1]}) false"
         )
     check_cart_p(o["cart_p"])
     check_focal(o["focal_alpha"], o["focal_gamma"])

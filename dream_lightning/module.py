@@ -19,7 +19,6 @@ from dream_lightning.diffusion.denoiser import align, annealed_mask, features
 from dream_lightning.diffusion.head import chunk_of
 from dream_lightning.diffusion.noise import uniform
 from dream_lightning.diffusion.objective import Normalizer
-from dream_lightning.diffusion.schedule import T_MIN
 from dream_lightning.diffusion.weighting import Weighting
 from dream_lightning.errors import GuessKeywords, UserError
 from dream_lightning.model import DreamModel, load_tokenizer
@@ -30,6 +29,8 @@ from dream_lightning.training import Autosave, checkpointing, fsdp
 from dream_lightning.training import optimizer as optim
 from dream_lightning.training.compiled_step import CompiledStep
 from dream_lightning.training.step_accumulator import StepAccumulator, ends_step, logged_step
+
+T_MIN = 1e-3  # smallest masking probability
 
 
 class DreamModule(L.LightningModule, metaclass=GuessKeywords):
@@ -71,9 +72,6 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         certainty_temperature: by which logits are divided for that entropy.
         treat_eos_as_one: mask or keep the final run of eos as one unit.
         stratified_t: spread t evenly over consecutive samples instead of drawing it independently; lower variance.
-        t_min: smallest masking probability in training. A larger one trains on what is hard where few visible tokens
-            decide the others, as in puzzles; the loss is no longer the ELBO. `val/nll` always covers all t.
-        t_max: largest masking probability in training.
         complementary_masks: train every row twice in its step, with its mask and with the complement of it.
         optimizer: any torch optimizer; parameters with one dimension get no weight decay.
         lr_schedule: shape of the learning rate after the warm-up.
@@ -109,8 +107,6 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         certainty_temperature: float = 0.5,
         treat_eos_as_one: bool = False,
         stratified_t: bool = True,
-        t_min: float = T_MIN,
-        t_max: float = 1.0,
         complementary_masks: bool = False,
         optimizer: OptimizerCallable = optim.adamw,
         lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
@@ -134,8 +130,7 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         self.weighting, self.cart_p, self.normalizer = weighting, cart_p, normalizer
         self.focal_alpha, self.focal_gamma, self.treat_eos_as_one = focal_alpha, focal_gamma, treat_eos_as_one
         self.certainty_weight, self.certainty_temperature = certainty_weight, certainty_temperature
-        self.stratified_t, self.t_min, self.t_max = stratified_t, t_min, t_max
-        self.complementary_masks, self.seed = complementary_masks, seed
+        self.stratified_t, self.complementary_masks, self.seed = stratified_t, complementary_masks, seed
         self.optimizer, self.lr_schedule, self.warmup_fraction = optimizer, lr_schedule, warmup_fraction
         self.model: DreamModel | None = None  # built in configure_model
         self.base: dict[str, str] | None = None  # with adapters: the fingerprint of their base
@@ -166,18 +161,15 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         It is made on the host: shapes depend on the number of masked tokens, and to read it from a GPU synchronizes.
         """
         rows, options = batch.on_host, {"stratified": self.stratified_t, "eos_as_one": self.treat_eos_as_one}
-        options |= {"t_min": self.t_min, "t_max": self.t_max}
         if self.complementary_masks:
-            noised = self.noise(rows, **options | {"t_max": min(self.t_max, 1 - T_MIN)})
+            noised = self.noise(rows, t_max=1 - T_MIN, **options)
             noised = diffusion.with_complements(rows, noised, mask_token_id=self.mask_token_id)
             batch = batch.twice()
         else:
             noised = self.noise(rows, **options)
         return batch, noised.to(batch.input_ids.device)
 
-    def noise(
-        self, batch: Batch, *, stratified: bool = True, t_min=T_MIN, t_max: float = 1.0, eos_as_one: bool = False
-    ) -> NoisedBatch:
+    def noise(self, batch: Batch, *, stratified=True, t_max: float = 1.0, eos_as_one: bool = False) -> NoisedBatch:
         """x_0 → x_t, with the noise of each document's (seed, epoch, sample); none for a causal model."""
         if self.causal:
             return diffusion.next_tokens(batch)
@@ -189,7 +181,7 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
             batch.input_ids,
             batch.maskable,
             mask_token_id=self.mask_token_id,
-            t=draw(self.seed, batch.epochs, ids, t_min=t_min, t_max=t_max),  # [B, L]
+            t=draw(self.seed, batch.epochs, ids, t_min=T_MIN, t_max=t_max),  # [B, L]
             u=uniform(self.seed, batch.epochs, batch.sample_ids, batch.position_ids) if u is None else u,
             eos_as_one=self.eos_token_id if eos_as_one else None,
             document_ids=batch.document_ids,

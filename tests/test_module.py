@@ -34,7 +34,6 @@ CHANGES = [
     *BASELINES[1:], ({"weighting": "linear"}, {}), ({"weighting": "cart", "cart_p": 0.8}, {}),
     ({"weighting": "none"}, {}), ({"normalizer": "masked"}, {}), ({"focal_gamma": 2.0, "focal_alpha": 1.0}, {}),
     ({"stratified_t": False}, {}), ({"complementary_masks": True}, {}), ({"seed": 1}, {}),
-    ({"t_min": 0.5}, {}), ({"t_max": 0.5}, {}), ({"complementary_masks": True, "t_max": 0.5}, {}),
     ({"treat_eos_as_one": True}, {"eos_fill_to": 60}), ({}, {"batch_cutoff": True}),
     ({}, {"extra_weight": {"carry": 3.0}}), ({}, {"seed": 1}), ({}, {"thinking": False}), ({}, {"style": "plain"}),
     ({}, {"system_prompt": "Add."}),
@@ -86,7 +85,6 @@ def test_validation_noise_does_not_depend_on_the_objective(sums, tmp_path):
     """So that the bounds of two runs compare."""
     options = {"validation_questions": 0, "eos_fill_to": 60}
     others = {"treat_eos_as_one": True, "stratified_t": False, "complementary_masks": True, "weighting": "cart"}
-    others |= {"t_min": 0.5}
     ours, theirs = (validate(sums, tmp_path, tiny_module(**kind), **options)["val/nll"] for kind in ({}, others))
     assert ours == theirs
 

@@ -7,13 +7,10 @@ from torch import Tensor
 
 from dream_lightning.diffusion.noise import uniform
 
-T_MIN = 1e-3  # the smallest masking probability by default: it bounds the ELBO's weight 1/t
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-def stratified_t(
-    seed: int, epochs: Tensor, document_ids: Tensor, *, t_min: float = T_MIN, t_max: float = 1.0
-) -> Tensor:
+def stratified_t(seed: int, epochs: Tensor, document_ids: Tensor, *, t_min: float = 1e-3, t_max: float = 1.0) -> Tensor:
     """t ~ U(t_min, t_max) for each sample, such that consecutive samples cover the interval evenly.
 
     The additive recurrence of the golden ratio, t = frac(offset(epoch) + order · φ): n consecutive values leave no gap
@@ -23,7 +20,8 @@ def stratified_t(
     Args:
         epochs, document_ids: int64, any shape: the epoch and the sample's index in that epoch's order. Negative epochs,
             the repeated draws of a validation set, share one offset.
-        t_min, t_max: the ends.
+        t_min: lower end; it bounds the ELBO's weight 1/t.
+        t_max: upper end.
 
     Returns:
         float32 in the shape of `document_ids`.
@@ -33,7 +31,7 @@ def stratified_t(
     return (t_min + (t_max - t_min) * fraction).float()
 
 
-def independent_t(seed: int, epochs: Tensor, sample_ids: Tensor, *, t_min: float = T_MIN, t_max: float = 1.0) -> Tensor:
+def independent_t(seed: int, epochs: Tensor, sample_ids: Tensor, *, t_min: float = 1e-3, t_max: float = 1.0) -> Tensor:
     """t ~ U(t_min, t_max) independently for each sample of each epoch (the authors' choice). Shapes as above."""
     return t_min + (t_max - t_min) * uniform(seed, epochs, sample_ids, _INDEPENDENT)
 

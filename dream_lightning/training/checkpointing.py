@@ -32,21 +32,13 @@ _SETTINGS = {
     "model": (
         *("pretrained", "seed", "weighting", "cart_p", "normalizer", "focal_alpha", "focal_gamma", "treat_eos_as_one"),
         *("stratified_t", "complementary_masks", "lr_schedule", "warmup_fraction", "weights_dtype", "float8_products"),
-        *("from_autoregressive", "causal", "anneal_causal_steps", "t_min", "t_max"),
-        *("certainty_weight", "certainty_temperature"),
+        *("from_autoregressive", "causal", "anneal_causal_steps", "certainty_weight", "certainty_temperature"),
     ),
     "trainer": ("precision", "max_steps", "max_epochs", "gradient_clip_val"),
     "data": (
         *("source", "validation_source", "validation_fraction", "first_n", "seed", "packing", "batch_cutoff"),
-        *(
-            "short_first",
-            "training_filters",
-            "several_turns",
-            "streaming",
-            "shuffle_mib",
-            "training_encoding",
-            "reading",
-        ),
+        *("short_first", "training_filters", "several_turns", "streaming", "shuffle_mib", "training_encoding"),
+        "reading",
     ),
 }
 

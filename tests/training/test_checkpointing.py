@@ -6,6 +6,7 @@ import warnings
 from contextlib import ExitStack
 from fractions import Fraction
 from functools import partial
+from inspect import signature
 
 import lightning as L
 import pytest
@@ -16,8 +17,10 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from material import SIZES, Recorder, short_trainer, tiny_data, tiny_module
 from test_atomic import files_up_to
 
+from dream_lightning import DreamModule, S1KDataModule
 from dream_lightning.training import Autosave
 from dream_lightning.training.checkpointing import (
+    _SETTINGS,
     SafeCheckpointIO,
     check_checkpoint,
     check_keyword,
@@ -167,6 +170,7 @@ def test_every_setting_that_differs_from_the_checkpoints_is_said_once(sums, tmp_
     changes = [
         ({"lr": 1e-4}, "model.optimizer.lr was 0.003 in the checkpoint and is 0.0001: ignored"),
         ({"weighting": "none"}, "model.weighting was 'original' in the checkpoint and is 'none': taken"),
+        ({"certainty_weight": 0.5}, "model.certainty_weight was 0.0 in the checkpoint and is 0.5: taken"),
         ({"seed": 1}, "model.seed was 0 in the checkpoint and is 1: taken"),
         ({"lr_schedule": "cosine"}, "model.lr_schedule was 'constant_with_warmup' in the checkpoint and is 'cosine'"),
         ({"data": {"thinking": False}}, "data.thinking was True in the checkpoint and is False: taken"),
@@ -176,6 +180,17 @@ def test_every_setting_that_differs_from_the_checkpoints_is_said_once(sums, tmp_
         seen, said = losses(**resume | change)
         assert len(said) == 2 and sum(bool(re.match(words, line)) for line in said) == 1, said
         assert (seen == whole) == ("ignored" in words), change
+
+
+def test_every_option_that_changes_a_step_is_among_these_settings(sums, tmp_path):
+    checked = {"new_model", "lora", "quantize", "tokenizer", "optimizer", "dtype", "batch_size"}  # in other ways
+    no_numbers = {"self", "gradient_checkpointing", "compile_layers", "preload", "num_workers", "cache_dir"}
+    answers = {"sampling", "predict_source", "too_long", "question_batch_size"}
+    others = checked | no_numbers | answers | {"validation_questions", "validation_draws"}
+    data = tiny_data(sums, tmp_path)
+    reported = {*_SETTINGS["model"], *_SETTINGS["data"], *data.training_encoding, *data.reading}
+    for kind in (DreamModule, S1KDataModule):
+        assert {*signature(kind.__init__).parameters} <= reported | others
 
 
 @pytest.mark.parametrize(("before", "now", "ready"), [(4, 4, 12), (4, 8, 24), (8, 2, 4), (8, 4, 8)])

@@ -270,6 +270,10 @@ class DreamModule(L.LightningModule, metaclass=GuessKeywords):
         config = model_factory.config_of(self.pretrained, self.new_model, self.tokenizer, self.from_autoregressive)
         return self.sampling.longest_prompt(config.max_position_embeddings)
 
+    def answer_length(self, prompt_length: int) -> int | None:
+        """Masks after such a prompt; None for a causal model, which does not see how many there are."""
+        return None if self.causal else self.sampling.room(prompt_length)
+
     def configure_model(self) -> None:
         """Build or load the network; Lightning calls this on every rank, once the strategy is known."""
         if self.model is None:

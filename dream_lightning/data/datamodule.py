@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
@@ -183,6 +184,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
             self.several_turns = turns or (None if self.streaming else False)
             self.train_set = self._documents(training)
             rank_zero_info(f"training: {self.train_set.summary()}")
+            self._warn_of_ends()
 
     def read(self) -> tuple[list[Example], list[Example]]:
         """Examples to train on, of a stream those of its first shard, and to validate with."""
@@ -324,11 +326,27 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         if too_long:
             problem = (
                 f"{len(too_long)} of {len(self.questions)} questions are longer than the {room:,} tokens that the "
-                f"model's positions leave next to max_new_tokens: {', '.join(too_long[:5])}"
+                f"model's positions leave next to max_new_tokens, or max_length: {', '.join(too_long[:5])}"
             )
             if self.too_long == "error":
                 raise UserError(f"{problem}; shorten or delete them, or set too_long to skip (data.too_long)")
             rank_zero_warn(f"{problem}; they get an empty answer")
+
+    def _warn_of_ends(self) -> None:
+        """Warn if rows of answers end elsewhere than training rows that were filled with eos after as long a prompt."""
+        fill, most = self.encoding["eos_fill_to"], self.encoding["max_length"]
+        answer_length = getattr(self.trainer and self.trainer.lightning_module, "answer_length", lambda _: None)
+        if fill is None or self.batch_cutoff or not np.any(getattr(self.train_set, "filled", True)):
+            return
+        lengths = [(p, min(fill, most - p), answer_length(p)) for p in self.prompt_lengths() if 0 < p < most]
+        if differ := [one for one in lengths if one[2] not in (None, one[1])]:
+            prompt, trained, answer = differ[0]
+            rank_zero_warn(
+                f"{len(differ)} of {len(self.questions)} questions are answered in rows that end elsewhere than in "
+                f"training: after a prompt of {prompt:,} tokens, the answer has {answer:,}, and data.eos_fill_to fills "
+                f"a response to {trained:,}; a model learns where rows end, and answers worse in others: set "
+                f"model.sampling.max_new_tokens to {fill} and model.sampling.max_length to {most}"
+            )
 
 
 def _check_options(o: dict[str, Any]) -> None:

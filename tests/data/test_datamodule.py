@@ -6,11 +6,15 @@ import math
 import random
 import re
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from material import SIZES, quiet_trainer, tiny_data, tiny_module, write_jsonl
 
 from dream_lightning import S1KDataModule, SamplingParams, load_tokenizer
+from dream_lightning.cli import config_path
 from dream_lightning.errors import UserError
 from dream_lightning.evaluation.evaluate import evaluate
 from dream_lightning.predict import PredictionWriter
@@ -140,6 +144,45 @@ def test_special_tokens_in_responses_and_weights_without_effect_are_named(tmp_pa
         assert sum("extra_weight: 'w'" in warning for warning in told(data)[1]) == count
     harmless = str(write_jsonl(tmp_path / "harmless.jsonl", rows()))
     assert told(tiny_data(harmless, tmp_path, **options))[1] == []
+
+
+def test_answers_that_end_elsewhere_than_filled_training_rows_are_told(tmp_path, told):
+    lines = [{"question": "1+1?" * (n + 1), "response": "2", "answer": "2"} for n in range(8)]
+    source = write_jsonl(tmp_path / "rows.jsonl", lines)
+
+    def warnings_of(sampling=None, causal=False, **options):
+        data = tiny_data(source, tmp_path, **{"validation_source": str(source), "style": "bare"} | options)
+        data.trainer = SimpleNamespace(lightning_module=tiny_module(sampling=sampling or {}, causal=causal))
+        return [warning for warning in told(data)[1] if "end elsewhere" in warning]
+
+    whole = {"eos_fill_to": 40, "max_length": 40, "validation_questions": 8}
+    (warning,) = warnings_of({"max_new_tokens": 31}, **whole)
+    assert warning.startswith("7 of 8 questions are answered in rows that end elsewhere"), warning
+    assert "after a prompt of 5 tokens, the answer has 31, and data.eos_fill_to fills a response to 35" in warning
+    assert warning.endswith("set model.sampling.max_new_tokens to 40 and model.sampling.max_length to 40")
+    (warning,) = warnings_of({"max_new_tokens": 40, "max_length": 40}, **whole | {"max_length": 99})
+    assert "8 of 8" in warning and "to 40 and model.sampling.max_length to 99" in warning
+    for sampling, options in (
+        ({"max_new_tokens": 40, "max_length": 40}, whole),
+        ({"max_new_tokens": 40, "max_length": 99}, whole | {"max_length": 99}),
+        ({"max_new_tokens": 40}, whole | {"max_length": 99}),
+        *(({}, whole | o) for o in ({"eos_fill_to": None}, {"eos_fill_to": 2}, {"validation_questions": 0})),
+        *(({}, whole | o) for o in ({"batch_cutoff": True}, {"causal": True})),
+    ):
+        assert not warnings_of(sampling, **options), (sampling, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("tiny", range(7, 9)), ("sudoku", [81]), ("countdown", range(10, 16))], ids=str
+)  # of questions
+def test_answers_of_the_shipped_configs_end_where_their_training_rows_do(name, lengths, tmp_path, told):
+    config = yaml.safe_load(Path(config_path(name)).read_text())
+    lines = [{"prompt": "1" * length, "response": "2" * 25, "answer": "2"} for length in lengths]
+    source = str(write_jsonl(tmp_path / "rows.jsonl", lines))
+    files = {"source": source, "validation_source": source, "cache_dir": str(tmp_path)}
+    data = S1KDataModule(**config["data"] | files, tokenizer=BYTES)
+    data.trainer = SimpleNamespace(lightning_module=tiny_module(sampling=config["model"]["sampling"]))
+    assert not [warning for warning in told(data)[1] if "end elsewhere" in warning]
 
 
 def test_training_filters_leave_the_validation_set(tmp_path, told):

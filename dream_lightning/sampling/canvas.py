@@ -110,17 +110,17 @@ def prepare(
     for is_wrong, message in _problems(config, input_ids, mask, params, sample_ids, infill):
         if is_wrong:
             raise UserError(message)
-    lengths = mask.sum(1)  # [B]
-    new = params.room(int(lengths.min()))
+    new = params.room(int(mask.sum(1).min()))
     real = F.pad(mask.bool(), (0, new), value=True)  # [B, L]
     x = F.pad(input_ids, (0, new), value=config.mask_token_id)  # [B, L]
+    positions = real.long().cumsum(-1) - 1
     if params.max_length is not None:
-        after = lengths[:, None] + torch.arange(1 - input_ids.shape[1], new + 1, device=x.device) > params.max_length
+        after = positions >= params.max_length
         real, x = real & ~after, x.masked_fill(after, config.eos_token_id)
     return Canvas(
         x=x,
         real=real,
-        positions=(real.long().cumsum(-1) - 1).masked_fill(~real, 1),
+        positions=positions.masked_fill(~real, 1),
         sample_ids=sample_ids.to(x.device),
         copies=x.new_zeros(len(x)),
         earlier_steps=x.new_zeros(len(x)),
@@ -153,13 +153,13 @@ def _problems(
     row = int(broken.int().argmax())
     yield broken.any(), f'row {row} of attention_mask has a 0 after a 1: set tokenizer.padding_side = "left"'
 
-    longest, least = int(real.sum(1).max()), params.max_length
-    too_long = least is not None and longest >= least
-    yield too_long, f"a prompt has {longest} tokens and max_length is {least}: raise it, or shorten the prompt"
-    yield least is not None and infill, "infill=True with max_length, which is for new tokens: leave max_length out"
-    yield least is not None and config.eos_token_id is None, "max_length needs an eos_token_id in the model's config"
+    longest, end = int(real.sum(1).max()), params.max_length
+    too_long = end is not None and longest >= end
+    yield too_long, f"a prompt has {longest} tokens and max_length is {end}: raise it, or shorten the prompt"
+    yield end is not None and infill, "infill=True with max_length, which is for new tokens: leave max_length out"
+    yield end is not None and config.eos_token_id is None, "max_length needs an eos_token_id in the model's config"
     old, new, limit = got[1], params.room(int(real.sum(1).min())), config.max_position_embeddings
-    whole = old + new if least is None else min(old + new, least)
+    whole = old + new if end is None else min(old + new, end)
     yield whole > limit, f"{old} prompt tokens and {new} new ones exceed the model's {limit} positions: shorten one"
     masks = int(((ids == config.mask_token_id) & real).sum())
     yield masks > 0 and not infill, f"input_ids has {masks} mask tokens: pass infill=True, or escape special tokens"

@@ -111,7 +111,7 @@ class SamplingParams(metaclass=GuessKeywords):
         is_bound = self.max_length is not None and self.max_length <= positions
         return self.max_length - 1 if is_bound else positions - self.max_new_tokens
 
-    def after(self, prompt_length: int) -> "SamplingParams":
+    def for_prompt(self, prompt_length: int) -> "SamplingParams":
         """The same for a row alone, with its own number of new tokens.
 
         Raises UserError for a prompt that leaves no room, and for blocks, which a row alone has whole.

@@ -107,7 +107,7 @@ class Request(_Strict):
                 check_range("a token id", token, least=0, most=engine.model.config.vocab_size - 1)
             if tokenizer.mask_token_id in ids or not ids:
                 raise UserError(f"prompt {number} is empty or has the mask token: wanted at least one other token")
-            own = params.after(len(ids))
+            own = params.for_prompt(len(ids))
             name = "the number of tokens of the prompt and of max_tokens in whole blocks"
             check_range(name, len(ids) + own.max_new_tokens, most=limit)
             for copy in range(self.n):

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
@@ -336,7 +335,7 @@ class S1KDataModule(L.LightningDataModule, metaclass=GuessKeywords):
         """Warn if rows of answers end elsewhere than training rows that were filled with eos after as long a prompt."""
         fill, most = self.encoding["eos_fill_to"], self.encoding["max_length"]
         answer_length = getattr(self.trainer and self.trainer.lightning_module, "answer_length", lambda _: None)
-        if fill is None or self.batch_cutoff or not np.any(getattr(self.train_set, "filled", True)):
+        if fill is None or self.batch_cutoff or not (self.streaming or self.train_set.filled.any()):
             return
         lengths = [(p, min(fill, most - p), answer_length(p)) for p in self.prompt_lengths() if 0 < p < most]
         if differ := [one for one in lengths if one[2] not in (None, one[1])]:
